@@ -1,0 +1,1 @@
+"""From a diffusers checkpoint to ONNX: the only stage that needs torch and diffusers."""
