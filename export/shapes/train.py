@@ -339,6 +339,9 @@ def assemble(recipe: Recipe, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    # transformers loads a network in the type its config names, diffusers in float32: let both be float32
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     write_card(folder, vae_losses, losses, recipe.vae_batch, recipe.batch, recipe.pictures)
 
 

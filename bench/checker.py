@@ -1,0 +1,396 @@
+"""Reads a picture of `shapes` back from its pixels: background, and each shape's size, colour, kind and place.
+
+It is the judge of generated pictures, so it shares nothing with the code that draws the training pictures: the
+specification (palette, radii, places, geometry) is stated here a second time, as signed distances, and fitted to the
+pixels by least squares.
+
+The reading has four steps: the background from the border; regions of one colour, grown from flat seed pixels; each
+region as soft coverage fitted with all six kinds; what no fitted shape explains is an extra shape. Whatever is
+ambiguous is read as "unclear", which matches no caption.
+
+Coordinates are pixels, x to the right and y downwards; the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Words = tuple[str, str, str, str]  # size, colour, kind, place
+
+SIDE = 64
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 225, 60),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 210),
+    "purple": (145, 60, 180),
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+}
+RADIUS = {"small": 8.5, "large": 14.0}  # px
+PLACES: dict[str, tuple[int, int]] = {
+    "at the left": (16, 32),
+    "at the right": (48, 32),
+    "at the top": (32, 16),
+    "at the bottom": (32, 48),
+    "in the center": (32, 32),
+    "at the top left": (16, 16),
+    "at the top right": (48, 16),
+    "at the bottom left": (16, 48),
+    "at the bottom right": (48, 48),
+}
+AREA = {"circle": 3.142, "square": 2.690, "triangle": 1.515, "star": 1.428, "ring": 2.191, "cross": 2.258}  # of r = 1
+UNCLEAR = "unclear"
+
+# A colour is certain within half the distance of the palette's closest pair (orange and yellow, 90 in RGB).
+COLOUR_REACH = 45.0
+COLOUR_SHARE = 0.8  # of a shape's core pixels that must be nearest to the shape's colour
+RADIUS_SLACK = 0.2  # relative; pictures are drawn with 0.06, and the two sizes stay apart until 0.24
+PLACE_SLACK = 6.0  # px along each axis; pictures are drawn with 2, and half-way between two places is 8
+FIT_NEEDED = {"circle": 0.88, "square": 0.88, "triangle": 0.8, "star": 0.8, "ring": 0.8, "cross": 0.8}
+MARGIN_NEEDED = 0.03
+SPECK = 12.0  # px²: what is smaller is noise, what is larger must be explained
+DEPTH = 2.0  # px: how far from the fitted outline a pixel must be before it is a defect
+_FAINT = 25.0  # RGB distance from the background at which a pixel may belong to a shape
+_SEED_PIXELS = 4
+_ROUNDS = 6
+_LONGEST_MOVE = np.array([2.0, 2.0, 2.0, 0.12])
+SOFTNESS = 1.0
+BLURS = (0.0, 0.6, 1.0)
+_ALL = slice(0, SIDE)
+_MAXIMUM_ANGLE = float(np.radians(12))  # pictures are drawn with 8 degrees
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One shape as the pixels show it; `fit` is the IoU (0..1) with the best template."""
+
+    size: str
+    colour: str
+    kind: str
+    place: str
+    fit: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows."""
+
+    background: str
+    shapes: tuple[Seen, ...]
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A kind with its centre (px), radius (px) and angle (radians), and how well it fits."""
+
+    kind: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    fit: float
+    clear: bool  # fits well, better than every other kind, and without holes
+
+    def distance(self) -> Floats:
+        """Signed distance of every pixel from the outline, (64, 64) px."""
+        return _distance(self.kind, np.array([[self.x, self.y, self.radius, self.angle]]), _ALL, _ALL)[0]
+
+
+def read(picture: NDArray[np.uint8]) -> Reading:
+    """The background and the shapes of a picture, (64, 64, 3) uint8; ValueError for any other array."""
+    if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
+        raise ValueError(f"a picture is ({SIDE}, {SIDE}, 3) uint8, not {picture.shape} {picture.dtype}")
+    pixels = picture.astype(np.float64)
+    background = _background(pixels)
+    contrast: Floats = np.linalg.norm(pixels - background, axis=2)
+    unexplained = contrast > COLOUR_REACH
+    shapes: list[Seen] = []
+    for region, seeds in _regions(pixels, contrast):
+        colour = np.median(pixels[seeds], axis=0)
+        for template in _templates(_coverage(pixels, region, background, colour)):
+            shapes.append(_seen(template, _colour_name(pixels[seeds])))
+            unexplained &= (template.distance() > DEPTH) & (template.clear | ~region)
+    extra = Seen(UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR, 0.0)
+    shapes += [extra] * _blobs(unexplained)
+    return Reading(_colour_name(background[np.newaxis]), tuple(shapes))
+
+
+def mistakes(reading: Reading, background: str, shapes: Sequence[Words]) -> list[str]:
+    """What is wrong with a reading, one name per wrong attribute of each shape; [] when everything is right.
+
+    `shapes` are (size, colour, kind, place). Shapes are paired so that the fewest mistakes remain; when their number
+    is wrong, "count" stands for all of their attributes.
+    """
+    wrong = [] if reading.background == background else ["background"]
+    if len(reading.shapes) != len(shapes):
+        return [*wrong, "count"]
+    pairings = ([w for seen, words in zip(order, shapes, strict=True) for w in _differences(seen, words)]
+                for order in permutations(reading.shapes))
+    return wrong + min(pairings, key=len)
+
+
+def _differences(seen: Seen, words: Words) -> list[str]:
+    found = {"size": seen.size, "colour": seen.colour, "kind": seen.kind, "place": seen.place}
+    return [name for (name, value), wanted in zip(found.items(), words, strict=True) if value != wanted]
+
+
+# ---- colours
+
+
+def _nearest(pixels: Floats) -> tuple[Integers, Floats]:
+    """The index of the nearest palette colour and its RGB distance; (..., 3) to two arrays (...)."""
+    distances = np.linalg.norm(pixels[..., np.newaxis, :] - np.array(list(PALETTE.values()), float), axis=-1)
+    return np.argmin(distances, axis=-1), np.min(distances, axis=-1)
+
+
+def _colour_name(pixels: Floats) -> str:
+    """The one colour of these pixels, (n, 3), or "unclear" if it is off the palette or only some of them have it."""
+    index, distance = _nearest(np.median(pixels, axis=0))
+    share = np.mean(_nearest(pixels)[0] == index)
+    return list(PALETTE)[int(index)] if distance < COLOUR_REACH and share >= COLOUR_SHARE else UNCLEAR
+
+
+def _background(pixels: Floats) -> Floats:
+    """The border's dominant colour as it really is, (3,): the median over the border pixels of one palette colour."""
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
+                             pixels[2:-2, :2].reshape(-1, 3), pixels[2:-2, -2:].reshape(-1, 3)])
+    index = _nearest(border)[0]
+    dominant: Floats = np.median(border[index == np.argmax(np.bincount(index))], axis=0)
+    return dominant
+
+
+# ---- regions
+
+
+def _neighbours(grid: Integers, outside: int) -> Iterator[Integers]:
+    """The grid shifted by one pixel in each of the four directions."""
+    padded = np.pad(grid, 1, constant_values=outside)
+    yield from (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+
+
+def _components(labels: Integers) -> list[Mask]:
+    """The 4-connected components of equal labels >= 0, as masks.
+
+    Every pixel starts with its own number, points at the largest of its equal neighbours', and follows the pointers
+    until nothing changes.
+    """
+    inside = labels >= 0
+    same = [(other == labels) & inside for other in _neighbours(labels, -1)]
+    number = np.arange(labels.size).reshape(labels.shape)
+    while True:
+        before = number
+        for linked, other in zip(same, _neighbours(number, -1), strict=True):
+            number = np.maximum(number, np.where(linked, other, -1))
+        number = number.ravel()[number]
+        if np.array_equal(number, before):
+            return [number == n for n in np.unique(number[inside])]
+
+
+def _blobs(mask: Mask) -> int:
+    """How many connected parts of a mask are larger than a speck."""
+    if mask.sum() <= SPECK:
+        return 0
+    return sum(int(part.sum() > SPECK) for part in _components(np.where(mask, 0, -1)))
+
+
+def _regions(pixels: Floats, contrast: Floats) -> list[tuple[Mask, Mask]]:
+    """Regions of one palette colour larger than a speck, each with its seed pixels.
+
+    Only flat pixels have a colour of their own: at the edge between red and yellow a pixel is orange. They are the
+    seeds; every other pixel belongs to the seeds that reach it first.
+    """
+    across = np.gradient(pixels, axis=(0, 1))
+    flat = np.sqrt(sum(np.sum(g**2, axis=2) for g in across)) < 25.0 + 0.1 * contrast
+    labels = np.where(flat & (contrast > COLOUR_REACH), _nearest(pixels)[0], -1)
+    seeds = np.zeros_like(flat)
+    for component in _components(labels):
+        seeds |= component & (component.sum() >= _SEED_PIXELS)
+    grown = _grow(np.where(seeds, labels, -1), contrast > _FAINT)
+    return [(c, c & seeds) for c in _components(grown) if c.sum() > SPECK]
+
+
+def _grow(labels: Integers, domain: Mask) -> Integers:
+    """Spread labels >= 0 over the domain, one pixel at a time."""
+    while True:
+        free = domain & (labels < 0)
+        for other in _neighbours(labels, -1):
+            labels = np.where(free & (labels < 0), other, labels)
+        if np.array_equal(free, domain & (labels < 0)):
+            return labels
+
+
+def _coverage(pixels: Floats, region: Mask, background: Floats, colour: Floats) -> Floats:
+    """How much of each pixel the region covers, (64, 64) in 0..1: where its colour lies from background to shape."""
+    line = colour - background
+    share = np.clip((pixels - background) @ line / (line @ line), 0.0, 1.0)
+    return np.where(region, share, 0.0)
+
+
+# ---- templates
+
+
+def _distance(kind: str, parameters: Floats, rows: slice, columns: slice) -> Floats:
+    """Signed distance from the outline, negative inside, for n shapes: (n, 4) x, y, radius, angle to (n, h, w) px."""
+    x, y, radius, angle = (p[:, np.newaxis, np.newaxis] for p in parameters.T)
+    right = (np.arange(columns.start, columns.stop) + 0.5 - x) / radius
+    down = (np.arange(rows.start, rows.stop)[:, np.newaxis] + 0.5 - y) / radius
+    u = np.cos(angle) * right + np.sin(angle) * down
+    v = np.cos(angle) * down - np.sin(angle) * right
+    return np.asarray(_OUTLINE[kind](u, v) * radius)
+
+
+def _circle(u: Floats, v: Floats) -> Floats:
+    return np.hypot(u, v) - 1.0
+
+
+def _ring(u: Floats, v: Floats) -> Floats:
+    return np.abs(np.hypot(u, v) - 0.775) - 0.225  # from 0.55 to 1
+
+
+def _square(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.82
+
+
+def _triangle(u: Floats, v: Floats) -> Floats:
+    """Equilateral, one corner up, circumradius 1.08, its centre 0.2 below the place."""
+    v = v - 0.2
+    return np.maximum(v, np.sqrt(0.75) * np.abs(u) - 0.5 * v) - 0.54
+
+
+def _star(u: Floats, v: Floats) -> Floats:
+    """Five points at 1.08, one of them up, and five notches at 0.45.
+
+    Folding the plane into one of its ten equal sectors leaves one half-plane, through a point and a notch.
+    """
+    length, turn = np.hypot(u, v), np.arctan2(u, -v)
+    folded = np.abs((turn + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    notch = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    along = notch - (1.08, 0.0)
+    normal = np.array([along[1], -along[0]]) / np.linalg.norm(along)
+    return np.asarray((length * np.cos(folded) - 1.08) * normal[0] + length * np.sin(folded) * normal[1])
+
+
+def _cross(u: Floats, v: Floats) -> Floats:
+    """Two bars, 2 long and 0.68 wide."""
+    wide, narrow = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
+    return np.maximum(wide - 1.0, narrow - 0.34)
+
+
+_OUTLINE: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+}
+
+
+def _render(kind: str, parameters: Floats, rows: slice = _ALL, columns: slice = _ALL) -> Floats:
+    """Antialiased coverage of n shapes, (n, h, w) in 0..1."""
+    return np.clip(0.5 - _distance(kind, parameters, rows, columns) / SOFTNESS, 0.0, 1.0)
+
+
+def _fit(kind: str, coverage: Floats) -> tuple[Floats, float]:
+    """The (x, y, radius, angle) at which a kind comes closest to a coverage (64, 64), and their IoU.
+
+    Gauss-Newton on the squared difference, from the coverage's centroid, area and no angle.
+    """
+    rows, columns = _window(coverage)
+    target = coverage[rows, columns]
+    steps = np.diag([0.25, 0.25, 0.25, 0.03])
+    guess = _first_guess(kind, coverage)
+    best, least = guess, np.inf
+    for _ in range(_ROUNDS):
+        drawn = _render(kind, np.concatenate([guess[np.newaxis], guess + steps]), rows, columns)
+        error = (target - drawn[0]).ravel()
+        if error @ error < least:
+            best, least = guess, error @ error
+        slope = ((drawn[1:] - drawn[0]).reshape(4, -1).T) / np.diag(steps)
+        normal = slope.T @ slope + np.diag([1e-3, 1e-3, 1e-3, 1.0])  # a circle has no angle
+        move = np.linalg.solve(normal, slope.T @ error)
+        if np.abs(move[:3]).max() < 0.02:
+            break
+        guess = guess + np.clip(move, -_LONGEST_MOVE, _LONGEST_MOVE)
+        guess[2:] = np.clip(guess[2:], (4.0, -_MAXIMUM_ANGLE), (20.0, _MAXIMUM_ANGLE))
+    sharp = _render(kind, best[np.newaxis], rows, columns)[0]
+    return best, max(_overlap(target, band[rows, rows] @ sharp @ band[columns, columns]) for band in _blurs())
+
+
+def _overlap(one: Floats, other: Floats) -> float:
+    """Soft intersection over union of two coverages, 0..1."""
+    return float(np.minimum(one, other).sum() / np.maximum(one, other).sum())
+
+
+@lru_cache(maxsize=1)
+def _blurs() -> tuple[Floats, ...]:
+    """For each of BLURS the symmetric (64, 64) matrix that blurs along an axis."""
+    offsets = np.subtract.outer(np.arange(SIDE), np.arange(SIDE))
+    bands = [np.exp(-0.5 * (offsets / max(sigma, 1e-3)) ** 2) for sigma in BLURS]
+    return tuple(band / band[SIDE // 2].sum() for band in bands)
+
+
+def _first_guess(kind: str, coverage: Floats) -> Floats:
+    area = coverage.sum()
+    rows, columns = np.indices(coverage.shape) + 0.5
+    radius = np.sqrt(area / AREA[kind])
+    x, y = (coverage * columns).sum() / area, (coverage * rows).sum() / area
+    return np.array([x, y - 0.2 * radius if kind == "triangle" else y, radius, 0.0])
+
+
+def _window(coverage: Floats, margin: int = 5) -> tuple[slice, slice]:
+    rows, columns = (np.flatnonzero(coverage.any(axis=axis)) for axis in (1, 0))
+    return (slice(max(rows[0] - margin, 0), min(rows[-1] + 1 + margin, SIDE)),
+            slice(max(columns[0] - margin, 0), min(columns[-1] + 1 + margin, SIDE)))
+
+
+def _best_template(coverage: Floats) -> _Template:
+    """The kind that fits best; clear if it fits well, better than the others, and nothing deep inside is missing."""
+    fits = sorted(((*_fit(kind, coverage), kind) for kind in AREA), key=lambda f: f[1], reverse=True)
+    (parameters, fit, kind), runner_up = fits[0], fits[1][1]
+    hole = (_distance(kind, parameters[np.newaxis], _ALL, _ALL)[0] < -DEPTH) & (coverage < 0.5)
+    clear = fit >= FIT_NEEDED[kind] and fit - runner_up >= MARGIN_NEEDED and not _blobs(hole)
+    return _Template(kind, *map(float, parameters), fit=fit, clear=clear)
+
+
+def _templates(coverage: Floats) -> list[_Template]:
+    """One template, or two where the region is two shapes of one colour that touch."""
+    whole = _best_template(coverage)
+    if whole.clear:
+        return [whole]
+    halves = [_best_template(half) for half in _halves(coverage) if half.sum() > SPECK]
+    return halves if len(halves) == 2 and all(h.clear for h in halves) else [whole]
+
+
+def _halves(coverage: Floats) -> tuple[Floats, Floats]:
+    """The coverage cut at its waist: across its longest axis, where it is narrowest in the middle third."""
+    rows, columns = np.nonzero(coverage > 0.5)
+    points = np.stack([columns, rows], axis=1).astype(np.float64)
+    axis = np.linalg.eigh(np.cov(points.T))[1][:, -1]
+    every = np.stack([np.indices(coverage.shape)[1], np.indices(coverage.shape)[0]], axis=-1) @ axis
+    low, high = (points @ axis).min(), (points @ axis).max()
+    cuts = np.linspace(low + (high - low) / 3, high - (high - low) / 3, 25)
+    widths = [coverage[np.abs(every - cut) < 1.0].sum() for cut in cuts]
+    beyond = every > cuts[int(np.argmin(widths))]
+    return np.where(beyond, coverage, 0.0), np.where(beyond, 0.0, coverage)
+
+
+# ---- words
+
+
+def _seen(template: _Template, colour: str) -> Seen:
+    sizes = [s for s, radius in RADIUS.items() if abs(template.radius / radius - 1) <= RADIUS_SLACK]
+    places = [p for p, (x, y) in PLACES.items() if max(abs(template.x - x), abs(template.y - y)) <= PLACE_SLACK]
+    kind = template.kind if template.clear else UNCLEAR
+    return Seen((sizes or [UNCLEAR])[0], colour, kind, (places or [UNCLEAR])[0], template.fit)

@@ -1,0 +1,111 @@
+"""`python -m engines list|build|verify|explain|gc`: compiled plans on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from engines import ort
+from engines.devices import parse_devices
+from engines.errors import BundleError, EngineError
+from engines.manifest import MANIFEST
+from engines.store import BUILD, Bundle, locked, plan_key
+
+
+def bundles(options: argparse.Namespace) -> list[Bundle]:
+    """The named bundle, or every bundle."""
+    if options.model:
+        return [Bundle.open(options.model, options.build)]
+    return [Bundle.open(path.parent.name, options.build) for path in sorted(options.build.glob(f"*/{MANIFEST}"))]
+
+
+def list_(options: argparse.Namespace) -> int:
+    """What is exported and compiled, and whether it fits this machine."""
+    found = bundles(options)
+    if not found:
+        print(f"nothing is exported in {options.build} yet: start with `make engines`")
+    for bundle in found:
+        manifest = bundle.manifest
+        print(f"{manifest.model}  {manifest.family}  {manifest.precision}  {manifest.width}x{manifest.height}")
+        current = {plan_key(ort.plan_fields(bundle, network)) for network in manifest.networks}
+        for key, plan in bundle.plans().items():
+            fits = "fits this machine" if key in current else "for another machine, version or export"
+            print(f"  {key}  {plan.network:<12}  {plan.bytes / 1e6:6.1f} MB  {plan.fields['runtime']}  {fits}")
+    return 0
+
+
+def build(options: argparse.Namespace) -> int:
+    """Compiles what is missing or damaged."""
+    parse_devices(options.devices)  # refuses unknown devices before any work
+    bundle = Bundle.open(options.model, options.build)
+    damaged = bundle.damaged_sources()
+    if damaged:
+        raise BundleError(damaged[0])
+    for network, plan in ort.build_missing(bundle).items():
+        state = f"compiled in {plan.build_seconds:.1f} s" if plan else "is up to date"
+        print(f"{bundle.manifest.model}: {network} {state}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Hashes every file of bundles and plans against its record."""
+    problems = [problem for bundle in bundles(options) for problem in bundle.problems()]
+    print("\n".join(problems) if problems else "every file is what its record says")
+    return 1 if problems else 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Per network, which plan is used here, or why none fits."""
+    missing = 0
+    for bundle in bundles(options):
+        for network in bundle.manifest.networks:
+            fields = ort.plan_fields(bundle, network)
+            reasons = bundle.explain(network, fields)
+            missing += bool(reasons)
+            name = f"{bundle.manifest.model}/{network}"
+            print(f"{name}: {'; '.join(reasons) if reasons else 'uses plan ' + plan_key(fields)}")
+            parity = bundle.manifest.networks[network].parity
+            print(f"  ONNX Runtime against torch: {parity.relative_error:.1e} of the output's scale")
+            for field, value in fields.items():
+                print(f"  {field:<13} {value}")
+    return 1 if missing else 0
+
+
+def gc(options: argparse.Namespace) -> int:
+    """Deletes plans that fit nothing here, and leftovers of killed builds."""
+    for bundle in bundles(options):
+        with locked(bundle.folder):
+            wanted = {plan_key(ort.plan_fields(bundle, network)) for network in bundle.manifest.networks}
+            for path in bundle.garbage(wanted):
+                shutil.rmtree(path)
+                print(f"deleted {path}")
+    return 0
+
+
+COMMANDS = {"list": list_, "build": build, "verify": verify, "explain": explain, "gc": gc}
+
+
+def main() -> int:
+    """The command line; exit code 1 with one message on any error."""
+    parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.__doc__)
+        sub.add_argument("model", nargs="?", default="shapes" if name == "build" else None, help="default: all")
+        sub.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
+        if name == "build":
+            sub.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
+    options = parser.parse_args()
+    try:
+        return COMMANDS[options.command](options)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}: nothing was changed", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

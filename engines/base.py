@@ -1,0 +1,69 @@
+"""What every backend is: lanes that predict, slots that hold latents, and one linear combination.
+
+A *slot* is a named latent of shape (images, channels, height, width) in float32. An *evaluation* is one ε; with
+guidance it has two *halves* (unconditional and conditional). A *call* is one batched run of the network on one lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Rows = Sequence[Sequence[float]]
+
+
+class Half(NamedTuple):
+    """One guidance half of one evaluation: which latent, at which step, under which conditioning, into which slot."""
+
+    latent: str
+    step: int
+    output: str
+    conditioning: int
+
+
+Call = Sequence[Half]
+
+
+class Backend(Protocol):
+    """A machine that can play a sampler. Methods are called from one thread, in order."""
+
+    @property
+    def lanes(self) -> int:
+        """How many calls can run at the same time."""
+
+    def bind(
+        self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
+    ) -> None:
+        """Starts an image: forgets all slots and sets what does not change until the next one.
+
+        `shape` is that of a slot. `timesteps[i]` goes in with step i. `conditioning[c]` holds the model inputs of
+        half c by name, each with one row per image.
+        """
+
+    def write(self, slot: str, value: Array) -> None:
+        """Puts a latent into a slot."""
+
+    def read(self, slot: str) -> Array:
+        """A copy of a slot; waits for it."""
+
+    def predict(self, calls: Sequence[Call]) -> None:
+        """Runs the calls at the same time, call n on lane n; an empty call leaves its lane idle."""
+
+    def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
+        """targets[m] = Σ_j rows[m][j] · sources[j], float32; targets may be among the sources."""
+
+    def distance(self, a: str, b: str) -> float:
+        """‖a − b‖ / ‖b‖ in float32, summed in a fixed order."""
+
+    def close(self) -> None:
+        """Stops the lanes."""
+
+
+def combine(inputs: Array, rows: Rows) -> Array:
+    """The reference of the project's one kernel: (m, j) rows times (j, elements) inputs, in float32."""
+    result: Array = np.asarray(rows, np.float32) @ inputs
+    return result

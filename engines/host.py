@@ -1,0 +1,173 @@
+"""Lanes in host memory: slots are rows of one NumPy array, every lane has a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+
+from engines.base import Array, Call, Rows, combine
+
+
+class Lane(Protocol):
+    """One compiled model. Its input arrays are its own and are filled before every run."""
+
+    def inputs(self, batch: int) -> Mapping[str, Array]:
+        """The arrays to fill for a batch: `sample`, `timestep`, and the conditioning by name."""
+
+    def run(self, batch: int) -> Array:
+        """Runs the network on the filled inputs; the result is valid until the next run."""
+
+
+class HostBackend:
+    """Plays a sampler on lanes in host memory: ONNX Runtime sessions, or plain functions in tests.
+
+    The calling thread works as lane 0, so that a round costs one hand-over per further lane.
+    `busy[n]` adds up the seconds that lane n spent in its network; `critical` the longest call of every round.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = list(lanes)
+        self._todo: list[SimpleQueue[Call | None]] = [SimpleQueue() for _ in self._lanes[1:]]
+        self._done: SimpleQueue[Exception | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, args=(n,), daemon=True, name=f"lane-{n}")
+            for n in range(1, len(self._lanes))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def lanes(self) -> int:
+        """How many calls can run at the same time."""
+        return len(self._lanes)
+
+    def bind(
+        self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
+    ) -> None:
+        """See Backend.bind."""
+        self._shape = shape
+        self._timesteps = np.asarray(timesteps, np.float32)
+        self._conditioning = list(conditioning)
+        self._filled: list[dict[int, tuple[int, ...]]] = [{} for _ in self._lanes]
+        self._index: dict[str, int] = {}
+        self._slots = np.empty((16, int(np.prod(shape))), np.float32)
+        self.busy = [0.0] * len(self._lanes)
+        self._last = [0.0] * len(self._lanes)
+        self.critical = 0.0
+
+    def write(self, slot: str, value: Array) -> None:
+        """See Backend.write."""
+        self._slots[self._slot(slot)] = value.reshape(-1)
+
+    def read(self, slot: str) -> Array:
+        """See Backend.read."""
+        return self._slots[self._index[slot]].reshape(self._shape).copy()
+
+    def predict(self, calls: Sequence[Call]) -> None:
+        """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped."""
+        for call in calls:
+            for half in call:
+                self._slot(half.output)  # growing the array is not for lanes to do
+        self._last = [0.0] * len(self._lanes)
+        others = [(n, call) for n, call in enumerate(calls) if n and call]
+        for n, call in others:
+            self._todo[n - 1].put(call)
+        try:
+            errors = [self._attempt(0, calls[0])] if calls[0] else []
+        finally:  # also on Ctrl-C: a lane still running would write into the next image
+            late = [self._done.get() for _ in others]
+        for error in errors + late:
+            if error is not None:
+                raise error
+        self.critical += max(self._last)
+
+    def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
+        """See Backend.combine. Gathering copies the sources, so that in place is safe."""
+        result = combine(self._slots[[self._index[slot] for slot in sources]], rows)
+        self._slots[[self._slot(slot) for slot in targets]] = result
+
+    def distance(self, a: str, b: str) -> float:
+        """See Backend.distance."""
+        reference = self._slots[self._index[b]]
+        difference = self._slots[self._index[a]] - reference
+        return float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference)))
+
+    def close(self) -> None:
+        """Stops the lanes' threads and waits for them."""
+        for todo in self._todo:
+            todo.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _slot(self, name: str) -> int:
+        index = self._index.setdefault(name, len(self._index))
+        if index == len(self._slots):
+            self._slots = np.concatenate([self._slots, np.empty_like(self._slots)])
+        return index
+
+    def _work(self, n: int) -> None:
+        while (call := self._todo[n - 1].get()) is not None:
+            self._done.put(self._attempt(n, call))
+
+    def _attempt(self, n: int, call: Call) -> Exception | None:
+        try:
+            self._run(n, call)
+        except Exception as error:  # noqa: BLE001 - carried to the calling thread and raised there
+            return error
+        return None
+
+    def _run(self, n: int, call: Call) -> None:
+        """Gathers the inputs of one call, runs it, scatters its outputs."""
+        lane, images = self._lanes[n], self._shape[0]
+        batch = len(call) * images
+        inputs = lane.inputs(batch)
+        sample = inputs["sample"].reshape(len(call), -1)
+        for row, half in enumerate(call):
+            sample[row] = self._slots[self._index[half.latent]]
+            inputs["timestep"][row * images : (row + 1) * images] = self._timesteps[half.step]
+        self._fill_conditioning(n, batch, tuple(half.conditioning for half in call), inputs)
+        start = time.perf_counter()
+        output = lane.run(batch)
+        self._last[n] = time.perf_counter() - start
+        self.busy[n] += self._last[n]
+        output = output.reshape(len(call), -1)
+        for row, half in enumerate(call):
+            self._slots[self._index[half.output]] = output[row]
+
+    def _fill_conditioning(self, n: int, batch: int, wanted: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
+        """Copies embeddings in only when this batch size last saw another order of halves."""
+        if self._filled[n].get(batch) == wanted:
+            return
+        images = self._shape[0]
+        for row, conditioning in enumerate(wanted):
+            for name, value in self._conditioning[conditioning].items():
+                inputs[name][row * images : (row + 1) * images] = value
+        self._filled[n][batch] = wanted
+
+
+class FunctionLane:
+    """A Python function as a model, for tests and for models that are not networks.
+
+    `model(sample, timestep, conditioning) → ε` takes batches.
+    """
+
+    def __init__(self, model: Callable[[Array, Array, Mapping[str, Array]], Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._model = model
+        self._shapes = shapes
+        self._inputs: dict[int, dict[str, Array]] = {}
+
+    def inputs(self, batch: int) -> Mapping[str, Array]:
+        """Arrays of the given shapes, one set per batch size."""
+        if batch not in self._inputs:
+            self._inputs[batch] = {n: np.zeros((batch, *s), np.float32) for n, s in self._shapes.items()}
+        return self._inputs[batch]
+
+    def run(self, batch: int) -> Array:
+        """Calls the function."""
+        rest = dict(self._inputs[batch])
+        return self._model(rest.pop("sample"), rest.pop("timestep"), rest)

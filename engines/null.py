@@ -1,0 +1,77 @@
+"""A backend without models: it finds plan bugs in milliseconds and counts what a plan costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from engines.base import Array, Call, Rows
+
+
+class NullBackend:
+    """Checks every slot access of a plan and counts; its clock runs on a cost table instead of on hardware.
+
+    `call_seconds(halves)` is the virtual duration of one call; `seconds` adds up the longest call of every round.
+    Reading a slot that nobody wrote, or two jobs of a round meeting in one slot, is an AssertionError: plans are ours.
+    """
+
+    def __init__(self, lanes: int, call_seconds: Callable[[int], float] = lambda halves: 0.0) -> None:
+        self.lanes = lanes
+        self._call_seconds = call_seconds
+        self.bind((), (), ())
+
+    def bind(
+        self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
+    ) -> None:
+        """Forgets all slots and counts."""
+        self.shape = shape
+        self.steps = len(timesteps)
+        self.rounds = self.halves = self.calls = self.combines = 0
+        self.seconds = 0.0
+        self.written: set[str] = set()
+
+    def write(self, slot: str, value: Array) -> None:
+        """Marks a slot as written."""
+        self.written.add(slot)
+
+    def read(self, slot: str) -> Array:
+        """Zeros, if the slot was written."""
+        assert slot in self.written, f"slot {slot!r} is read but was never written"
+        return np.zeros(self.shape, np.float32)
+
+    def predict(self, calls: Sequence[Call]) -> None:
+        """One round."""
+        assert len(calls) <= self.lanes, f"{len(calls)} calls for {self.lanes} lanes"
+        halves = [half for call in calls for half in call]
+        outputs = [half.output for half in halves]
+        assert halves, "a round without a call"
+        assert len(set(outputs)) == len(outputs), f"two halves of one round write the same slot: {outputs}"
+        for half in halves:
+            assert half.latent in self.written, f"slot {half.latent!r} is read but was never written"
+            assert half.latent not in outputs, f"slot {half.latent!r} is read and written in one round"
+            assert 0 <= half.step < self.steps, f"step {half.step} of {self.steps}"
+        self.written.update(outputs)
+        self.rounds += 1
+        self.halves += len(halves)
+        self.calls += sum(1 for call in calls if call)
+        self.seconds += max(self._call_seconds(len(call)) for call in calls if call)
+
+    def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
+        """Checks shapes and slots."""
+        assert len(rows) == len(targets) == len(set(targets)) and rows, "one row per distinct target"
+        assert all(len(row) == len(sources) for row in rows), "one coefficient per source"
+        assert len(set(sources)) == len(sources), f"a source is named twice: {sources}"
+        for slot in sources:
+            assert slot in self.written, f"slot {slot!r} is read but was never written"
+        self.written.update(targets)
+        self.combines += 1
+
+    def distance(self, a: str, b: str) -> float:
+        """Zero, if both slots were written."""
+        self.read(a)
+        self.read(b)
+        return 0.0
+
+    def close(self) -> None:
+        """Nothing to stop."""

@@ -1,0 +1,148 @@
+"""ONNX Runtime on CPU cores: compiled plans, and lanes with a session of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from engines.base import Array
+from engines.devices import LaneSpec, cores
+from engines.errors import BundleError, DeviceError
+from engines.host import HostBackend
+from engines.store import Bundle, Plan, locked
+
+
+def machine() -> str:
+    """The processor as far as compiled kernels depend on it: its name and a digest of its instruction sets."""
+    name, flags = platform.machine(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        name, flags = facts.get("model name", name), facts.get("flags", facts.get("Features", ""))
+    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
+    return f"{platform.system()} {name} ({digest})"
+
+
+def plan_fields(bundle: Bundle, network: str) -> dict[str, str]:
+    """Everything that the compiled form of a network depends on."""
+    return {
+        "network": network,
+        "onnx_sha256": bundle.manifest.networks[network].sha256,
+        "precision": bundle.manifest.precision,
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "provider": "CPUExecutionProvider",
+        "optimization": "all",
+        "machine": machine(),
+    }
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # it warns that a plan is for this machine only, which is what plans are
+    return options
+
+
+def build_plan(bundle: Bundle, network: str) -> Plan:
+    """Optimizes one network for this processor and stores the result."""
+    start = time.perf_counter()
+    source = bundle.onnx(network)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.folder.parent) as scratch:
+        target = Path(scratch) / f"{network}.onnx"
+        options = _options(cores())
+        options.optimized_model_filepath = str(target)
+        try:
+            onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library raises many types of its own
+            raise BundleError(f"{source} cannot be compiled ({error}): {bundle.repair}") from error
+        return bundle.add_plan(network, plan_fields(bundle, network), target, time.perf_counter() - start)
+
+
+def build_missing(bundle: Bundle) -> dict[str, Plan | None]:
+    """Builds every plan that is missing or damaged; per network the new plan, or None where it was there."""
+    with locked(bundle.folder):
+        return {
+            network: None if bundle.has_intact_plan(plan_fields(bundle, network)) else build_plan(bundle, network)
+            for network in bundle.manifest.networks
+        }
+
+
+class Session:
+    """One network ready to run; `run(**inputs)` returns its first output."""
+
+    def __init__(self, bundle: Bundle, network: str, threads: int, *, spin: bool = False) -> None:
+        content = bundle.plan_content(network, plan_fields(bundle, network))
+        options = _options(threads)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the plan has it all
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        self.network = network
+        self.spec = bundle.manifest.networks[network]
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(self, **inputs: np.ndarray) -> Array:
+        """The network's first output."""
+        try:
+            result: Array = self.session.run(None, inputs)[0]
+        except Exception as error:  # the library raises many types of its own
+            raise DeviceError(f"{self.network} failed in ONNX Runtime: {error}") from error
+        return result
+
+
+class SessionLane:
+    """A lane on one session, with input and output memory bound once per batch size."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._bound: dict[int, tuple[dict[str, Array], Array, onnxruntime.IOBinding]] = {}
+
+    def inputs(self, batch: int) -> Mapping[str, Array]:
+        """See host.Lane."""
+        return self._bind(batch)[0]
+
+    def run(self, batch: int) -> Array:
+        """See host.Lane."""
+        _, output, binding = self._bind(batch)
+        try:
+            self._session.session.run_with_iobinding(binding)
+        except Exception as error:  # the library raises many types of its own
+            raise DeviceError(f"{self._session.network} failed in ONNX Runtime: {error}") from error
+        return output
+
+    def _bind(self, batch: int) -> tuple[dict[str, Array], Array, onnxruntime.IOBinding]:
+        if batch not in self._bound:
+            inputs, outputs = (
+                {t.name: np.zeros([batch if axis == "batch" else axis for axis in t.shape], np.float32) for t in tensors}
+                for tensors in (self._session.spec.inputs, self._session.spec.outputs)
+            )
+            binding = self._session.session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+            for name, value in outputs.items():
+                binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+            self._bound[batch] = (inputs, next(iter(outputs.values())), binding)
+        return self._bound[batch]
+
+
+class Engines:
+    """A loaded model: text encoder and VAE decoder on all cores, and the lanes of the noise predictor."""
+
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
+        threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
+        self.text_encoder = Session(bundle, "text_encoder", threads)
+        self.vae_decoder = Session(bundle, "vae_decoder", threads)
+        sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]
+        self.backend = HostBackend([SessionLane(session) for session in sessions])
+
+    def close(self) -> None:
+        """Stops the lanes."""
+        self.backend.close()
+

@@ -1,0 +1,200 @@
+"""Where exported models and compiled plans live: content-keyed, locked, and never half written.
+
+    build/<model>/manifest.json, *.onnx, tokenizer.json      what `export` makes: a *bundle*
+    build/<model>/plans/<key>/plan.json, <file>              what `engines build` makes of it for one kind of machine
+
+A folder appears under its final name by one rename after everything in it was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.errors import BundleError
+from engines.manifest import MANIFEST, Manifest, check_file, sha256_file
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+PLAN = "plan.json"
+PARTIAL = ".partial-"
+
+
+class Plan(BaseModel):
+    """The sidecar of a compiled network: all that its key was made of, in clear, and the hash of its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    network: str
+    key: str
+    fields: dict[str, str]
+    file: str
+    sha256: str
+    bytes: int
+    build_seconds: float
+
+
+def plan_key(fields: Mapping[str, str]) -> str:
+    """The key of a plan: a hash of everything that a plan depends on."""
+    return hashlib.sha256(json.dumps(dict(sorted(fields.items()))).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends, and vanishes when it raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time may change `folder`; others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        yield
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported model on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, model: str, build: Path = BUILD) -> Bundle:
+        """The bundle of a model's name below `build`, or of a path to a bundle; BundleError when there is none."""
+        folder = Path(model) if Path(model, MANIFEST).is_file() else build / model
+        if not (folder / MANIFEST).is_file():
+            known = ", ".join(path.parent.name for path in sorted(build.glob(f"*/{MANIFEST}"))) or "none yet"
+            raise BundleError(
+                f"there is no exported model {model!r} (exported: {known}): make it with `make engines MODEL={model}`"
+            )
+        return cls(folder, Manifest.read(folder))
+
+    @property
+    def repair(self) -> str:
+        """The command that makes this bundle again."""
+        return f"make it again with `make clean-engines engines MODEL={self.manifest.model}`"
+
+    def onnx(self, network: str) -> Path:
+        """The ONNX file of a network, checked against the manifest."""
+        spec = self.manifest.networks[network]
+        check_file(self.folder / spec.file, spec.sha256, self.repair)
+        return self.folder / spec.file
+
+    def tokenizer(self) -> bytes:
+        """The tokenizer's JSON, checked against the manifest."""
+        spec = self.manifest.tokenizer
+        return check_file(self.folder / spec.file, spec.sha256, self.repair)
+
+    def plans(self) -> dict[str, Plan]:
+        """All readable plans of this bundle by key; unreadable ones are left to `gc`."""
+        found = {}
+        for path in sorted((self.folder / "plans").glob(f"*/{PLAN}")):
+            try:
+                found[path.parent.name] = Plan.model_validate_json(path.read_bytes())
+            except ValidationError:
+                continue
+        return found
+
+    def plan_folder(self, key: str) -> Path:
+        """Where the plan of a key lives."""
+        return self.folder / "plans" / key
+
+    def plan_content(self, network: str, fields: Mapping[str, str]) -> bytes:
+        """The compiled network for these fields, hash-checked; BundleError names what differs and the repair."""
+        command = f"`make engines MODEL={self.manifest.model}`"
+        plan = self.plans().get(plan_key(fields))
+        if plan is None:
+            reasons = "; ".join(self.explain(network, fields))
+            raise BundleError(f"no compiled {network} for this machine ({reasons}): build it with {command}")
+        return check_file(self.plan_folder(plan.key) / plan.file, plan.sha256, f"build it again with {command}")
+
+    def explain(self, network: str, fields: Mapping[str, str]) -> list[str]:
+        """Why no existing plan of a network fits, field by field against the nearest one; empty when one fits."""
+        candidates = [plan for plan in self.plans().values() if plan.network == network]
+        if not candidates:
+            return [f"no plan of {network} was ever built here"]
+        differences = [_differences(plan.fields, fields) for plan in candidates]
+        return min(differences, key=len)
+
+    def add_plan(self, network: str, fields: Mapping[str, str], source: Path, seconds: float) -> Plan:
+        """Takes a compiled file into the store."""
+        key = plan_key(fields)
+        with replacing(self.plan_folder(key)) as partial:
+            target = Path(shutil.move(source, partial / source.name))
+            plan = Plan(
+                schema_version=1, network=network, key=key, fields=dict(fields), file=target.name,
+                sha256=sha256_file(target), bytes=target.stat().st_size, build_seconds=round(seconds, 3),
+            )  # fmt: skip
+            (partial / PLAN).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n")
+        return plan
+
+    def has_intact_plan(self, fields: Mapping[str, str]) -> bool:
+        """Whether a plan for these fields exists and its file is what its sidecar says."""
+        plan = self.plans().get(plan_key(fields))
+        if plan is None:
+            return False
+        path = self.plan_folder(plan.key) / plan.file
+        return path.is_file() and sha256_file(path) == plan.sha256
+
+    def damaged_sources(self) -> list[str]:
+        """One message per exported file that is not what the manifest says."""
+        specs = [*self.manifest.networks.values(), self.manifest.tokenizer]
+        return self._damaged((self.folder / spec.file, spec.sha256) for spec in specs)
+
+    def problems(self) -> list[str]:
+        """One message per file of the bundle or of its plans that is not what its record says."""
+        plans = self.plans().values()
+        return self.damaged_sources() + self._damaged((self.plan_folder(p.key) / p.file, p.sha256) for p in plans)
+
+    def _damaged(self, files: Iterable[tuple[Path, str]]) -> list[str]:
+        found = []
+        for path, sha256 in files:
+            try:
+                check_file(path, sha256, self.repair)
+            except BundleError as error:
+                found.append(str(error))
+        return found
+
+    def garbage(self, wanted: set[str]) -> list[Path]:
+        """Plan folders with other keys than the wanted ones, and leftovers of killed builds."""
+        plans = [p for p in (self.folder / "plans").glob("*") if p.is_dir() and p.name not in wanted]
+        return plans + list(self.folder.parent.glob(f"{PARTIAL}*"))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names = sorted({*old, *new})
+    return [f"{name}: built for {old.get(name)}, now {new.get(name)}" for name in names if old.get(name) != new.get(name)]

@@ -1,0 +1,116 @@
+"""Model families by name: which networks a diffusers folder holds, what goes into them, and what the runtime must know.
+
+Loading is diffusers' own `from_pretrained`; nothing here is special to the embedded model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from engines.errors import ExportError
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class NetworkExport:
+    """One network to export: the module, its inputs' names and fresh random examples of them, its output's name.
+
+    The first axis of every input and of the output is the batch.
+    """
+
+    module: nn.Module
+    inputs: tuple[str, ...]
+    output: str
+    example: Callable[[int], tuple[Tensor, ...]]
+
+
+class TextEncoder(nn.Module):
+    """Token ids (batch, tokens) int64 → embeddings (batch, tokens, width)."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.model = pipeline.text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The last hidden state, which is what Stable Diffusion conditions on."""
+        output: Tensor = self.model(input_ids=input_ids).last_hidden_state
+        return output
+
+
+class NoisePredictor(nn.Module):
+    """Latents, a timestep per row, and embeddings → ε of the latents' shape."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.model = pipeline.unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """A batch may mix timesteps, which lets one call serve several drafts."""
+        output: Tensor = self.model(sample, timestep, encoder_hidden_states).sample
+        return output
+
+
+class LatentDecoder(nn.Module):
+    """Unscaled latents → pixels in [−1, 1]."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.model = pipeline.vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        """The VAE's decoder."""
+        output: Tensor = self.model.decode(latent_sample).sample
+        return output
+
+
+def load_pipeline(folder: Path) -> Any:
+    """The diffusers pipeline in a folder, float32; ExportError when it is none, or of a family we cannot export."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ExportError(f"{folder} is not a diffusers model: it has no model_index.json")
+    family = json.loads(index.read_text()).get("_class_name")
+    if family not in FAMILIES:
+        raise ExportError(f"{folder} holds a {family}; this version exports {', '.join(FAMILIES)}")
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder} cannot be loaded by diffusers: {error}") from error
+
+
+def stable_diffusion(pipeline: Any) -> dict[str, NetworkExport]:
+    """The networks of Stable Diffusion 1.x: CLIP text encoder, conditional UNet, VAE decoder."""
+    unet, tokenizer = pipeline.unet.config, pipeline.tokenizer
+    tokens, side = tokenizer.model_max_length, unet.sample_size
+    vocabulary, trained = pipeline.text_encoder.config.vocab_size, pipeline.scheduler.config.num_train_timesteps
+
+    def ids(batch: int) -> tuple[Tensor, ...]:
+        return (torch.randint(vocabulary, (batch, tokens)),)
+
+    def latents(batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, unet.in_channels, side, side),)
+
+    def noisy(batch: int) -> tuple[Tensor, ...]:
+        words = torch.randn(batch, tokens, unet.cross_attention_dim)
+        return (*latents(batch), torch.randint(trained, (batch,)).float(), words)
+
+    return {
+        "text_encoder": NetworkExport(TextEncoder(pipeline), ("input_ids",), "last_hidden_state", ids),
+        "unet": NetworkExport(
+            NoisePredictor(pipeline), ("sample", "timestep", "encoder_hidden_states"), "out_sample", noisy
+        ),
+        "vae_decoder": NetworkExport(LatentDecoder(pipeline), ("latent_sample",), "sample", latents),
+    }
+
+
+FAMILIES: dict[str, Callable[[Any], dict[str, NetworkExport]]] = {"StableDiffusionPipeline": stable_diffusion}

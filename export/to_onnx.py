@@ -1,0 +1,83 @@
+"""A torch module to an ONNX file, and the proof that they compute the same."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from engines.errors import ExportError
+from engines.manifest import Network, Parity, TensorSpec, sha256_file
+from export.models import MAX_BATCH, NetworkExport
+
+OPSET = 20  # the newest that needs no Attention operator, which TensorRT-RTX cannot build
+PARITY_BOUND = 1e-4
+PARITY_BATCHES = (1, 3, 4)
+
+
+def export_network(name: str, network: NetworkExport, folder: Path) -> Network:
+    """Writes `<name>.onnx` with a dynamic batch axis and measures it against torch.
+
+    ExportError when the largest difference exceeds PARITY_BOUND of the output's scale, or is not finite.
+    """
+    path = folder / f"{name}.onnx"
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    network.module.eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            network.module,
+            network.example(2),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(network.inputs),
+            output_names=[network.output],
+            dynamic_shapes=tuple({0: batch} for _ in network.inputs),
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=False)
+    graph = onnx.load(path, load_external_data=False).graph
+    return Network(
+        file=path.name,
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        inputs=tuple(_spec(value) for value in graph.input),
+        outputs=tuple(_spec(value) for value in graph.output),
+        parity=measure_parity(name, network, path),
+    )
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    # the first axis is the batch in every network; exporters sometimes rename it on outputs
+    rest = [axis.dim_param or int(axis.dim_value) for axis in tensor.shape.dim[1:]]
+    return TensorSpec(name=value.name, dtype=dtype, shape=("batch", *rest))
+
+
+@torch.no_grad()
+def measure_parity(name: str, network: NetworkExport, path: Path) -> Parity:
+    """ONNX Runtime against torch on fresh random inputs of several batch sizes."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    error = scale = 0.0
+    for batch in PARITY_BATCHES:
+        inputs = network.example(batch)
+        expected = network.module(*inputs).numpy()
+        feeds = {key: value.numpy() for key, value in zip(network.inputs, inputs, strict=True)}
+        actual = session.run(None, feeds)[0]
+        error = max(error, float(np.abs(actual - expected).max()))
+        scale = max(scale, float(np.abs(expected).max()))
+    parity = Parity(max_abs_error=error, scale=scale, bound=PARITY_BOUND, batches=PARITY_BATCHES)
+    if not parity.relative_error <= PARITY_BOUND:
+        raise ExportError(
+            f"{name}: ONNX Runtime differs from torch by {error:.3g} where the output's scale is {scale:.3g}; "
+            f"allowed is {PARITY_BOUND:g} of it"
+        )
+    return parity

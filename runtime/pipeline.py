@@ -1,0 +1,238 @@
+"""`Pipeline`: a prompt in, pictures out. The stages in order: text, noise, denoising loop, VAE decoder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engines.base import Array
+from engines.devices import parse_devices
+from engines.errors import NonFiniteError, ParameterError
+from engines.ort import Engines
+from engines.store import BUILD, Bundle
+from runtime.execute import execute
+from runtime.prompt import PromptTokenizer
+from runtime.report import Report
+from runtime.samplers import SAMPLERS, STATE
+from runtime.schedule import Schedule, make_schedule
+
+DRAFTS = ("frozen",)
+MAX_SEED = 2**64 - 1
+StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures of one call; `latents` is (images, channels, height, width) float32, as diffusers returns them."""
+
+    images: list[Image.Image]
+    latents: Array
+    report: Report
+
+
+class Pipeline:
+    """A loaded model on a set of lanes. Safe to call from several threads: images are made one after another."""
+
+    def __init__(self, bundle: Bundle, devices: str) -> None:
+        self.devices = parse_devices(devices)
+        self.manifest = bundle.manifest
+        self._tokenizer = PromptTokenizer(bundle)
+        self._engines = Engines(bundle, self.devices)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, model: str, devices: str = "auto", build: Path = BUILD) -> Pipeline:
+        """Loads an exported and compiled model by name or by bundle folder.
+
+        BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
+        """
+        return cls(Bundle.open(model, build), devices)
+
+    def close(self) -> None:
+        """Stops the lanes."""
+        self._engines.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str = "",
+        mode: str = "sequential",
+        k: int | None = None,
+        drafts: str = "frozen",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        seed: int = 0,
+        scheduler: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Array | None = None,
+        prompt_embeds: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Result:
+        """Makes pictures. Arguments that diffusers also has mean what they mean there.
+
+        mode: `sequential`, `conservative` or `aggressive`. k: drafts per round, by default the number of lanes.
+        seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i). latents: initial noise of unit variance,
+        (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens, width), in place of `prompt`.
+        callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
+        after each block in the parallel modes; it may look, and raise to cancel, but not change the latents.
+
+        ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
+        """
+        _check_choice("mode", mode, SAMPLERS)
+        _check_choice("drafts", drafts, DRAFTS)
+        _check_whole("num_inference_steps", num_inference_steps, 1, len(self.manifest.alphas_cumprod))
+        _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
+        _check_whole("seed", seed, 0, MAX_SEED)
+        k = len(self.devices) if k is None else _check_whole("k", k, 1, 1000)
+        if not isinstance(guidance_scale, int | float) or not np.isfinite(guidance_scale):
+            raise ParameterError("guidance_scale", f"guidance_scale must be a finite number, not {guidance_scale!r}")
+        self._check_size(width, height)
+        schedule = make_schedule(self.manifest, scheduler, num_inference_steps)
+        with self._lock:
+            started = time.perf_counter()
+            conditioning, warnings = self._encode(
+                prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
+            )
+            noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
+            encoded = time.perf_counter()
+            backend = self._engines.backend
+            backend.bind(noise.shape, schedule.timesteps, conditioning)
+            backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
+            notify = self._notifier(callback_on_step_end, schedule)
+            counts = execute(SAMPLERS[mode](schedule, k), backend, float(guidance_scale), notify)
+            finished = backend.read(STATE)
+            denoised = time.perf_counter()
+            images = self._decode(finished)
+            ended = time.perf_counter()
+            critical = backend.critical
+        report = Report(
+            model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=k,
+            lanes=len(self.devices), devices=",".join(map(str, self.devices)), guidance_scale=float(guidance_scale),
+            guidance_split=guidance_scale > 1 and len(self.devices) > 1, drafts=drafts, seed=seed, images=len(images),
+            rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
+            seconds={
+                "text": encoded - started, "denoise": denoised - encoded, "decode": ended - denoised,
+                "total": ended - started,
+            },
+            critical_seconds=critical,
+            overhead_us_per_round=(denoised - encoded - critical) / counts.rounds * 1e6,
+            warnings=tuple(warnings),
+        )  # fmt: skip
+        return Result(images, finished, report)
+
+    def _check_size(self, width: int | None, height: int | None) -> None:
+        for name, value, exported in (
+            ("width", width, self.manifest.width),
+            ("height", height, self.manifest.height),
+        ):
+            if value is None:
+                continue
+            if not isinstance(value, int) or value < 8 or value % 8:
+                raise ParameterError(name, f"{name} must be a positive multiple of 8, not {value!r}")
+            if value != exported:
+                size = f"{self.manifest.width}x{self.manifest.height}"
+                raise ParameterError(name, f"{name}={value} is not among the sizes of this engine: it makes {size}")
+
+    def _encode(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str,
+        prompt_embeds: Array | None,
+        negative_prompt_embeds: Array | None,
+        images_per_prompt: int,
+    ) -> tuple[list[Mapping[str, Array]], list[str]]:
+        """The conditioning of both guidance halves, each with one row per image."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ParameterError("prompt", "give either prompt or prompt_embeds")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if prompt_embeds is None and (not prompts or not all(isinstance(p, str) for p in prompts)):
+            raise ParameterError("prompt", "prompt must be a string or a list of strings")
+        if not isinstance(negative_prompt, str):
+            raise ParameterError("negative_prompt", "negative_prompt must be a string")
+        ids, warnings = self._tokenizer([negative_prompt, *prompts])
+        encoded = self._engines.text_encoder.run(input_ids=ids)
+        positive, negative = encoded[1:], encoded[:1]
+        if prompt_embeds is not None:
+            positive = self._check_embeds("prompt_embeds", prompt_embeds, encoded)
+        if negative_prompt_embeds is not None:
+            negative = self._check_embeds("negative_prompt_embeds", negative_prompt_embeds, encoded)
+        positive = positive.repeat(images_per_prompt, 0)
+        if len(negative) not in (1, len(positive) // images_per_prompt):
+            raise ParameterError("negative_prompt_embeds", "give one negative embedding, or one per prompt")
+        negative = np.broadcast_to(negative.repeat(len(positive) // len(negative), 0), positive.shape)
+        return [{"encoder_hidden_states": negative}, {"encoder_hidden_states": positive}], warnings
+
+    @staticmethod
+    def _check_embeds(name: str, value: Array, like: Array) -> Array:
+        array = np.asarray(value, np.float32)
+        if array.ndim != 3 or array.shape[1:] != like.shape[1:] or not len(array):
+            raise ParameterError(name, f"{name} must have shape (prompts, {like.shape[1]}, {like.shape[2]}), not {array.shape}")
+        if not np.isfinite(array).all():
+            raise ParameterError(name, f"{name} holds NaN or infinity")
+        return array
+
+    def _initial_noise(self, images: int, seed: int, latents: Array | None) -> Array:
+        factor = self.manifest.vae_scale_factor
+        shape = (self.manifest.latent_channels, self.manifest.height // factor, self.manifest.width // factor)
+        if latents is None:
+            return np.stack([gaussian(seed, image, 0, shape) for image in range(images)])
+        array = np.asarray(latents, np.float32)
+        if array.shape != (images, *shape):
+            raise ParameterError("latents", f"latents must have shape {(images, *shape)}, not {array.shape}")
+        if not np.isfinite(array).all():
+            raise ParameterError("latents", "latents hold NaN or infinity")
+        return array
+
+    def _notifier(self, callback: StepCallback | None, schedule: Schedule) -> Callable[[int], None]:
+        if callback is None:
+            return lambda finished: None
+
+        def notify(finished: int) -> None:
+            latents = self._engines.backend.read(STATE)
+            callback(self, finished - 1, schedule.timesteps[finished - 1], {"latents": latents})
+
+        return notify
+
+    def _decode(self, latents: Array) -> list[Image.Image]:
+        if not np.isfinite(latents).all():
+            raise NonFiniteError("the denoised latents hold NaN or infinity: no picture can be made of them")
+        scaled = latents / np.float32(self.manifest.vae_scaling_factor) + np.float32(self.manifest.vae_shift_factor)
+        pixels = self._engines.vae_decoder.run(latent_sample=scaled)
+        if not np.isfinite(pixels).all():
+            raise NonFiniteError("the VAE decoder gave NaN or infinity: no picture can be made of it")
+        return [Image.fromarray(picture) for picture in to_uint8(pixels)]
+
+
+def gaussian(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise that depends on (seed, image, step) alone, whatever else is drawn or in which order."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, image << 32 | step]))
+    return generator.standard_normal(shape, np.float32)
+
+
+def to_uint8(pixels: Array) -> NDArray[np.uint8]:
+    """(n, 3, h, w) in [−1, 1] to (n, h, w, 3) in 0 … 255, rounded as diffusers rounds."""
+    scaled = (pixels / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
+    return (scaled * 255).round().astype(np.uint8)
+
+
+def _check_choice(param: str, value: object, choices: Mapping[str, object] | Sequence[str]) -> None:
+    if value not in choices:
+        raise ParameterError(param, f"unknown {param} {value!r}: use one of {', '.join(choices)}")
+
+
+def _check_whole(param: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ParameterError(param, f"{param} must be a whole number from {low} to {high}, not {value!r}")
+    return int(value)
