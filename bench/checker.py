@@ -52,23 +52,30 @@ PLACES: dict[str, tuple[int, int]] = {
 AREA = {"circle": 3.142, "square": 2.690, "triangle": 1.515, "star": 1.428, "ring": 2.191, "cross": 2.258}  # of r = 1
 UNCLEAR = "unclear"
 
-# A colour is certain within half the distance of the palette's closest pair (orange and yellow, 90 in RGB).
+# Half the distance of the palette's closest pair (orange and yellow, 90 in RGB): within it a colour is certain.
 COLOUR_REACH = 45.0
-COLOUR_SHARE = 0.8  # of a shape's core pixels that must be nearest to the shape's colour
-RADIUS_SLACK = 0.2  # relative; pictures are drawn with 0.06, and the two sizes stay apart until 0.24
+COLOUR_SHARE = 0.8  # of a shape's flat pixels that must be nearest to the shape's colour
+RADIUS_SLACK = 0.2  # relative; pictures are drawn with 0.06, and the two sizes stay apart up to 0.24
 PLACE_SLACK = 6.0  # px along each axis; pictures are drawn with 2, and half-way between two places is 8
-FIT_NEEDED = {"circle": 0.88, "square": 0.88, "triangle": 0.8, "star": 0.8, "ring": 0.8, "cross": 0.8}
-MARGIN_NEEDED = 0.03
+# Drawn shapes blurred by 0.7 px with noise of 6 fit at 0.94, 0.92, 0.89, 0.83, 0.90 and 0.89 or better (in this order).
+# Impostors: a diamond fits circle at 0.84 and a 6:5 rectangle square at 0.84, a half disc or a triangle on its head
+# fit nothing above 0.70, a four-pointed star fits cross at 0.79.
+FIT_NEEDED = {"circle": 0.88, "square": 0.88, "triangle": 0.85, "star": 0.8, "ring": 0.82, "cross": 0.82}
+MARGIN_NEEDED = 0.03  # to the second-best kind; the drawn ones keep 0.08, a square with very round corners 0.02
+BLURS = (0.0, 0.6, 1.0)  # px, sigma: what a template may be blurred by to fit better; more is not forgiven
 SPECK = 12.0  # px²: what is smaller is noise, what is larger must be explained
-DEPTH = 2.0  # px: how far from the fitted outline a pixel must be before it is a defect
+DEPTH = 2.0  # px: what is this far outside of every fitted outline is a shape of its own
+HOLE = 6.0  # px²: the largest part that may be missing from a shape, counted HOLE_DEPTH inside its outline
+HOLE_DEPTH = 1.0  # px
+MAXIMUM_ANGLE = float(np.radians(12))  # pictures are drawn with 8 degrees
+# RGB per px: noise of 6 has a slope of 10; the middle of an edge has half of its contrast, or 0.4 when blurred by 1 px.
+_FLAT, _FLAT_SHARE = 25.0, 0.1
 _FAINT = 25.0  # RGB distance from the background at which a pixel may belong to a shape
-_SEED_PIXELS = 4
+_MOST_REGIONS = 4  # fitted, the largest first; a picture of noise has hundreds, and the others count unfitted
+_SEED_PIXELS = 4  # fewer flat pixels of one colour than this are an edge or noise
 _ROUNDS = 6
-_LONGEST_MOVE = np.array([2.0, 2.0, 2.0, 0.12])
-SOFTNESS = 1.0
-BLURS = (0.0, 0.6, 1.0)
+_LONGEST_MOVE = np.array([2.0, 2.0, 2.0, 0.12])  # px, px, px, radians in one round
 _ALL = slice(0, SIDE)
-_MAXIMUM_ANGLE = float(np.radians(12))  # pictures are drawn with 8 degrees
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Template:
-    """A kind with its centre (px), radius (px) and angle (radians), and how well it fits."""
+    """A kind at its best: x, y, radius (px) and angle (radians) as (4,), and the IoU it reaches there."""
 
     kind: str
-    x: float
-    y: float
-    radius: float
-    angle: float
+    parameters: Floats
     fit: float
     clear: bool  # fits well, better than every other kind, and without holes
 
     def distance(self) -> Floats:
         """Signed distance of every pixel from the outline, (64, 64) px."""
-        return _distance(self.kind, np.array([[self.x, self.y, self.radius, self.angle]]), _ALL, _ALL)[0]
+        whole: Floats = _distance(self.kind, self.parameters[np.newaxis], _ALL, _ALL)[0]
+        return whole
 
 
 def read(picture: NDArray[np.uint8]) -> Reading:
@@ -116,13 +121,13 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     contrast: Floats = np.linalg.norm(pixels - background, axis=2)
     unexplained = contrast > COLOUR_REACH
     shapes: list[Seen] = []
-    for region, seeds in _regions(pixels, contrast):
-        colour = np.median(pixels[seeds], axis=0)
-        for template in _templates(_coverage(pixels, region, background, colour)):
+    for region, seeds in _regions(pixels, contrast)[:_MOST_REGIONS]:
+        coverage = _coverage(pixels, region, background, np.median(pixels[seeds], axis=0))
+        for template in _templates(coverage) if coverage.sum() > SPECK else []:
             shapes.append(_seen(template, _colour_name(pixels[seeds])))
             unexplained &= (template.distance() > DEPTH) & (template.clear | ~region)
     extra = Seen(UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR, 0.0)
-    shapes += [extra] * _blobs(unexplained)
+    shapes += [extra] * _blobs(unexplained, SPECK)
     return Reading(_colour_name(background[np.newaxis]), tuple(shapes))
 
 
@@ -135,12 +140,15 @@ def mistakes(reading: Reading, background: str, shapes: Sequence[Words]) -> list
     wrong = [] if reading.background == background else ["background"]
     if len(reading.shapes) != len(shapes):
         return [*wrong, "count"]
-    pairings = ([w for seen, words in zip(order, shapes, strict=True) for w in _differences(seen, words)]
-                for order in permutations(reading.shapes))
+    pairings = [
+        [name for seen, words in zip(order, shapes, strict=True) for name in _differences(seen, words)]
+        for order in permutations(reading.shapes)
+    ]
     return wrong + min(pairings, key=len)
 
 
 def _differences(seen: Seen, words: Words) -> list[str]:
+    """The names of the attributes in which a shape differs from its (size, colour, kind, place)."""
     found = {"size": seen.size, "colour": seen.colour, "kind": seen.kind, "place": seen.place}
     return [name for (name, value), wanted in zip(found.items(), words, strict=True) if value != wanted]
 
@@ -163,8 +171,9 @@ def _colour_name(pixels: Floats) -> str:
 
 def _background(pixels: Floats) -> Floats:
     """The border's dominant colour as it really is, (3,): the median over the border pixels of one palette colour."""
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[2:-2, :2].reshape(-1, 3), pixels[2:-2, -2:].reshape(-1, 3)])
+    inner = np.zeros(pixels.shape[:2], dtype=bool)
+    inner[2:-2, 2:-2] = True
+    border = pixels[~inner]
     index = _nearest(border)[0]
     dominant: Floats = np.median(border[index == np.argmax(np.bincount(index))], axis=0)
     return dominant
@@ -197,27 +206,29 @@ def _components(labels: Integers) -> list[Mask]:
             return [number == n for n in np.unique(number[inside])]
 
 
-def _blobs(mask: Mask) -> int:
-    """How many connected parts of a mask are larger than a speck."""
-    if mask.sum() <= SPECK:
+def _blobs(mask: Mask, size: float) -> int:
+    """How many connected parts of a mask are larger than a size in px²."""
+    if mask.sum() <= size:
         return 0
-    return sum(int(part.sum() > SPECK) for part in _components(np.where(mask, 0, -1)))
+    return sum(int(part.sum() > size) for part in _components(np.where(mask, 0, -1)))
 
 
 def _regions(pixels: Floats, contrast: Floats) -> list[tuple[Mask, Mask]]:
-    """Regions of one palette colour larger than a speck, each with its seed pixels.
+    """Regions of one palette colour larger than a speck, each with its seed pixels, the largest first.
 
     Only flat pixels have a colour of their own: at the edge between red and yellow a pixel is orange. They are the
     seeds; every other pixel belongs to the seeds that reach it first.
     """
-    across = np.gradient(pixels, axis=(0, 1))
-    flat = np.sqrt(sum(np.sum(g**2, axis=2) for g in across)) < 25.0 + 0.1 * contrast
-    labels = np.where(flat & (contrast > COLOUR_REACH), _nearest(pixels)[0], -1)
+    slope = np.linalg.norm(np.concatenate(np.gradient(pixels, axis=(0, 1)), axis=2), axis=2)
+    flat = (contrast > COLOUR_REACH) & (slope < _FLAT + _FLAT_SHARE * contrast)
+    labels = np.full(contrast.shape, -1)
+    labels[flat] = _nearest(pixels[flat])[0]
     seeds = np.zeros_like(flat)
     for component in _components(labels):
         seeds |= component & (component.sum() >= _SEED_PIXELS)
     grown = _grow(np.where(seeds, labels, -1), contrast > _FAINT)
-    return [(c, c & seeds) for c in _components(grown) if c.sum() > SPECK]
+    regions = [(c, c & seeds) for c in _components(grown) if c.sum() > SPECK]
+    return sorted(regions, key=lambda region: int(region[0].sum()), reverse=True)
 
 
 def _grow(labels: Integers, domain: Mask) -> Integers:
@@ -233,7 +244,7 @@ def _grow(labels: Integers, domain: Mask) -> Integers:
 def _coverage(pixels: Floats, region: Mask, background: Floats, colour: Floats) -> Floats:
     """How much of each pixel the region covers, (64, 64) in 0..1: where its colour lies from background to shape."""
     line = colour - background
-    share = np.clip((pixels - background) @ line / (line @ line), 0.0, 1.0)
+    share = np.clip((pixels - background) @ line / max(float(line @ line), 1.0), 0.0, 1.0)
     return np.where(region, share, 0.0)
 
 
@@ -299,7 +310,7 @@ _OUTLINE: dict[str, Callable[[Floats, Floats], Floats]] = {
 
 def _render(kind: str, parameters: Floats, rows: slice = _ALL, columns: slice = _ALL) -> Floats:
     """Antialiased coverage of n shapes, (n, h, w) in 0..1."""
-    return np.clip(0.5 - _distance(kind, parameters, rows, columns) / SOFTNESS, 0.0, 1.0)
+    return np.clip(0.5 - _distance(kind, parameters, rows, columns), 0.0, 1.0)
 
 
 def _fit(kind: str, coverage: Floats) -> tuple[Floats, float]:
@@ -320,10 +331,10 @@ def _fit(kind: str, coverage: Floats) -> tuple[Floats, float]:
         slope = ((drawn[1:] - drawn[0]).reshape(4, -1).T) / np.diag(steps)
         normal = slope.T @ slope + np.diag([1e-3, 1e-3, 1e-3, 1.0])  # a circle has no angle
         move = np.linalg.solve(normal, slope.T @ error)
-        if np.abs(move[:3]).max() < 0.02:
+        if np.abs(move * (1.0, 1.0, 1.0, guess[2])).max() < 0.02:
             break
         guess = guess + np.clip(move, -_LONGEST_MOVE, _LONGEST_MOVE)
-        guess[2:] = np.clip(guess[2:], (4.0, -_MAXIMUM_ANGLE), (20.0, _MAXIMUM_ANGLE))
+        guess[2:] = np.clip(guess[2:], (4.0, -MAXIMUM_ANGLE), (20.0, MAXIMUM_ANGLE))
     sharp = _render(kind, best[np.newaxis], rows, columns)[0]
     return best, max(_overlap(target, band[rows, rows] @ sharp @ band[columns, columns]) for band in _blurs())
 
@@ -342,6 +353,7 @@ def _blurs() -> tuple[Floats, ...]:
 
 
 def _first_guess(kind: str, coverage: Floats) -> Floats:
+    """The (x, y, radius, angle) of the kind with this centroid and area, upright."""
     area = coverage.sum()
     rows, columns = np.indices(coverage.shape) + 0.5
     radius = np.sqrt(area / AREA[kind])
@@ -350,18 +362,20 @@ def _first_guess(kind: str, coverage: Floats) -> Floats:
 
 
 def _window(coverage: Floats, margin: int = 5) -> tuple[slice, slice]:
+    """The rows and columns around everything covered, with a margin in px."""
     rows, columns = (np.flatnonzero(coverage.any(axis=axis)) for axis in (1, 0))
-    return (slice(max(rows[0] - margin, 0), min(rows[-1] + 1 + margin, SIDE)),
-            slice(max(columns[0] - margin, 0), min(columns[-1] + 1 + margin, SIDE)))
+    tall = slice(max(rows[0] - margin, 0), min(rows[-1] + 1 + margin, SIDE))
+    wide = slice(max(columns[0] - margin, 0), min(columns[-1] + 1 + margin, SIDE))
+    return tall, wide
 
 
 def _best_template(coverage: Floats) -> _Template:
     """The kind that fits best; clear if it fits well, better than the others, and nothing deep inside is missing."""
     fits = sorted(((*_fit(kind, coverage), kind) for kind in AREA), key=lambda f: f[1], reverse=True)
     (parameters, fit, kind), runner_up = fits[0], fits[1][1]
-    hole = (_distance(kind, parameters[np.newaxis], _ALL, _ALL)[0] < -DEPTH) & (coverage < 0.5)
-    clear = fit >= FIT_NEEDED[kind] and fit - runner_up >= MARGIN_NEEDED and not _blobs(hole)
-    return _Template(kind, *map(float, parameters), fit=fit, clear=clear)
+    hole = (_distance(kind, parameters[np.newaxis], _ALL, _ALL)[0] < -HOLE_DEPTH) & (coverage < 0.5)
+    clear = fit >= FIT_NEEDED[kind] and fit - runner_up >= MARGIN_NEEDED and not _blobs(hole, HOLE)
+    return _Template(kind, parameters, fit, clear)
 
 
 def _templates(coverage: Floats) -> list[_Template]:
@@ -375,14 +389,13 @@ def _templates(coverage: Floats) -> list[_Template]:
 
 def _halves(coverage: Floats) -> tuple[Floats, Floats]:
     """The coverage cut at its waist: across its longest axis, where it is narrowest in the middle third."""
-    rows, columns = np.nonzero(coverage > 0.5)
-    points = np.stack([columns, rows], axis=1).astype(np.float64)
-    axis = np.linalg.eigh(np.cov(points.T))[1][:, -1]
-    every = np.stack([np.indices(coverage.shape)[1], np.indices(coverage.shape)[0]], axis=-1) @ axis
-    low, high = (points @ axis).min(), (points @ axis).max()
+    points = np.indices(coverage.shape).reshape(2, -1)
+    axis = np.linalg.eigh(np.cov(points, aweights=coverage.ravel()))[1][:, -1]
+    along = (axis @ points).reshape(coverage.shape)
+    low, high = along[coverage > 0].min(), along[coverage > 0].max()
     cuts = np.linspace(low + (high - low) / 3, high - (high - low) / 3, 25)
-    widths = [coverage[np.abs(every - cut) < 1.0].sum() for cut in cuts]
-    beyond = every > cuts[int(np.argmin(widths))]
+    widths = [coverage[np.abs(along - cut) < 1.0].sum() for cut in cuts]
+    beyond = along > cuts[int(np.argmin(widths))]
     return np.where(beyond, coverage, 0.0), np.where(beyond, 0.0, coverage)
 
 
@@ -390,7 +403,9 @@ def _halves(coverage: Floats) -> tuple[Floats, Floats]:
 
 
 def _seen(template: _Template, colour: str) -> Seen:
-    sizes = [s for s, radius in RADIUS.items() if abs(template.radius / radius - 1) <= RADIUS_SLACK]
-    places = [p for p, (x, y) in PLACES.items() if max(abs(template.x - x), abs(template.y - y)) <= PLACE_SLACK]
+    """A fitted template in the words of a caption."""
+    x, y, radius = template.parameters[:3]
+    sizes = [name for name, nominal in RADIUS.items() if abs(radius / nominal - 1) <= RADIUS_SLACK]
+    places = [name for name, (a, b) in PLACES.items() if max(abs(x - a), abs(y - b)) <= PLACE_SLACK]
     kind = template.kind if template.clear else UNCLEAR
     return Seen((sizes or [UNCLEAR])[0], colour, kind, (places or [UNCLEAR])[0], template.fit)

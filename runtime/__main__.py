@@ -1,0 +1,114 @@
+"""`python -m runtime "a large red star" --out image.png`: one prompt, one or more pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engines.errors import EngineError, ParameterError
+from engines.store import BUILD
+from runtime.pipeline import DRAFTS, Pipeline
+from runtime.report import result_file
+from runtime.samplers import SAMPLERS
+from runtime.schedule import SCHEDULERS
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line; `Pipeline.generate` has the checks."""
+    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
+    parser.add_argument("--mode", default="sequential", help=", ".join(SAMPLERS))
+    parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
+    parser.add_argument("--drafts", default="frozen", help=", ".join(DRAFTS))
+    parser.add_argument("--steps", type=int, default=50, dest="num_inference_steps")
+    parser.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scheduler", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--num-images-per-prompt", type=int, default=1)
+    parser.add_argument("--latents", type=Path, help=".npy with the initial noise, unit variance")
+    parser.add_argument("--save-latents", type=Path, help=".npy for the finished latents")
+    parser.add_argument("--out", type=Path, default=Path("image.png"))
+    parser.add_argument("--report", type=Path, help="JSON with rounds, evaluations and seconds")
+    parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def load_latents(path: Path | None) -> np.ndarray | None:
+    """The array of an .npy file; ParameterError when it is none."""
+    if path is None:
+        return None
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise ParameterError("latents", f"{path} cannot be read as an .npy array: {error}") from error
+
+
+def output_paths(out: Path, count: int) -> list[Path]:
+    """`image.png`, or `image-0.png`, `image-1.png`, … for several pictures."""
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(count)]
+
+
+def run(options: dict[str, Any]) -> None:
+    """Loads, generates, writes."""
+    out, report, save_latents = options.pop("out"), options.pop("report"), options.pop("save_latents")
+    for path in filter(None, (out, report, save_latents)):
+        if not path.resolve().parent.is_dir():
+            raise ParameterError("out", f"the folder of {path} does not exist: create it first")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ParameterError("out", f"{out}: the picture's name must end in .png, .jpg or .webp")
+    model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")
+    quiet = options.pop("quiet")
+    options["latents"] = load_latents(options["latents"])
+    pipeline = Pipeline.load(model, devices, build)
+    with tqdm(total=options["num_inference_steps"], unit="step", disable=quiet, mininterval=0.05) as bar:
+
+        def progress(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+            bar.update(step + 1 - bar.n)
+
+        result = pipeline.generate(**options, callback_on_step_end=progress)
+    pipeline.close()
+    for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
+        image.save(path)
+        print(path)
+    if save_latents:
+        np.save(save_latents, result.latents)
+    if report:
+        report.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
+    done = result.report
+    print(
+        f"{done.mode}, k={done.k}: {done.steps} steps in {done.rounds} rounds on {done.lanes} lanes, "
+        f"{done.seconds['denoise']:.2f} s denoising, {done.seconds['total']:.2f} s in all"
+    )
+
+
+def main() -> int:
+    """Exit code 1 with one message on any error."""
+    options = vars(arguments().parse_args())
+    try:
+        run(options)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write the result: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
