@@ -13,6 +13,7 @@ Coordinates are pixels, x to the right and y downwards; the centre of the first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +68,7 @@ SPECK = 12.0  # px²: what is smaller is noise, what is larger must be explained
 DEPTH = 2.0  # px: what is this far outside of every fitted outline is a shape of its own
 HOLE = 6.0  # px²: the largest part that may be missing from a shape, counted HOLE_DEPTH inside its outline
 HOLE_DEPTH = 1.0  # px
-MAXIMUM_ANGLE = float(np.radians(12))  # pictures are drawn with 8 degrees
+MAXIMUM_ANGLE = math.radians(12)  # pictures are drawn with 8 degrees
 # RGB per px: noise of 6 has a slope of 10; the middle of an edge has half of its contrast, or 0.4 when blurred by 1 px.
 _FLAT, _FLAT_SHARE = 25.0, 0.1
 _FAINT = 25.0  # RGB distance from the background at which a pixel may belong to a shape
@@ -276,7 +277,7 @@ def _square(u: Floats, v: Floats) -> Floats:
 def _triangle(u: Floats, v: Floats) -> Floats:
     """Equilateral, one corner up, circumradius 1.08, its centre 0.2 below the place."""
     v = v - 0.2
-    return np.maximum(v, np.sqrt(0.75) * np.abs(u) - 0.5 * v) - 0.54
+    return np.maximum(v, math.sqrt(0.75) * np.abs(u) - 0.5 * v) - 0.54
 
 
 def _star(u: Floats, v: Floats) -> Floats:

@@ -45,7 +45,7 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     threads, lanes = (int(group) if group else None for group in match.groups())
     if threads == 0 or lanes == 0:
         raise DeviceError(f"{text}: at least one lane with one thread is needed")
-    if threads and threads > available or lanes and lanes > 64:
+    if (threads or 0) > available or (lanes or 0) > 64:
         raise DeviceError(f"{text}: this process may use {available} cores; lanes end at 64")
     if lanes is None:
         return (LaneSpec("cpu", 0, threads or available),)

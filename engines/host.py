@@ -12,6 +12,8 @@ import numpy as np
 
 from engines.base import Array, Call, Rows, combine
 
+Model = Callable[[Array, Array, Mapping[str, Array]], Array]
+
 
 class Lane(Protocol):
     """One compiled model. Its input arrays are its own and are filled before every run."""
@@ -66,7 +68,8 @@ class HostBackend:
 
     def read(self, slot: str) -> Array:
         """See Backend.read."""
-        return self._slots[self._index[slot]].reshape(self._shape).copy()
+        value: Array = self._slots[self._index[slot]].reshape(self._shape).copy()
+        return value
 
     def predict(self, calls: Sequence[Call]) -> None:
         """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped."""
@@ -156,7 +159,7 @@ class FunctionLane:
     `model(sample, timestep, conditioning) → ε` takes batches.
     """
 
-    def __init__(self, model: Callable[[Array, Array, Mapping[str, Array]], Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._model = model
         self._shapes = shapes
         self._inputs: dict[int, dict[str, Array]] = {}

@@ -16,6 +16,7 @@ from engines.base import Array
 from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
 from engines.host import HostBackend
+from engines.manifest import TensorSpec
 from engines.store import Bundle, Plan, locked
 
 
@@ -119,10 +120,8 @@ class SessionLane:
 
     def _bind(self, batch: int) -> tuple[dict[str, Array], Array, onnxruntime.IOBinding]:
         if batch not in self._bound:
-            inputs, outputs = (
-                {t.name: np.zeros([batch if axis == "batch" else axis for axis in t.shape], np.float32) for t in tensors}
-                for tensors in (self._session.spec.inputs, self._session.spec.outputs)
-            )
+            inputs = _arrays(self._session.spec.inputs, batch)
+            outputs = _arrays(self._session.spec.outputs, batch)
             binding = self._session.session.io_binding()
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
@@ -130,6 +129,12 @@ class SessionLane:
                 binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
             self._bound[batch] = (inputs, next(iter(outputs.values())), binding)
         return self._bound[batch]
+
+
+def _arrays(tensors: Sequence[TensorSpec], batch: int) -> dict[str, Array]:
+    """Zeros for the tensors of a network at a batch size; the batch is their only dynamic axis."""
+    shapes = {tensor.name: [batch, *map(int, tensor.shape[1:])] for tensor in tensors}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 class Engines:
@@ -145,4 +150,3 @@ class Engines:
     def close(self) -> None:
         """Stops the lanes."""
         self.backend.close()
-

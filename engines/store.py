@@ -172,8 +172,9 @@ class Bundle:
 
     def damaged_sources(self) -> list[str]:
         """One message per exported file that is not what the manifest says."""
-        specs = [*self.manifest.networks.values(), self.manifest.tokenizer]
-        return self._damaged((self.folder / spec.file, spec.sha256) for spec in specs)
+        files = [(network.file, network.sha256) for network in self.manifest.networks.values()]
+        files.append((self.manifest.tokenizer.file, self.manifest.tokenizer.sha256))
+        return self._damaged((self.folder / file, sha256) for file, sha256 in files)
 
     def problems(self) -> list[str]:
         """One message per file of the bundle or of its plans that is not what its record says."""
@@ -197,4 +198,6 @@ class Bundle:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names = sorted({*old, *new})
-    return [f"{name}: built for {old.get(name)}, now {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    return [
+        f"{name}: built for {old.get(name)}, now {new.get(name)}" for name in names if old.get(name) != new.get(name)
+    ]

@@ -178,7 +178,9 @@ class Pipeline:
     def _check_embeds(name: str, value: Array, like: Array) -> Array:
         array = np.asarray(value, np.float32)
         if array.ndim != 3 or array.shape[1:] != like.shape[1:] or not len(array):
-            raise ParameterError(name, f"{name} must have shape (prompts, {like.shape[1]}, {like.shape[2]}), not {array.shape}")
+            raise ParameterError(
+                name, f"{name} must have shape (prompts, {like.shape[1]}, {like.shape[2]}), not {array.shape}"
+            )
         if not np.isfinite(array).all():
             raise ParameterError(name, f"{name} holds NaN or infinity")
         return array

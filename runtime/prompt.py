@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """The model's tokenizer; prompts are cut at its limit as diffusers cuts them, with a warning that names the rest."""
+    """The model's tokenizer; prompts are cut where diffusers cuts them, with a warning that names what is lost."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._spec = bundle.manifest.tokenizer

@@ -78,7 +78,7 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 
 
 def parse_size(size: str) -> tuple[int | None, int | None]:
-    """"WIDTHxHEIGHT" or "auto"."""
+    """ "WIDTHxHEIGHT" or "auto"."""
     if size == "auto":
         return None, None
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
@@ -171,7 +171,7 @@ def make_app(pipeline: Pipeline) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
         """The playground."""
-        return PAGE.read_text()
+        return PAGE.read_text(encoding="utf-8")
 
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -194,7 +194,9 @@ def make_app(pipeline: Pipeline) -> FastAPI:
         param = location[0] if location else None
         if first["type"] == "extra_forbidden":
             return error_response(400, f"unknown parameter: {param!r}", param, "unknown_parameter")
-        message = f"{param}: {first['msg']}" if param else f"the body is not valid JSON for this request: {first['msg']}"
+        message = (
+            f"{param}: {first['msg']}" if param else f"the body is not valid JSON for this request: {first['msg']}"
+        )
         return error_response(400, message, param, "invalid_value")
 
     @app.exception_handler(HTTPException)

@@ -150,7 +150,11 @@ def _draw_shape(
         polygon([(math.sin(2 * math.pi * i / 3) * 1.08, 0.2 - math.cos(2 * math.pi * i / 3) * 1.08) for i in range(3)])
     elif kind == "star":
         reach = (1.08, 0.45)
-        polygon([(math.sin(math.pi * i / 5) * reach[i % 2], -math.cos(math.pi * i / 5) * reach[i % 2]) for i in range(10)])
+        polygon(
+            [(math.sin(math.pi * i / 5) * reach[i % 2], -math.cos(math.pi * i / 5) * reach[i % 2]) for i in range(10)]
+        )
     else:  # cross
         w = 0.34
-        polygon([(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)])
+        polygon(
+            [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
+        )

@@ -7,6 +7,7 @@ so an interrupted run continues where it was. The result is a folder that `diffu
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def build_tokenizer(recipe: Recipe) -> CLIPTokenizer:
         vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator([" ".join(words)] * 2, trainer)
-    merges = [tuple(pair) for pair in _merges(bpe)]
+    merges = _merges(bpe)
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
@@ -78,11 +79,8 @@ def build_tokenizer(recipe: Recipe) -> CLIPTokenizer:
     return tokenizer
 
 
-def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(bpe.to_str())["model"]["merges"]
-    return merges
+def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
@@ -258,7 +256,8 @@ def train_vae(recipe: Recipe) -> tuple[AutoencoderKL, list[float]]:
             latent = vae.encode(target).latent_dist
             output = vae.decode(latent.sample()).sample.float()
         kl = latent.kl().float().mean() / (4 * (SIDE // 4) ** 2)
-        return F.l1_loss(output, target) + F.mse_loss(output, target) + 1e-4 * kl
+        loss: Tensor = F.l1_loss(output, target) + F.mse_loss(output, target) + 1e-4 * kl
+        return loss
 
     losses = run_steps("vae", recipe.work / "vae.pt", recipe.vae_steps, 2e-3, {"vae": vae}, step_loss)
     return vae.eval(), losses
@@ -315,7 +314,8 @@ def train_unet(
         with low_precision(to):
             words = text_encoder(tokens.input_ids.to(to)).last_hidden_state
             output = unet(noisy.to(to), timesteps.to(to), words).sample.float()
-        return ((output - noise.to(to)).square().mean((1, 2, 3)) * weight.to(to)).mean()
+        squared: Tensor = (output - noise.to(to)).square().mean((1, 2, 3))
+        return torch.mean(squared * weight.to(to))
 
     losses = run_steps("unet", recipe.work / "unet.pt", recipe.steps, 8e-4, networks, step_loss, ema)
     ema.copy_to(parameters)

@@ -1,0 +1,53 @@
+# `make engines`, then `python -m runtime.serve`. Everything is made in .venv and build/, both ignored by git.
+MODEL ?= shapes
+DEVICES ?= auto
+PYTHON ?= python3.11
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
+RUN = .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help engines serve test test-all lint bench train clean-engines clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.export: pyproject.toml
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv"
+	@$(PIP) --editable '.[cpu,export]'
+	@touch $@
+
+.venv/.dev: .venv/.export
+	@$(PIP) --editable '.[cpu,export,train,dev]'
+	@touch $@
+
+engines: .venv/.export ## export MODEL and compile it for DEVICES; a second run does nothing
+	@$(RUN) -m export "$(MODEL)"
+	@$(RUN) -m engines build "$(MODEL)" --devices "$(DEVICES)"
+
+serve: engines ## engines, then the server on http://127.0.0.1:8000
+	@$(RUN) -m runtime.serve --model "$(notdir $(MODEL))" --devices "$(DEVICES)"
+
+lint: .venv/.dev ## ruff and mypy --strict
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+test: lint engines ## lint and every quick test
+	@$(RUN) -m pytest -m "not slow"
+
+test-all: lint engines ## lint and every test this machine can run
+	@$(RUN) -m pytest
+
+bench: engines ## measure this machine; results go to bench/results
+	@$(RUN) -m bench run --json bench/results/run.json
+	@$(RUN) -m bench report
+
+train: .venv/.dev ## train the embedded model again: two hours on two cores
+	@$(RUN) -m export.shapes.train
+
+clean-engines: ## delete exported and compiled models
+	@rm -rf build/*/manifest.json build/*/plans build/*/*.onnx
+
+clean: ## delete everything that was made
+	@rm -rf .venv build

@@ -1,0 +1,70 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.manifest import MANIFEST, Manifest, Network, Parity, TensorSpec, Tokenizer
+from engines.store import BUILD, Bundle
+from tests.transcription import stable_diffusion_alphas_cumprod
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh random numbers; pytest shows the seed of a test that fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Bundle:
+    """The embedded model, exported and compiled by `make engines`."""
+    if not (BUILD / "shapes" / MANIFEST).is_file():
+        pytest.fail("the embedded model is not exported: run `make engines` first")
+    return Bundle.open("shapes")
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    """A manifest with Stable Diffusion's schedule and no files behind it."""
+    sample = TensorSpec(name="sample", dtype="float32", shape=("batch", 4, 16, 16))
+    network = Network(
+        file="unet.onnx",
+        sha256="",
+        bytes=0,
+        inputs=(sample,),
+        outputs=(sample,),
+        parity=Parity(max_abs_error=0, scale=1, bound=1e-4, batches=(1,)),
+    )
+    alphas = tuple(stable_diffusion_alphas_cumprod().tolist())
+    return Manifest(
+        schema_version=1,
+        model="fake",
+        family="StableDiffusionPipeline",
+        source="",
+        versions={},
+        precision="fp32",
+        networks={"unet": network},
+        tokenizer=Tokenizer(file="tokenizer.json", sha256="", max_length=32, pad_token_id=1, eos_token_id=1),
+        scheduler={"_class_name": "DDIMScheduler", "steps_offset": 1},
+        prediction_type="epsilon",
+        alphas_cumprod=alphas,
+        final_alpha_cumprod=alphas[0],
+        latent_channels=4,
+        vae_scale_factor=4,
+        vae_scaling_factor=1.0,
+        vae_shift_factor=0.0,
+        width=64,
+        height=64,
+        examples=(),
+    )
+
+
+@pytest.fixture
+def checkout() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
