@@ -64,7 +64,8 @@ class HostBackend:
 
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
-        self._slots[self._slot(slot)] = value.reshape(-1)
+        index = self._slot(slot)  # first: it may replace the array
+        self._slots[index] = value.reshape(-1)
 
     def read(self, slot: str) -> Array:
         """See Backend.read."""
@@ -92,7 +93,8 @@ class HostBackend:
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """See Backend.combine. Gathering copies the sources, so that in place is safe."""
         result = combine(self._slots[[self._index[slot] for slot in sources]], rows)
-        self._slots[[self._slot(slot) for slot in targets]] = result
+        indices = [self._slot(slot) for slot in targets]
+        self._slots[indices] = result
 
     def distance(self, a: str, b: str) -> float:
         """See Backend.distance."""

@@ -1,0 +1,121 @@
+"""Lanes in host memory: really concurrent, exact in place, and unharmed by a failing lane."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from engines.base import Array, Half, combine
+from engines.errors import DeviceError
+from engines.host import FunctionLane, HostBackend, Model
+
+SHAPES = {"sample": (4, 3, 3), "timestep": (), "c": (2,)}
+
+
+def host(*models: Model, images: int = 1) -> HostBackend:
+    backend = HostBackend([FunctionLane(model, SHAPES) for model in models])
+    conditioning = [{"c": np.full((images, 2), c, np.float32)} for c in (1.0, 2.0)]
+    backend.bind((images, 4, 3, 3), (10.0, 20.0, 30.0), conditioning)
+    return backend
+
+
+def echo(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+    """Tells apart which latent, timestep and conditioning a row was given."""
+    return sample + timestep.reshape(-1, 1, 1, 1) + 1000 * conditioning["c"][:, :1].reshape(-1, 1, 1, 1)
+
+
+def test_lanes_run_at_the_same_time() -> None:
+    """Each lane waits for the other inside its model: lanes that took turns would never meet."""
+    meeting = threading.Barrier(3, timeout=20)
+
+    def meet(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+        meeting.wait()
+        return sample
+
+    backend = host(meet, meet, meet)
+    backend.write("x", np.ones((1, 4, 3, 3), np.float32))
+    backend.predict([[Half("x", 0, f"n{lane}", 0)] for lane in range(3)])
+    assert (backend.read("n2") == 1).all()
+    backend.close()
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_every_row_gets_its_own_latent_timestep_and_conditioning(
+    images: int, lanes: int, rng: np.random.Generator
+) -> None:
+    backend = host(*[echo] * lanes, images=images)
+    values = {name: rng.standard_normal((images, 4, 3, 3), np.float32) for name in ("a", "b")}
+    for name, value in values.items():
+        backend.write(name, value)
+    for order in (1, -1):  # the second time, every lane must notice that its rows changed places
+        halves = [Half(name, step, f"{name}{step}{c}", c) for name in "ab" for step in (0, 2) for c in (0, 1)][::order]
+        backend.predict([halves[lane::lanes] for lane in range(lanes)])
+        for half in halves:
+            expected = values[half.latent] + (10, 20, 30)[half.step] + 1000 * (half.conditioning + 1)
+            np.testing.assert_allclose(backend.read(half.output), expected, rtol=1e-6)
+    backend.close()
+
+
+def test_a_new_image_never_sees_the_last_ones_conditioning() -> None:
+    backend = host(echo)
+    for c in (1.0, 5.0):
+        backend.bind((1, 4, 3, 3), (10.0,), [{"c": np.full((1, 2), c, np.float32)}])
+        backend.write("x", np.zeros((1, 4, 3, 3), np.float32))
+        backend.predict([[Half("x", 0, "n", 0)]])
+        assert (backend.read("n") == 10 + 1000 * c).all()
+    backend.close()
+
+
+def test_a_failing_lane_is_reported_after_all_stopped_and_the_next_image_is_right() -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def sometimes(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+        if broken.is_set():
+            raise DeviceError("lane lost")
+        return sample
+
+    backend = host(echo, sometimes)
+    backend.write("x", np.ones((1, 4, 3, 3), np.float32))
+    calls = [[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]]
+    with pytest.raises(DeviceError, match="lane lost"):
+        backend.predict(calls)
+    broken.clear()
+    backend.predict(calls)
+    assert (backend.read("n1") == 1).all() and (backend.read("n0") == 1011).all()
+    backend.close()
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 5, 33, 67])
+def test_combine_equals_float64_in_place_and_for_any_number_of_slots(inputs: int, rng: np.random.Generator) -> None:
+    backend = host(echo)
+    values = rng.standard_normal((inputs, 1, 4, 3, 3)).astype(np.float32)
+    names = [f"slot {n}" for n in range(inputs)]
+    for name, value in zip(names, values, strict=True):
+        backend.write(name, value)
+    rows = rng.standard_normal((inputs, inputs))
+    backend.combine(names, rows.tolist(), names[::-1])  # every target is a source of another row
+    expected = np.tensordot(rows, values.astype(np.float64), 1)
+    scale = np.tensordot(np.abs(rows), np.abs(values.astype(np.float64)), 1)
+    for name, value, size in zip(names[::-1], expected, scale, strict=True):
+        assert (np.abs(backend.read(name) - value) <= 4 * np.finfo(np.float32).eps * (size + 1)).all()
+    backend.close()
+
+
+def test_combine_is_one_matrix_product(rng: np.random.Generator) -> None:
+    inputs = rng.standard_normal((3, 7)).astype(np.float32)
+    np.testing.assert_array_equal(combine(inputs, [[1, 0, 0], [0, 0, 2]]), inputs[[0, 2]] * [[1], [2]])
+
+
+def test_distance_is_the_relative_norm(rng: np.random.Generator) -> None:
+    backend = host(echo)
+    a, b = rng.standard_normal((2, 1, 4, 3, 3)).astype(np.float32)
+    backend.write("a", a)
+    backend.write("b", b)
+    assert backend.distance("a", "b") == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-5)
+    assert backend.distance("b", "b") == 0
+    backend.close()

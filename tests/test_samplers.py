@@ -1,0 +1,219 @@
+"""Samplers, placement and execution against the independent transcription of the paper's listings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engines.base import Array, Half
+from engines.errors import ParameterError
+from engines.host import FunctionLane, HostBackend
+from engines.manifest import Manifest
+from engines.null import NullBackend
+from runtime.execute import execute
+from runtime.place import place
+from runtime.samplers import SAMPLERS, STATE, Combine, Predict
+from runtime.schedule import Schedule, make_schedule
+from tests import transcription
+
+STEPS = (1, 2, 7, 28, 50)
+KS = range(1, 9)
+SHAPE = (1, 4, 6, 5)
+GUIDANCE = 4.0
+
+
+def predictor(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+    """A smooth non-linear function that mixes neighbours and depends on timestep and conditioning."""
+    t = timestep.reshape(-1, 1, 1, 1) / 1000
+    c = conditioning["c"].reshape(-1, 1, 1, 1)
+    mixed = sample + 0.3 * np.roll(sample, 1, axis=-1)
+    return (np.tanh(mixed * (0.6 + 0.4 * t) + c) + 0.1 * np.sin(3 * sample)).astype(np.float32)
+
+
+def guided(x: transcription.Array, t: float) -> transcription.Array:
+    """What the transcription calls the model: ε after guidance, batch of one, float64."""
+    halves = [
+        predictor(x.astype(np.float32), np.array([t], np.float32), {"c": np.array([c], np.float32)}) for c in (0.0, 0.5)
+    ]
+    return (1 - GUIDANCE) * halves[0].astype(np.float64) + GUIDANCE * halves[1]
+
+
+def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidance: float = GUIDANCE) -> Array:
+    lane = [FunctionLane(predictor, {"sample": SHAPE[1:], "timestep": (), "c": ()}) for _ in range(lanes)]
+    backend = HostBackend(lane)
+    try:
+        backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
+        backend.write(STATE, noise)
+        execute(SAMPLERS[mode](schedule, k), backend, guidance, lambda finished: None)
+        return backend.read(STATE)
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("steps", STEPS)
+def test_latents_equal_the_transcription(steps: int, lanes: int, manifest: Manifest, rng: np.random.Generator) -> None:
+    schedule = make_schedule(manifest, "ddim", steps)
+    reference = transcription.ddim_schedule(np.array(manifest.alphas_cumprod), steps)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    exact = transcription.sequential(guided, noise.astype(np.float64), reference)[0]
+    assert_close(play(schedule, "sequential", 1, lanes, noise), exact)
+    for k in KS:
+        for mode, listing in (("conservative", transcription.conservative), ("aggressive", transcription.aggressive)):
+            expected, _ = listing(guided, noise.astype(np.float64), reference, k)
+            assert_close(play(schedule, mode, k, lanes, noise), expected)
+
+
+def assert_close(actual: Array, expected: transcription.Array) -> None:
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mode", ["conservative", "aggressive"])
+def test_drafting_changes_the_result_and_one_draft_does_not(
+    mode: str, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    """The comparison above could not fail if drafts were not used at all."""
+    schedule = make_schedule(manifest, "ddim", 28)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    sequential = play(schedule, "sequential", 1, 2, noise)
+    assert np.abs(play(schedule, mode, 1, 2, noise) - sequential).max() <= 1e-4 * np.abs(sequential).max()
+    assert np.abs(play(schedule, mode, 4, 2, noise) - sequential).max() > 1e-3 * np.abs(sequential).max()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_guidance_of_at_most_one_is_one_half(guidance: float, manifest: Manifest, rng: np.random.Generator) -> None:
+    schedule = make_schedule(manifest, "ddim", 5)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    reference = transcription.ddim_schedule(np.array(manifest.alphas_cumprod), 5)
+
+    def conditional(x: transcription.Array, t: float) -> transcription.Array:
+        c = {"c": np.array([0.5], np.float32)}
+        return predictor(x.astype(np.float32), np.array([t], np.float32), c).astype(np.float64)
+
+    expected, _ = transcription.aggressive(conditional, noise.astype(np.float64), reference, 2)
+    assert_close(play(schedule, "aggressive", 2, 2, noise, guidance), expected)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 9, 28, 50])
+def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest) -> None:
+    rounds = {
+        "sequential": lambda k: steps,
+        "conservative": lambda k: transcription.rounds_conservative(steps, k),
+        "aggressive": lambda k: transcription.rounds_aggressive(steps, k),
+    }[mode]
+    schedule = make_schedule(manifest, "ddim", steps)
+    for k in (1, 2, 3, 5, 8, 60):
+        for lanes in (1, 2, 3, 16):
+            backend = NullBackend(lanes, call_seconds=float)
+            backend.bind(SHAPE, schedule.timesteps, ())
+            backend.write(STATE, np.zeros(SHAPE, np.float32))
+            finished: list[int] = []
+            counts = execute(SAMPLERS[mode](schedule, k), backend, GUIDANCE, finished.append)
+            assert (counts.rounds, counts.evaluations) == (rounds(k), steps)
+            assert backend.rounds == counts.rounds and backend.halves == 2 * steps and backend.calls == counts.calls
+            assert finished == sorted(set(finished)) and finished[-1] == steps
+            if lanes == 1:
+                assert backend.seconds == 2 * steps, "one lane works through every half, whatever the sampler"
+
+
+def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> None:
+    """Refining a block and drafting the next is one pass over memory."""
+    operations = list(SAMPLERS["aggressive"](make_schedule(manifest, "ddim", 50), 4))
+    assert sum(isinstance(op, Combine) for op in operations) == sum(isinstance(op, Predict) for op in operations)
+
+
+@pytest.mark.parametrize("lanes", range(1, 9))
+@pytest.mark.parametrize("count", range(1, 20))
+def test_placement_is_even_complete_and_ordered(count: int, lanes: int) -> None:
+    halves = [Half("x", n, f"noise {n}", n % 2) for n in range(count)]
+    calls = place(halves, lanes)
+    assert [half for call in calls for half in call] == halves
+    sizes = [len(call) for call in calls]
+    assert len(calls) == lanes and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 28, 50, 333, 999])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_sequential_equals_diffusers(
+    steps: int, set_alpha_to_one: bool, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    import torch
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+        set_alpha_to_one=set_alpha_to_one, timestep_spacing="leading",
+    )  # fmt: skip
+    own = manifest.model_copy(
+        update={
+            "alphas_cumprod": tuple(scheduler.alphas_cumprod.tolist()),
+            "final_alpha_cumprod": float(scheduler.final_alpha_cumprod),
+        }
+    )
+    schedule = make_schedule(own, "ddim", steps)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    x = noise * np.float32(scheduler.init_noise_sigma)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        noise_prediction = torch.from_numpy(guided(x.astype(np.float64), float(t)).astype(np.float32))
+        x = scheduler.step(noise_prediction, t, torch.from_numpy(x)).prev_sample.numpy()
+    assert schedule.timesteps == tuple(map(float, scheduler.timesteps.tolist()))
+    assert_close(play(schedule, "sequential", 1, 2, noise), x.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        ("heun", 50, "unknown scheduler 'heun': this version has ddim"),
+        (None, 0, "must be 1 to 1000, not 0"),
+        (None, 1001, "must be 1 to 1000, not 1001"),
+        (None, 1000, "use at most 999 steps"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_says_why(
+    scheduler: str | None, steps: int, message: str, manifest: Manifest
+) -> None:
+    with pytest.raises(ParameterError, match=message):
+        make_schedule(manifest, scheduler, steps)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"clip_sample": True}, {"thresholding": True}, {"timestep_spacing": "linspace"}, {"prediction_type": "sample"}],
+)
+def test_a_scheduler_field_that_would_change_the_result_is_refused(
+    field: dict[str, object], manifest: Manifest
+) -> None:
+    other = manifest.model_copy(update={"scheduler": {**manifest.scheduler, **field}})
+    with pytest.raises(ParameterError, match=next(iter(field))):
+        make_schedule(other, None, 50)
+
+
+def test_a_plan_that_reads_an_unwritten_slot_is_caught(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, "ddim", 3)
+    backend = NullBackend(2)
+    backend.bind(SHAPE, schedule.timesteps, ())
+    with pytest.raises(AssertionError, match="'x' is read but was never written"):
+        execute(SAMPLERS["sequential"](schedule, 1), backend, GUIDANCE, lambda finished: None)
+
+
+def test_two_halves_in_one_slot_are_caught() -> None:
+    backend = NullBackend(1)
+    backend.bind(SHAPE, (1.0,), ())
+    backend.write("x", np.zeros(SHAPE, np.float32))
+    half = Half("x", 0, "noise/0", 0)
+    with pytest.raises(AssertionError, match="write the same slot"):
+        backend.predict([[half, replace_conditioning(half)]])
+
+
+def replace_conditioning(half: Half) -> Half:
+    return half._replace(conditioning=1)
+
+
+def test_schedules_are_values(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, None, 50)
+    assert schedule == make_schedule(manifest, "ddim", 50) != replace(schedule, name="other")
