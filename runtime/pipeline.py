@@ -16,6 +16,7 @@ from PIL import Image
 from engines.base import Array
 from engines.devices import parse_devices
 from engines.errors import NonFiniteError, ParameterError
+from engines.host import Lane
 from engines.ort import Engines
 from engines.store import BUILD, Bundle
 from runtime.execute import execute
@@ -55,6 +56,11 @@ class Pipeline:
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         return cls(Bundle.open(model, build), devices)
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        """The compiled noise predictors themselves, for benchmarks."""
+        return self._engines.lanes
 
     def close(self) -> None:
         """Stops the lanes."""

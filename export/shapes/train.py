@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=32768, help="training pictures, drawn and encoded once")
-    parser.add_argument("--steps", type=int, default=9000, help="steps of the UNet")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the UNet")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

@@ -1,0 +1,212 @@
+"""The pipeline on the embedded model: equal to diffusers, the same on any lanes, and clear about bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.base import Array
+from engines.errors import NonFiniteError, ParameterError
+from engines.store import Bundle
+from export.__main__ import EMBEDDED
+from runtime import Pipeline, Result
+from runtime.pipeline import gaussian
+
+PROMPT = "a large red star at the left on blue background"
+MODES = ("sequential", "conservative", "aggressive")
+
+
+@pytest.fixture(scope="module")
+def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
+    loaded = Pipeline(shapes, "cpu*2")
+    yield loaded
+    loaded.close()
+
+
+def draw(pipeline: Pipeline, prompt: str = PROMPT, **options: Any) -> Result:
+    return pipeline.generate(prompt, **{"num_inference_steps": 6, **options})
+
+
+def same(a: Result, b: Result) -> bool:
+    return np.array_equal(a.latents, b.latents)
+
+
+def assert_near(a: Array, b: Array, tolerance: float) -> None:
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_sequential_equals_the_diffusers_pipeline(
+    steps: int, guidance: float, pipeline: Pipeline, rng: np.random.Generator
+) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(EMBEDDED["shapes"])
+    theirs.set_progress_bar_config(disable=True)
+    noise = rng.standard_normal((1, 4, 16, 16), np.float32)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": "a small blue ring"}
+    expected = theirs(PROMPT, latents=torch.from_numpy(noise), output_type="latent", **options).images.numpy()
+    pixels = np.asarray(theirs(PROMPT, latents=torch.from_numpy(noise), **options).images[0], int)
+    ours = pipeline.generate(PROMPT, latents=noise, **options)
+    assert_near(ours.latents, expected, 1e-4)
+    assert np.abs(np.asarray(ours.images[0], int) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_lanes_change_nothing_but_rounding(mode: str, k: int, pipeline: Pipeline, shapes: Bundle) -> None:
+    for devices in ("cpu@1", "cpu*3"):
+        other = Pipeline(shapes, devices)
+        a, b = (draw(p, mode=mode, k=k, num_inference_steps=9) for p in (pipeline, other))
+        other.close()
+        assert_near(a.latents, b.latents, 1e-4)
+        difference = np.asarray(a.images[0], int) - np.asarray(b.images[0], int)
+        assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_seed_gives_the_same_bytes_again(mode: str, pipeline: Pipeline) -> None:
+    assert same(draw(pipeline, mode=mode, seed=0), draw(pipeline, mode=mode, seed=0))
+    assert not same(draw(pipeline, mode=mode, seed=0), draw(pipeline, mode=mode, seed=1))
+
+
+def test_noise_depends_on_seed_image_and_step_alone() -> None:
+    first = gaussian(0, 0, 0, (4, 3, 3))
+    assert np.array_equal(first, gaussian(0, 0, 0, (4, 3, 3)))
+    others = [gaussian(*key, (4, 3, 3)) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2**64 - 1, 0, 0))]
+    assert all(not np.allclose(first, other) for other in others)
+    sample = gaussian(7, 0, 0, (100_000,))
+    assert abs(sample.mean()) < 0.02 and abs(sample.std() - 1) < 0.02
+
+
+def test_pictures_of_one_call_differ_and_the_first_is_the_single_one(pipeline: Pipeline) -> None:
+    several, one = draw(pipeline, num_images_per_prompt=3), draw(pipeline)
+    assert len(several.images) == several.report.images == 3
+    assert_near(several.latents[:1], one.latents, 1e-4)
+    assert not np.allclose(several.latents[0], several.latents[1])
+
+
+def test_each_prompt_of_a_list_is_its_own(pipeline: Pipeline) -> None:
+    both = pipeline.generate([PROMPT, "a small green ring"], num_inference_steps=6)
+    assert_near(both.latents[:1], draw(pipeline).latents, 1e-4)
+    assert len(both.images) == 2
+
+
+def test_embeddings_stand_in_for_prompts(pipeline: Pipeline, shapes: Bundle) -> None:
+    ids, _ = pipeline._tokenizer([PROMPT, ""])
+    embeds = pipeline._engines.text_encoder.run(input_ids=ids)
+    given = pipeline.generate(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], num_inference_steps=6)
+    assert same(given, draw(pipeline)) or np.allclose(given.latents, draw(pipeline).latents, atol=1e-4)
+
+
+def test_latents_are_the_initial_noise(pipeline: Pipeline) -> None:
+    noise = gaussian(5, 0, 0, (4, 16, 16))[None]
+    assert same(draw(pipeline, latents=noise), draw(pipeline, seed=5))
+
+
+def test_the_report_says_what_happened(pipeline: Pipeline) -> None:
+    report = draw(pipeline, mode="aggressive", num_inference_steps=7).report
+    assert (report.mode, report.k, report.lanes, report.steps) == ("aggressive", 2, 2, 7)
+    assert (report.rounds, report.evaluations, report.calls) == (4, 7, 8)
+    assert report.guidance_split and report.devices == "cpu/0,cpu/1" and report.scheduler == "ddim"
+    assert 0 < report.critical_seconds <= report.seconds["denoise"] <= report.seconds["total"]
+    assert set(report.seconds) == {"text", "denoise", "decode", "total"}
+
+
+def test_the_callback_sees_refined_states_in_order(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, float, Array]] = []
+
+    def look(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+        seen.append((step, timestep, state["latents"]))
+
+    result = draw(pipeline, mode="conservative", k=2, num_inference_steps=8, callback_on_step_end=look)
+    assert [step for step, _, _ in seen] == [2, 5, 7]
+    assert seen[-1][1] == 1.0 and np.array_equal(seen[-1][2], result.latents)
+
+
+def test_a_callback_that_raises_cancels_and_the_next_picture_is_untouched(pipeline: Pipeline) -> None:
+    expected = draw(pipeline, mode="aggressive")
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(*_: Any) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        draw(pipeline, "a small white circle", mode="aggressive", seed=9, callback_on_step_end=cancel)
+    assert same(draw(pipeline, mode="aggressive"), expected)
+
+
+def test_nan_is_an_error_and_never_a_picture(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = pipeline._engines.lanes[1]
+    run = lane.run
+
+    def poisoned(batch: int) -> Array:
+        output = run(batch)
+        output[0, 0, 0, 0] = np.nan
+        return output
+
+    monkeypatch.setattr(lane, "run", poisoned)
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        draw(pipeline, mode="aggressive")
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(pipeline: Pipeline) -> None:
+    long = "a large red star at the left on blue background and " * 3 + "a small white ring"
+    result = draw(pipeline, long)
+    (warning,) = result.report.warnings
+    assert "longer than 32 tokens" in warning and warning.endswith("a small white ring'")
+    assert not draw(pipeline).report.warnings
+
+
+def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> None:
+    from transformers import CLIPTokenizer
+
+    theirs = CLIPTokenizer.from_pretrained(EMBEDDED["shapes"] / "tokenizer")
+    prompts = ["", PROMPT, "A LARGE  star!?", "zebra's Ünïcode 12 星", "red " * 50]
+    expected = theirs(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="np").input_ids
+    ids, _ = pipeline._tokenizer(prompts)
+    assert np.array_equal(ids, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "message"),
+    [
+        ({"mode": "fast"}, "mode", "use one of sequential, conservative, aggressive"),
+        ({"drafts": "linear"}, "drafts", "use one of frozen"),
+        ({"k": 0}, "k", "from 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to 1000"),
+        ({"num_inference_steps": 1000}, "num_inference_steps", "use at most 999"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps", "whole number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"guidance_scale": float("inf")}, "guidance_scale", "finite"),
+        ({"guidance_scale": "4"}, "guidance_scale", "finite"),
+        ({"seed": -1}, "seed", "from 0 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed", "from 0"),
+        ({"seed": True}, "seed", "whole number"),
+        ({"scheduler": "heun"}, "scheduler", "this version has ddim"),
+        ({"width": 63}, "width", "multiple of 8"),
+        ({"height": 128}, "height", "it makes 64x64"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt", "from 1"),
+        ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, "latents", r"shape \(1, 4, 16, 16\)"),
+        ({"latents": np.full((1, 4, 16, 16), np.nan, np.float32)}, "latents", "NaN"),
+        ({"prompt": None}, "prompt", "either prompt or prompt_embeds"),
+        ({"prompt": []}, "prompt", "string"),
+        ({"prompt": [1]}, "prompt", "string"),
+        ({"negative_prompt": None}, "negative_prompt", "string"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 3, 128))}, "prompt_embeds", "shape"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named(
+    options: dict[str, Any], param: str, message: str, pipeline: Pipeline
+) -> None:
+    with pytest.raises(ParameterError, match=message) as caught:
+        pipeline.generate(**{"prompt": PROMPT, "num_inference_steps": 2, **options})
+    assert caught.value.param == param
