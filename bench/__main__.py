@@ -32,6 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     commands.choices["run"].add_argument("--warmup", type=int, default=2)
     commands.choices["quality"].add_argument("--shapes", type=int, nargs="+", default=[1], choices=(1, 2))
     commands.choices["quality"].add_argument("--seed", type=int, default=0)
+    commands.choices["quality"].add_argument("--pictures", type=Path, help="PNG with the first pictures of every mode")
     commands.add_parser("report", help=(report.__doc__ or "").splitlines()[0])
     return parser
 
@@ -49,8 +50,7 @@ def main() -> int:
             rows = run.run(**options)
             print(run.table(rows))
         else:
-            counts = options.pop("shapes")
-            rows = [row for shapes in counts for row in quality.quality(**options, shapes=shapes)]
+            rows = quality.quality(**options)
             print(quality.table(rows))
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)

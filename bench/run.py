@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from bench.floor import placement, replay
@@ -57,7 +58,7 @@ class Configuration:
         self.overhead_us.append(result.report.overhead_us_per_round)
         if reference is not None:
             self.drift.append(drift(result.latents, reference.latents))
-            self.psnr.append(psnr(result, reference))
+            self.psnr.append(psnr(result.images, reference.images))
         self.last = result
         return result
 
@@ -93,9 +94,9 @@ def drift(latents: Array, reference: Array) -> float:
     return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
 
 
-def psnr(result: Result, reference: Result) -> float:
-    """Peak signal-to-noise ratio of the pictures in dB, capped at 99 where they are equal."""
-    pairs = zip(result.images, reference.images, strict=True)
+def psnr(pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio of pictures in dB, capped at 99 where they are equal."""
+    pairs = zip(pictures, references, strict=True)
     errors = [np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2) for a, b in pairs]
     return float(min(99.0, 10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-9))))
 

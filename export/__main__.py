@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engines.errors import BundleError, EngineError, ExportError
 from engines.manifest import Manifest, Tokenizer, sha256_file, sha256_files
-from engines.store import BUILD, locked, replacing
+from engines.store import BUILD, Bundle, locked, replacing
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
@@ -46,19 +46,24 @@ def source_identity(folder: Path) -> str:
 def up_to_date(target: Path, source: str) -> bool:
     """Whether an intact export of exactly this source exists."""
     try:
-        return Manifest.read(target).source == source
+        manifest = Manifest.read(target)
     except BundleError:
         return False
+    return manifest.source == source and not Bundle(target, manifest).damaged_sources()
 
 
 def export(name: str, folder: Path, target: Path, source: str) -> None:
     """Exports every network and writes the bundle; the manifest is written last and the folder appears whole."""
+    from safetensors import SafetensorError
     from tqdm import tqdm
 
     from export.models import FAMILIES, load_pipeline
     from export.to_onnx import export_network
 
-    pipeline = load_pipeline(folder)
+    try:
+        pipeline = load_pipeline(folder)
+    except (SafetensorError, ValueError) as error:  # a truncated file of weights, or an index that is no JSON
+        raise ExportError(f"{folder} cannot be loaded by diffusers: {error}") from error
     family = type(pipeline).__name__
     with replacing(target) as partial:
         networks = {}

@@ -342,7 +342,14 @@ def assemble(recipe: Recipe, folder: Path) -> None:
     # transformers loads a network in the type its config names, diffusers in float32: let both be float32
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    write_card(folder, vae_losses, losses, recipe.vae_batch, recipe.batch, recipe.pictures)
+    networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+    write_card(
+        folder,
+        {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+        {"sizes": tuple(RADII), "colours": tuple(COLOURS), "kinds": KINDS, "places": tuple(PLACES)},
+        {"vae": vae_losses, "unet": losses},
+        {"pictures": recipe.pictures, "two": TWO_SHAPES, "vae_batch": recipe.vae_batch, "batch": recipe.batch},
+    )
 
 
 def main() -> None:
