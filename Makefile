@@ -1,7 +1,7 @@
 # `make engines`, then `python -m runtime.serve`. Everything is made in .venv and build/, both ignored by git.
 MODEL ?= shapes
 DEVICES ?= auto
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
 

@@ -132,13 +132,13 @@ def test_the_callback_sees_refined_states_in_order(pipeline: Pipeline) -> None:
 def test_a_callback_that_raises_cancels_and_the_next_picture_is_untouched(pipeline: Pipeline) -> None:
     expected = draw(pipeline, mode="aggressive")
 
-    class Cancelled(Exception):
+    class CancelledError(Exception):
         pass
 
     def cancel(*_: Any) -> None:
-        raise Cancelled
+        raise CancelledError
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(CancelledError):
         draw(pipeline, "a small white circle", mode="aggressive", seed=9, callback_on_step_end=cancel)
     assert same(draw(pipeline, mode="aggressive"), expected)
 

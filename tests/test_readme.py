@@ -1,0 +1,115 @@
+"""What the README says is run as it stands, and its numbers are those of the committed result files."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench.report import README, RESULTS, load, rebuilt
+from engines.store import Bundle
+
+ROOT = README.parent
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def block(containing: str) -> str:
+    """The one code block of the README with this text."""
+    (found,) = [text for _, text in BLOCKS if containing in text]
+    return str(found)
+
+
+def here(command: str, port: int = 8000) -> str:
+    """A README command as run from another folder and on a free port; the interpreter is the one of this test."""
+    return command.replace(".venv/bin/python", sys.executable).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module")
+def server(shapes: Bundle) -> Iterator[int]:
+    """The README's second command, and the port it answers on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = block("make engines\n").splitlines()[1]
+    process = subprocess.Popen([*here(command).split(), "--port", str(port)], cwd=ROOT)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "the server stopped"
+                time.sleep(0.1)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def is_picture(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.size == (64, 64)
+
+
+def test_make_engines_has_nothing_left_to_do(shapes: Bundle) -> None:
+    command = block("make engines\n").splitlines()[0]
+    run = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "up to date" in run.stdout and "exported to" not in run.stdout
+
+
+def test_the_curl_command_makes_a_picture(server: int, tmp_path: Path) -> None:
+    subprocess.run(here(block("curl"), server), shell=True, cwd=tmp_path, check=True)
+    assert is_picture(tmp_path / "star.png")
+
+
+def test_the_page_is_served(server: int) -> None:
+    page = urllib.request.urlopen(f"http://127.0.0.1:{server}/", timeout=10).read().decode()
+    assert "<html" in page and "caption" in page.lower()
+
+
+def test_the_command_line_makes_a_picture(shapes: Bundle, tmp_path: Path) -> None:
+    command = here(block("-m runtime ")).replace("star.png", str(tmp_path / "star.png"))
+    subprocess.run(command, shell=True, cwd=ROOT, check=True)
+    assert is_picture(tmp_path / "star.png")
+
+
+def test_the_python_example_makes_a_picture(shapes: Bundle, tmp_path: Path) -> None:
+    code = block("Pipeline.load").replace("ring.png", str(tmp_path / "ring.png"))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert is_picture(tmp_path / "ring.png")
+
+
+def test_the_gate_runs_the_readmes_test_command() -> None:
+    assert "make test-all" in README.read_text() and "make test-all" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", README.read_text()))
+    assert named and named <= targets, named - targets
+
+
+def test_numbers_are_those_of_the_result_files() -> None:
+    assert rebuilt(README.read_text()) == README.read_text(), "run `python -m bench report`"
+
+
+@pytest.mark.parametrize("name", ["run", "quality"])
+def test_result_files_carry_their_circumstances(name: str) -> None:
+    result = load(name)
+    assert result["schema_version"] == 1 and result["commit"] and result["host"]["cores"] and result["versions"]
+    assert result["rows"]
+
+
+def test_the_pictures_of_the_readme_exist() -> None:
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
+        assert (ROOT / path).is_file() and (ROOT / path).is_relative_to(RESULTS)
