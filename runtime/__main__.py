@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -50,9 +51,13 @@ def load_latents(path: Path | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ParameterError("latents", f"{path} cannot be read as an .npy array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ParameterError("latents", f"{path} cannot be used as latents: save one array of numbers with numpy.save")
+    return array
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
@@ -72,7 +77,7 @@ def run(options: dict[str, Any]) -> None:
     quiet = options.pop("quiet")
     options["latents"] = load_latents(options["latents"])
     pipeline = Pipeline.load(model, devices, build)
-    with tqdm(total=options["num_inference_steps"], unit="step", disable=quiet, mininterval=0.05) as bar:
+    with tqdm(total=options["num_inference_steps"], unit="step", disable=quiet, mininterval=0.05, delay=0.1) as bar:
 
         def progress(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
             bar.update(step + 1 - bar.n)

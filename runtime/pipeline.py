@@ -63,8 +63,9 @@ class Pipeline:
         return self._engines.lanes
 
     def close(self) -> None:
-        """Stops the lanes."""
-        self._engines.close()
+        """Stops the lanes, after the picture that is being made."""
+        with self._lock:
+            self._engines.close()
 
     def generate(
         self,
@@ -225,7 +226,8 @@ class Pipeline:
 
 def gaussian(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Array:
     """Standard normal noise that depends on (seed, image, step) alone, whatever else is drawn or in which order."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, image << 32 | step]))
+    key = np.array([seed, image << 32 | step], np.uint64)  # a list of such numbers would become float64
+    generator = np.random.Generator(np.random.Philox(key=key))
     return generator.standard_normal(shape, np.float32)
 
 

@@ -31,7 +31,7 @@ class PromptTokenizer:
             ids = self._tokenizer.encode(prompt).ids
             if len(ids) > limit:
                 cut = self._tokenizer.decode(ids[limit - 1 : -1]).replace("</w>", " ").strip()
-                warnings.append(f"the prompt is longer than {limit} tokens; this part of it was cut: {cut!r}")
+                warnings.append(f"a prompt is longer than {limit} tokens; this part of it was cut: {cut!r}")
                 log.warning("%s", warnings[-1])
                 ids = [*ids[: limit - 1], self._spec.eos_token_id]
             row[: len(ids)] = ids

@@ -80,6 +80,8 @@ def test_noise_depends_on_seed_image_and_step_alone() -> None:
     assert np.array_equal(first, gaussian(0, 0, 0, (4, 3, 3)))
     others = [gaussian(*key, (4, 3, 3)) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2**64 - 1, 0, 0))]
     assert all(not np.allclose(first, other) for other in others)
+    large = [gaussian(2**63 + seed, 0, 0, (8,)) for seed in (0, 1, 1000)]
+    assert not np.allclose(large[0], large[1]) and not np.allclose(large[0], large[2])
     sample = gaussian(7, 0, 0, (100_000,))
     assert abs(sample.mean()) < 0.02 and abs(sample.std() - 1) < 0.02
 
