@@ -1,6 +1,8 @@
 # `make engines`, then `python -m runtime.serve`. Everything is made in .venv and build/, both ignored by git.
 MODEL ?= shapes
 DEVICES ?= auto
+# the folder of a model gives its bundle its name
+NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
@@ -23,10 +25,10 @@ help: ## this list
 
 engines: .venv/.export ## export MODEL and compile it for DEVICES; a second run does nothing
 	@$(RUN) -m export "$(MODEL)"
-	@$(RUN) -m engines build "$(MODEL)" --devices "$(DEVICES)"
+	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 
 serve: engines ## engines, then the server on http://127.0.0.1:8000
-	@$(RUN) -m runtime.serve --model "$(notdir $(MODEL))" --devices "$(DEVICES)"
+	@$(RUN) -m runtime.serve --model "$(NAME)" --devices "$(DEVICES)"
 
 lint: .venv/.dev ## ruff and mypy --strict
 	@$(RUN) -m ruff check .

@@ -11,14 +11,14 @@ from engines import ort
 from engines.devices import parse_devices
 from engines.errors import BundleError, EngineError
 from engines.manifest import MANIFEST
-from engines.store import BUILD, Bundle, locked, plan_key
+from engines.store import BUILD, Bundle, delete_leftovers, locked, plan_key
 
 
 def bundles(options: argparse.Namespace) -> list[Bundle]:
     """The named bundle, or every bundle."""
     if options.model:
         return [Bundle.open(options.model, options.build)]
-    return [Bundle.open(path.parent.name, options.build) for path in sorted(options.build.glob(f"*/{MANIFEST}"))]
+    return [Bundle.open(path.parent.name, options.build) for path in sorted(options.build.glob(f"[!.]*/{MANIFEST}"))]
 
 
 def list_(options: argparse.Namespace) -> int:
@@ -75,12 +75,16 @@ def explain(options: argparse.Namespace) -> int:
 
 def gc(options: argparse.Namespace) -> int:
     """Deletes plans that fit nothing here, and leftovers of killed builds."""
-    for bundle in bundles(options):
+    found = bundles(options)
+    for bundle in found:
         with locked(bundle.folder):
             wanted = {plan_key(ort.plan_fields(bundle, network)) for network in bundle.manifest.networks}
             for path in bundle.garbage(wanted):
                 shutil.rmtree(path)
                 print(f"deleted {path}")
+    for build in sorted({options.build, *(bundle.folder.parent for bundle in found)}):
+        for path in delete_leftovers(build):
+            print(f"deleted {path}")
     return 0
 
 

@@ -68,11 +68,15 @@ class Tokenizer(_Strict):
 
 
 class Manifest(_Strict):
-    """An exported model. `alphas_cumprod` is the training schedule's ᾱ per timestep; sizes are in pixels."""
+    """An exported model. `origin` is what `make engines MODEL=` made it of; `source` identifies its content.
+
+    `alphas_cumprod` is the training schedule's ᾱ per timestep; sizes are in pixels.
+    """
 
     schema_version: Literal[1]
     model: str
     family: str
+    origin: str
     source: str
     versions: dict[str, str]
     precision: Literal["fp32"]

@@ -64,7 +64,9 @@ def build_plan(bundle: Bundle, network: str) -> Plan:
         try:
             onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many types of its own
-            raise BundleError(f"{source} cannot be compiled ({error}): {bundle.repair}") from error
+            raise BundleError(
+                f"{source} cannot be compiled ({error}): see that the disk is not full, or {bundle.repair}"
+            ) from error
         return bundle.add_plan(network, plan_fields(bundle, network), target, time.perf_counter() - start)
 
 
@@ -145,7 +147,8 @@ class Engines:
         self.text_encoder = Session(bundle, "text_encoder", threads)
         self.vae_decoder = Session(bundle, "vae_decoder", threads)
         sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]
-        self.backend = HostBackend([SessionLane(session) for session in sessions])
+        self.lanes = [SessionLane(session) for session in sessions]
+        self.backend = HostBackend(self.lanes)
 
     def close(self) -> None:
         """Stops the lanes."""

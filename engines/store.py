@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,13 +61,16 @@ def replacing(folder: Path) -> Iterator[Path]:
         for path in partial.rglob("*"):
             if path.is_file():
                 _flush(path)
+        old = partial.with_name(f"{partial.name}-old")
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
             os.replace(folder, old)
+        try:
             os.replace(partial, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -85,6 +88,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def delete_leftovers(build: Path) -> list[Path]:
+    """Deletes what killed exports and builds left in a folder of bundles, after running ones have ended."""
+    found = list(build.glob(f"{PARTIAL}*"))
+    with ExitStack() as locks:
+        for lock in sorted(build.glob(".*.lock")):
+            locks.enter_context(FileLock(lock))
+        leftovers = [path for path in found if path.exists()]
+        for path in leftovers:
+            shutil.rmtree(path)
+    return leftovers
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An exported model on disk."""
@@ -97,16 +112,21 @@ class Bundle:
         """The bundle of a model's name below `build`, or of a path to a bundle; BundleError when there is none."""
         folder = Path(model) if Path(model, MANIFEST).is_file() else build / model
         if not (folder / MANIFEST).is_file():
-            known = ", ".join(path.parent.name for path in sorted(build.glob(f"*/{MANIFEST}"))) or "none yet"
+            known = ", ".join(path.parent.name for path in sorted(build.glob(f"[!.]*/{MANIFEST}"))) or "none yet"
             raise BundleError(
                 f"there is no exported model {model!r} (exported: {known}): make it with `make engines MODEL={model}`"
             )
         return cls(folder, Manifest.read(folder))
 
     @property
+    def command(self) -> str:
+        """The command that exports and compiles this model."""
+        return f"`make engines MODEL={self.manifest.origin}`"
+
+    @property
     def repair(self) -> str:
         """The command that makes this bundle again."""
-        return f"make it again with `make clean-engines engines MODEL={self.manifest.model}`"
+        return f"make it again with {self.command}"
 
     def onnx(self, network: str) -> Path:
         """The ONNX file of a network, checked against the manifest."""
@@ -120,13 +140,15 @@ class Bundle:
         return check_file(self.folder / spec.file, spec.sha256, self.repair)
 
     def plans(self) -> dict[str, Plan]:
-        """All readable plans of this bundle by key; unreadable ones are left to `gc`."""
+        """All plans of this bundle by key whose sidecars can be trusted; the others are rebuilt or left to `gc`."""
         found = {}
         for path in sorted((self.folder / "plans").glob(f"*/{PLAN}")):
             try:
-                found[path.parent.name] = Plan.model_validate_json(path.read_bytes())
+                plan = Plan.model_validate_json(path.read_bytes())
             except ValidationError:
                 continue
+            if plan.key == plan_key(plan.fields) == path.parent.name:
+                found[plan.key] = plan
         return found
 
     def plan_folder(self, key: str) -> Path:
@@ -135,16 +157,18 @@ class Bundle:
 
     def plan_content(self, network: str, fields: Mapping[str, str]) -> bytes:
         """The compiled network for these fields, hash-checked; BundleError names what differs and the repair."""
-        command = f"`make engines MODEL={self.manifest.model}`"
         plan = self.plans().get(plan_key(fields))
         if plan is None:
             reasons = "; ".join(self.explain(network, fields))
-            raise BundleError(f"no compiled {network} for this machine ({reasons}): build it with {command}")
-        return check_file(self.plan_folder(plan.key) / plan.file, plan.sha256, f"build it again with {command}")
+            raise BundleError(f"no compiled {network} for this machine ({reasons}): build it with {self.command}")
+        return check_file(self.plan_folder(plan.key) / plan.file, plan.sha256, f"build it again with {self.command}")
 
     def explain(self, network: str, fields: Mapping[str, str]) -> list[str]:
         """Why no existing plan of a network fits, field by field against the nearest one; empty when one fits."""
-        candidates = [plan for plan in self.plans().values() if plan.network == network]
+        plans, folder = self.plans(), self.plan_folder(plan_key(fields))
+        if folder.is_dir() and folder.name not in plans:
+            return [f"{folder / PLAN} is missing or damaged"]
+        candidates = [plan for plan in plans.values() if plan.network == network]
         if not candidates:
             return [f"no plan of {network} was ever built here"]
         differences = [_differences(plan.fields, fields) for plan in candidates]
@@ -174,26 +198,29 @@ class Bundle:
         """One message per exported file that is not what the manifest says."""
         files = [(network.file, network.sha256) for network in self.manifest.networks.values()]
         files.append((self.manifest.tokenizer.file, self.manifest.tokenizer.sha256))
-        return self._damaged((self.folder / file, sha256) for file, sha256 in files)
+        return _damaged(((self.folder / file, sha256) for file, sha256 in files), self.repair)
 
     def problems(self) -> list[str]:
         """One message per file of the bundle or of its plans that is not what its record says."""
-        plans = self.plans().values()
-        return self.damaged_sources() + self._damaged((self.plan_folder(p.key) / p.file, p.sha256) for p in plans)
-
-    def _damaged(self, files: Iterable[tuple[Path, str]]) -> list[str]:
-        found = []
-        for path, sha256 in files:
-            try:
-                check_file(path, sha256, self.repair)
-            except BundleError as error:
-                found.append(str(error))
-        return found
+        plans, repair = self.plans(), f"build it again with {self.command}"
+        folders = [path for path in sorted((self.folder / "plans").glob("[!.]*")) if path.name not in plans]
+        sidecars = [f"{path / PLAN} is missing or damaged: {repair}" for path in folders]
+        files = ((self.plan_folder(key) / plan.file, plan.sha256) for key, plan in plans.items())
+        return self.damaged_sources() + sidecars + _damaged(files, repair)
 
     def garbage(self, wanted: set[str]) -> list[Path]:
-        """Plan folders with other keys than the wanted ones, and leftovers of killed builds."""
-        plans = [p for p in (self.folder / "plans").glob("*") if p.is_dir() and p.name not in wanted]
-        return plans + list(self.folder.parent.glob(f"{PARTIAL}*"))
+        """Plan folders with other keys than the wanted ones, and leftovers of killed builds of plans."""
+        return [p for p in (self.folder / "plans").glob("*") if p.is_dir() and p.name not in wanted]
+
+
+def _damaged(files: Iterable[tuple[Path, str]], repair: str) -> list[str]:
+    found = []
+    for path, sha256 in files:
+        try:
+            check_file(path, sha256, repair)
+        except BundleError as error:
+            found.append(str(error))
+    return found
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -29,8 +29,10 @@ def resolve(model: str) -> tuple[str, Path]:
     if model in EMBEDDED:
         return model, EMBEDDED[model]
     folder = Path(model)
-    if folder.is_dir():
+    if (folder / "model_index.json").is_file():
         return folder.resolve().name, folder
+    if folder.is_dir():
+        raise ExportError(f"{folder} is not a diffusers model: it has no model_index.json")
     raise ExportError(f"unknown model {model!r}: use {', '.join(EMBEDDED)}, or the folder of a diffusers model")
 
 
@@ -54,16 +56,12 @@ def up_to_date(target: Path, source: str) -> bool:
 
 def export(name: str, folder: Path, target: Path, source: str) -> None:
     """Exports every network and writes the bundle; the manifest is written last and the folder appears whole."""
-    from safetensors import SafetensorError
     from tqdm import tqdm
 
     from export.models import FAMILIES, load_pipeline
     from export.to_onnx import export_network
 
-    try:
-        pipeline = load_pipeline(folder)
-    except (SafetensorError, ValueError) as error:  # a truncated file of weights, or an index that is no JSON
-        raise ExportError(f"{folder} cannot be loaded by diffusers: {error}") from error
+    pipeline = load_pipeline(folder)
     family = type(pipeline).__name__
     with replacing(target) as partial:
         networks = {}
@@ -78,6 +76,7 @@ def export(name: str, folder: Path, target: Path, source: str) -> None:
             schema_version=1,
             model=name,
             family=family,
+            origin=name if name in EMBEDDED else str(folder.resolve()),
             source=source,
             versions={package: version(package) for package in PACKAGES},
             precision="fp32",

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from engines.errors import ExportError
 
@@ -74,17 +77,21 @@ class LatentDecoder(nn.Module):
 
 def load_pipeline(folder: Path) -> Any:
     """The diffusers pipeline in a folder, float32; ExportError when it is none, or of a family we cannot export."""
+    diffusers_logging.set_verbosity_error()  # both libraries chat about optional packages
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     index = folder / "model_index.json"
     if not index.is_file():
         raise ExportError(f"{folder} is not a diffusers model: it has no model_index.json")
-    family = json.loads(index.read_text()).get("_class_name")
-    if family not in FAMILIES:
-        raise ExportError(f"{folder} holds a {family}; this version exports {', '.join(FAMILIES)}")
     try:
+        family = json.loads(index.read_text()).get("_class_name")
+        if family not in FAMILIES:
+            raise ExportError(f"{folder} holds a {family}; this version exports {', '.join(FAMILIES)}")
         return StableDiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # missing or truncated files, an index that is no JSON
         raise ExportError(f"{folder} cannot be loaded by diffusers: {error}") from error
 
 

@@ -73,6 +73,8 @@ def run(options: dict[str, Any]) -> None:
             raise ParameterError("out", f"the folder of {path} does not exist: create it first")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ParameterError("out", f"{out}: the picture's name must end in .png, .jpg or .webp")
+    if save_latents and save_latents.suffix != ".npy":
+        raise ParameterError("save_latents", f"{save_latents}: the name of the latents must end in .npy")
     model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")
     quiet = options.pop("quiet")
     options["latents"] = load_latents(options["latents"])
@@ -107,7 +109,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: cannot write the result: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

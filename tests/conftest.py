@@ -45,6 +45,7 @@ def manifest() -> Manifest:
         schema_version=1,
         model="fake",
         family="StableDiffusionPipeline",
+        origin="fake",
         source="",
         versions={},
         precision="fp32",

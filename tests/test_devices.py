@@ -1,0 +1,74 @@
+"""What `--devices` means, on a machine of four cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from engines import devices
+from engines.devices import LaneSpec, parse_devices
+from engines.errors import DeviceError
+
+FORMS = r"use auto, cpu, cpu@THREADS or cpu\*LANES"
+
+
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cores", lambda: 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "lanes", "threads"),
+    [
+        ("auto", 4, 1), ("cpu", 1, 4), ("cpu@1", 1, 1), ("cpu@3", 1, 3), ("cpu@4", 1, 4),
+        ("cpu*1", 1, 4), ("cpu*2", 2, 2), ("cpu*3", 3, 1), ("cpu*4", 4, 1), ("cpu*9", 9, 1), ("cpu*64", 64, 1),
+    ],
+)  # fmt: skip
+def test_a_device_string_means_lanes_that_share_the_cores(text: str, lanes: int, threads: int) -> None:
+    assert parse_devices(text) == tuple(LaneSpec("cpu", n, threads) for n in range(lanes))
+
+
+@pytest.mark.parametrize(("cores", "lanes", "threads"), [(1, 1, 1), (2, 2, 1), (8, 8, 1), (32, 8, 4)])
+def test_auto_is_one_lane_per_core_up_to_eight(
+    cores: int, lanes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    assert parse_devices("auto") == tuple(LaneSpec("cpu", n, threads) for n in range(lanes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "CPU", "Auto", "gpu", "cpu:0", "cpu@", "cpu*", "cpu@-1", "cpu@1.5", "cpu*2@1", "cpu,cpu", "cpu\n", "*2"],
+)
+def test_an_unknown_device_is_refused_with_the_forms_that_exist(text: str) -> None:
+    with pytest.raises(DeviceError, match=f"unknown device.*{FORMS}"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize("text", ["cuda", "cuda:0", "cuda*2"])
+def test_cuda_is_refused_with_what_to_use_instead(text: str) -> None:
+    with pytest.raises(DeviceError, match=f"{text.replace('*', '.')}: CUDA.*{FORMS}"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize("text", ["cpu@0", "cpu*0", "cpu@00"])
+def test_no_lane_and_no_thread_is_refused(text: str) -> None:
+    with pytest.raises(DeviceError, match="at least one lane with one thread"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize("text", ["cpu@5", "cpu@999999", "cpu*65", "cpu*999999"])
+def test_more_than_the_machine_has_is_refused_with_what_it_has(text: str) -> None:
+    with pytest.raises(DeviceError, match="may use 4 cores; lanes end at 64"):
+        parse_devices(text)
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of four_cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    assert devices.cores() == 3
+
+
+def test_a_lane_is_written_as_device_and_number() -> None:
+    assert [str(lane) for lane in parse_devices("cpu*2")] == ["cpu/0", "cpu/1"]
