@@ -38,7 +38,7 @@ OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mea
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
 # Where a shape goes is decided at the highest noise, where ε hardly depends on it: without this, colours and kinds were
 # right after 2,250 steps and places were chance. In the last steps high noise counts for more.
-LAYOUT_STEPS = 2600
+LAYOUT_STEPS = 3200
 LAYOUT_TIMESTEP = 0.65  # of all; half of the batch is then drawn above it
 PLACE_LENGTH = 3.0  # the length of a place word's embedding when the last steps begin
 SAVE_EVERY = 250
@@ -398,7 +398,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=32768, help="training pictures, drawn and encoded once")
-    parser.add_argument("--steps", type=int, default=5600, help="steps of the UNet")
+    parser.add_argument("--steps", type=int, default=6200, help="steps of the UNet")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
