@@ -49,7 +49,11 @@ def test_sequential_equals_the_diffusers_pipeline(
     theirs = StableDiffusionPipeline.from_pretrained(EMBEDDED["shapes"])
     theirs.set_progress_bar_config(disable=True)
     noise = rng.standard_normal((1, 4, 16, 16), np.float32)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": "a small blue ring"}
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "negative_prompt": "a small blue ring",
+    }
     expected = theirs(PROMPT, latents=torch.from_numpy(noise), output_type="latent", **options).images.numpy()
     pixels = np.asarray(theirs(PROMPT, latents=torch.from_numpy(noise), **options).images[0], int)
     ours = pipeline.generate(PROMPT, latents=noise, **options)

@@ -100,11 +100,12 @@ def test_guidance_of_at_most_one_is_one_half(guidance: float, manifest: Manifest
 @pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 9, 28, 50])
 def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest) -> None:
-    rounds = {
-        "sequential": lambda k: steps,
-        "conservative": lambda k: transcription.rounds_conservative(steps, k),
-        "aggressive": lambda k: transcription.rounds_aggressive(steps, k),
-    }[mode]
+    def rounds(k: int) -> int:
+        if mode == "sequential":
+            return steps
+        closed = transcription.rounds_conservative if mode == "conservative" else transcription.rounds_aggressive
+        return closed(steps, k)
+
     schedule = make_schedule(manifest, "ddim", steps)
     for k in (1, 2, 3, 5, 8, 60):
         for lanes in (1, 2, 3, 16):
