@@ -37,7 +37,7 @@ TWO_SHAPES = 0.4  # of the pictures
 OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mean of the noise
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
 # Where a shape goes is decided at the highest noise, where ε hardly depends on it. Without the steps below, colours and
-# kinds were right after 2,000 steps and places were still chance after 4,000. So some steps look at the layout alone, at
+# kinds were right after 2,000 steps and places still chance after 4,000. So some steps look at the layout alone, at
 # noise that hides it, and afterwards high noise counts for more.
 LAYOUT_FROM, LAYOUT_STEPS = 4000, 300
 LAYOUT_NOISE = (0.93, 1.0)  # of the timesteps, in those steps
