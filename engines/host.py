@@ -34,7 +34,7 @@ class HostBackend:
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
-        self._todo: list[SimpleQueue[Call | None]] = [SimpleQueue() for _ in self._lanes[1:]]
+        self._todo: list[SimpleQueue[int | None]] = [SimpleQueue() for _ in self._lanes[1:]]
         self._done: SimpleQueue[Exception | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, args=(n,), daemon=True, name=f"lane-{n}")
@@ -60,6 +60,7 @@ class HostBackend:
         self._slots = np.empty((16, int(np.prod(shape))), np.float32)
         self.busy = [0.0] * len(self._lanes)
         self._last = [0.0] * len(self._lanes)
+        self._outputs = [self._slots] * len(self._lanes)
         self.critical = 0.0
 
     def write(self, slot: str, value: Array) -> None:
@@ -73,22 +74,29 @@ class HostBackend:
         return value
 
     def predict(self, calls: Sequence[Call]) -> None:
-        """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped."""
-        for call in calls:
-            for half in call:
-                self._slot(half.output)  # growing the array is not for lanes to do
-        self._last = [0.0] * len(self._lanes)
-        others = [(n, call) for n, call in enumerate(calls) if n and call]
-        for n, call in others:
-            self._todo[n - 1].put(call)
+        """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped.
+
+        The calling thread gathers and scatters for all lanes: a lane's thread that touched Python objects would wait
+        for the interpreter lock, and its lane would start late.
+        """
+        busy = [(n, call) for n, call in enumerate(calls) if call]
+        for n, call in busy:
+            self._fill(n, call)
+        images = self._shape[0]
+        for n, call in busy[1:]:
+            self._todo[n - 1].put(len(call) * images)
         try:
-            errors = [self._attempt(0, calls[0])] if calls[0] else []
+            first, call = busy[0]
+            errors = [self._attempt(first, len(call) * images)]
         finally:  # also on Ctrl-C: a lane still running would write into the next image
-            late = [self._done.get() for _ in others]
+            late = [self._done.get() for _ in busy[1:]]
         for error in errors + late:
             if error is not None:
                 raise error
-        self.critical += max(self._last)
+        self.critical += max(self._last[n] for n, _ in busy)
+        for n, call in busy:
+            indices = [self._slot(half.output) for half in call]
+            self._slots[indices] = self._outputs[n].reshape(len(call), -1)
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """See Backend.combine. Gathering copies the sources, so that in place is safe."""
@@ -116,33 +124,28 @@ class HostBackend:
         return index
 
     def _work(self, n: int) -> None:
-        while (call := self._todo[n - 1].get()) is not None:
-            self._done.put(self._attempt(n, call))
+        while (batch := self._todo[n - 1].get()) is not None:
+            self._done.put(self._attempt(n, batch))
 
-    def _attempt(self, n: int, call: Call) -> Exception | None:
+    def _attempt(self, n: int, batch: int) -> Exception | None:
+        start = time.perf_counter()
         try:
-            self._run(n, call)
+            self._outputs[n] = self._lanes[n].run(batch)
         except Exception as error:  # noqa: BLE001 - carried to the calling thread and raised there
             return error
-        return None
-
-    def _run(self, n: int, call: Call) -> None:
-        """Gathers the inputs of one call, runs it, scatters its outputs."""
-        lane, images = self._lanes[n], self._shape[0]
-        batch = len(call) * images
-        inputs = lane.inputs(batch)
-        sample = inputs["sample"].reshape(len(call), -1)
-        for row, half in enumerate(call):
-            sample[row] = self._slots[self._index[half.latent]]
-            inputs["timestep"][row * images : (row + 1) * images] = self._timesteps[half.step]
-        self._fill_conditioning(n, batch, tuple(half.conditioning for half in call), inputs)
-        start = time.perf_counter()
-        output = lane.run(batch)
         self._last[n] = time.perf_counter() - start
         self.busy[n] += self._last[n]
-        output = output.reshape(len(call), -1)
-        for row, half in enumerate(call):
-            self._slots[self._index[half.output]] = output[row]
+        return None
+
+    def _fill(self, n: int, call: Call) -> None:
+        """Gathers the inputs of one call into the lane's own memory."""
+        images = self._shape[0]
+        batch = len(call) * images
+        inputs = self._lanes[n].inputs(batch)
+        rows = inputs["sample"].reshape(len(call), -1)
+        self._slots.take([self._index[half.latent] for half in call], 0, out=rows, mode="clip")
+        inputs["timestep"][:] = self._timesteps[[half.step for half in call for _ in range(images)]]
+        self._fill_conditioning(n, batch, tuple(half.conditioning for half in call), inputs)
 
     def _fill_conditioning(self, n: int, batch: int, wanted: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
         """Copies embeddings in only when this batch size last saw another order of halves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,8 @@ def up_to_date(target: Path, source: str) -> bool:
 
 def export(name: str, folder: Path, target: Path, source: str) -> None:
     """Exports every network and writes the bundle; the manifest is written last and the folder appears whole."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it talks about optional packages while it is imported
+
     from tqdm import tqdm
 
     from export.models import FAMILIES, load_pipeline
