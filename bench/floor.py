@@ -14,8 +14,8 @@ from threading import Thread
 from engines.base import Call
 from engines.host import Lane
 from engines.null import NullBackend
-from runtime.execute import execute
-from runtime.samplers import SAMPLERS, STATE
+from runtime.execute import execute, planned
+from runtime.samplers import STATE
 from runtime.schedule import Schedule
 
 
@@ -36,7 +36,7 @@ def placement(schedule: Schedule, mode: str, k: int, lanes: int, guidance_scale:
     recorder.rounds_seen = []
     recorder.bind((1,), schedule.timesteps, ())
     recorder.written.add(STATE)
-    execute(SAMPLERS[mode](schedule, k), recorder, guidance_scale, lambda finished: None)
+    execute(planned(mode, schedule, k, lanes, guidance_scale), recorder, lambda finished: None)
     return recorder.rounds_seen
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Rows = Sequence[Sequence[float]]
+Rows = Sequence[Sequence[float]] | Array
 
 
 class Half(NamedTuple):

@@ -59,7 +59,7 @@ class NullBackend:
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """Checks shapes and slots."""
-        assert len(rows) == len(targets) == len(set(targets)) and rows, "one row per distinct target"
+        assert len(rows) == len(targets) == len(set(targets)) > 0, "one row per distinct target"
         assert all(len(row) == len(sources) for row in rows), "one coefficient per source"
         assert len(set(sources)) == len(sources), f"a source is named twice: {sources}"
         for slot in sources:

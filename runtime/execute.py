@@ -1,13 +1,17 @@
-"""The loop: take an operation from the sampler, run it on the backend, until the latent is finished."""
+"""From a sampler's operations to what a backend runs: first the plan, then the loop that plays it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
-from engines.base import Backend, Half
+import numpy as np
+
+from engines.base import Array, Backend, Call, Half
 from runtime.place import place
-from runtime.samplers import Combine, Job, Operation, Predict
+from runtime.samplers import SAMPLERS, Combine, Job, Operation, Predict
+from runtime.schedule import Schedule
 
 
 @dataclass
@@ -19,28 +23,60 @@ class Counts:
     calls: int = 0
 
 
-def execute(
-    operations: Iterable[Operation], backend: Backend, guidance_scale: float, finished: Callable[[int], None]
-) -> Counts:
-    """Plays the operations. A guidance scale of at most 1 means one half per evaluation, as in diffusers.
+@dataclass(frozen=True)
+class Round:
+    """One call per lane, all at the same time; `evaluations` of them after guidance."""
 
-    Guidance, ε = (1 − g)·ε_unconditional + g·ε_conditional, is never computed by itself: it is multiplied into the
-    coefficients of the combinations that read ε. `finished(steps)` is called when more steps are done.
+    calls: tuple[Call, ...]
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A combination over guidance halves; `finished` steps are done after it."""
+
+    sources: tuple[str, ...]
+    rows: Array
+    targets: tuple[str, ...]
+    finished: int
+
+
+def plan(operations: Iterable[Operation], lanes: int, guidance_scale: float) -> Iterator[Round | Combination]:
+    """Deals evaluations over the lanes and multiplies guidance into the coefficients that read them.
+
+    Guidance, ε = (1 − g)·ε_unconditional + g·ε_conditional, is never computed by itself. A scale of at most 1 means one
+    half per evaluation, as in diffusers.
     """
-    counts, done = Counts(), 0
     weights = {0: 1 - guidance_scale, 1: guidance_scale} if guidance_scale > 1 else {1: 1.0}
     predicted: set[str] = set()
     for operation in operations:
         if isinstance(operation, Predict):
             halves = [_half(job, conditioning) for job in operation.jobs for conditioning in weights]
-            calls = place(halves, backend.lanes)
-            backend.predict(calls)
             predicted.update(job.output for job in operation.jobs)
-            counts.rounds += 1
-            counts.evaluations += len(operation.jobs)
-            counts.calls += sum(1 for call in calls if call)
+            yield Round(tuple(place(halves, lanes)), len(operation.jobs))
         else:
-            backend.combine(*_guided(operation, predicted, weights))
+            yield _guided(operation, predicted, weights)
+
+
+@lru_cache(maxsize=64)
+def planned(
+    mode: str, schedule: Schedule, k: int, lanes: int, guidance_scale: float
+) -> tuple[Round | Combination, ...]:
+    """The whole plan of a sampler, made before the first round: between rounds, the lanes wait for every line run."""
+    return tuple(plan(SAMPLERS[mode](schedule, k), lanes, guidance_scale))
+
+
+def execute(operations: Iterable[Round | Combination], backend: Backend, finished: Callable[[int], None]) -> Counts:
+    """Plays a plan; `finished(steps)` is called when more steps are done."""
+    counts, done = Counts(), 0
+    for operation in operations:
+        if isinstance(operation, Round):
+            backend.predict(operation.calls)
+            counts.rounds += 1
+            counts.evaluations += operation.evaluations
+            counts.calls += sum(1 for call in operation.calls if call)
+        else:
+            backend.combine(operation.sources, operation.rows, operation.targets)
             if operation.finished > done:
                 done = operation.finished
                 finished(done)
@@ -51,10 +87,7 @@ def _half(job: Job, conditioning: int) -> Half:
     return Half(job.latent, job.step, f"{job.output}/{conditioning}", conditioning)
 
 
-def _guided(
-    operation: Combine, predicted: set[str], weights: dict[int, float]
-) -> tuple[list[str], list[list[float]], tuple[str, ...]]:
-    """A combination over halves in place of evaluations."""
+def _guided(operation: Combine, predicted: set[str], weights: dict[int, float]) -> Combination:
     columns: list[tuple[str, int, float]] = []  # slot, column of the operation, factor
     for column, slot in enumerate(operation.sources):
         if slot in predicted:
@@ -62,4 +95,5 @@ def _guided(
         else:
             columns.append((slot, column, 1.0))
     rows = [[row[column] * factor for _, column, factor in columns] for row in operation.rows]
-    return [slot for slot, _, _ in columns], rows, operation.targets
+    sources = tuple(slot for slot, _, _ in columns)
+    return Combination(sources, np.array(rows, np.float32), operation.targets, operation.finished)

@@ -19,7 +19,7 @@ from engines.errors import NonFiniteError, ParameterError
 from engines.host import Lane
 from engines.ort import Engines
 from engines.store import BUILD, Bundle
-from runtime.execute import execute
+from runtime.execute import execute, planned
 from runtime.prompt import PromptTokenizer
 from runtime.report import Report
 from runtime.samplers import SAMPLERS, STATE
@@ -118,7 +118,8 @@ class Pipeline:
             backend.bind(noise.shape, schedule.timesteps, conditioning)
             backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
             notify = self._notifier(callback_on_step_end, schedule)
-            counts = execute(SAMPLERS[mode](schedule, k), backend, float(guidance_scale), notify)
+            operations = planned(mode, schedule, k, backend.lanes, float(guidance_scale))
+            counts = execute(operations, backend, notify)
             finished = backend.read(STATE)
             denoised = time.perf_counter()
             images = self._decode(finished)

@@ -13,7 +13,7 @@ from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.null import NullBackend
-from runtime.execute import execute
+from runtime.execute import execute, planned
 from runtime.place import place
 from runtime.samplers import SAMPLERS, STATE, Combine, Predict
 from runtime.schedule import Schedule, make_schedule
@@ -47,7 +47,7 @@ def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidan
     try:
         backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
         backend.write(STATE, noise)
-        execute(SAMPLERS[mode](schedule, k), backend, guidance, lambda finished: None)
+        execute(planned(mode, schedule, k, lanes, guidance), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
@@ -113,7 +113,7 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
             backend.bind(SHAPE, schedule.timesteps, ())
             backend.write(STATE, np.zeros(SHAPE, np.float32))
             finished: list[int] = []
-            counts = execute(SAMPLERS[mode](schedule, k), backend, GUIDANCE, finished.append)
+            counts = execute(planned(mode, schedule, k, lanes, GUIDANCE), backend, finished.append)
             assert (counts.rounds, counts.evaluations) == (rounds(k), steps)
             assert backend.rounds == counts.rounds and backend.halves == 2 * steps and backend.calls == counts.calls
             assert finished == sorted(set(finished)) and finished[-1] == steps
@@ -199,7 +199,7 @@ def test_a_plan_that_reads_an_unwritten_slot_is_caught(manifest: Manifest) -> No
     backend = NullBackend(2)
     backend.bind(SHAPE, schedule.timesteps, ())
     with pytest.raises(AssertionError, match="'x' is read but was never written"):
-        execute(SAMPLERS["sequential"](schedule, 1), backend, GUIDANCE, lambda finished: None)
+        execute(planned("sequential", schedule, 1, 2, GUIDANCE), backend, lambda finished: None)
 
 
 def test_two_halves_in_one_slot_are_caught() -> None:
