@@ -99,8 +99,8 @@ class HostBackend:
             self._slots[indices] = self._outputs[n].reshape(len(call), -1)
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
-        """See Backend.combine. Gathering copies the sources, so that in place is safe."""
-        result = combine(self._slots[[self._index[slot] for slot in sources]], rows)
+        """See Backend.combine. The result is complete before any of it is stored, so that in place is safe."""
+        result = combine(self._gather([self._index[slot] for slot in sources]), rows)
         indices = [self._slot(slot) for slot in targets]
         self._slots[indices] = result
 
@@ -116,6 +116,14 @@ class HostBackend:
             todo.put(None)
         for thread in self._threads:
             thread.join()
+
+    def _gather(self, indices: list[int]) -> Array:
+        """Slots as rows of one array: a view where they are neighbours, which they mostly are, else a copy."""
+        first = indices[0]
+        if indices == list(range(first, first + len(indices))):
+            return self._slots[first : first + len(indices)]
+        copied: Array = self._slots[indices]
+        return copied
 
     def _slot(self, name: str) -> int:
         index = self._index.setdefault(name, len(self._index))
