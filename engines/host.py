@@ -29,7 +29,7 @@ class HostBackend:
     """Plays a sampler on lanes in host memory: ONNX Runtime sessions, or plain functions in tests.
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane.
-    `busy[n]` adds up the seconds that lane n spent in its network; `critical` the longest call of every round.
+    `critical` adds up the seconds of the longest call of every round.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -58,7 +58,6 @@ class HostBackend:
         self._filled: list[dict[int, tuple[int, ...]]] = [{} for _ in self._lanes]
         self._index: dict[str, int] = {}
         self._slots = np.empty((16, int(np.prod(shape))), np.float32)
-        self.busy = [0.0] * len(self._lanes)
         self._last = [0.0] * len(self._lanes)
         self._outputs = [self._slots] * len(self._lanes)
         self.critical = 0.0
@@ -142,7 +141,6 @@ class HostBackend:
         except Exception as error:  # noqa: BLE001 - carried to the calling thread and raised there
             return error
         self._last[n] = time.perf_counter() - start
-        self.busy[n] += self._last[n]
         return None
 
     def _fill(self, n: int, call: Call) -> None:

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import BundleError
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
 
