@@ -15,13 +15,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bench.floor import placement, replay
+from bench.floor import replay
 from engines.base import Array
 from engines.errors import ParameterError
 from export.shapes.data import Scene, random_scene
 from runtime.pipeline import Pipeline, Result
 from runtime.report import load_average
-from runtime.schedule import make_schedule
 
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
 
@@ -50,10 +49,8 @@ class Configuration:
             prompt, mode=self.mode, k=self.k, num_inference_steps=self.steps, guidance_scale=self.guidance_scale,
             seed=seed,
         )  # fmt: skip
-        schedule = make_schedule(self.pipeline.manifest, None, self.steps)
-        rounds = placement(schedule, self.mode, self.k, len(self.pipeline.devices), self.guidance_scale)
         time.sleep(PAUSE)
-        self.floor_seconds.append(replay(self.pipeline.lanes, rounds))
+        self.floor_seconds.append(replay(self.pipeline.backend))
         self.seconds.append(result.report.seconds["denoise"])
         self.overhead_us.append(result.report.overhead_us_per_round)
         if reference is not None:

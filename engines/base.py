@@ -56,14 +56,18 @@ class Backend(Protocol):
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """targets[m] = Σ_j rows[m][j] · sources[j], float32; targets may be among the sources."""
 
-    def distance(self, a: str, b: str) -> float:
-        """‖a − b‖ / ‖b‖ in float32, summed in a fixed order."""
+    def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """‖a − b‖ / ‖b‖ of pairs of slots in float32, summed in a fixed order; the host waits for it."""
 
     def close(self) -> None:
         """Stops the lanes."""
 
 
 def combine(inputs: Array, rows: Rows) -> Array:
-    """The reference of the project's one kernel: (m, j) rows times (j, elements) inputs, in float32."""
-    result: Array = np.asarray(rows, np.float32) @ inputs
+    """The reference of the project's one kernel: (m, j) rows times (j, elements) inputs, in float32.
+
+    Summed in the order of j for every element, so that a row gives the same bits whatever stands beside it; a matrix
+    product would not, and would wake the BLAS library's threads in between the lanes' own.
+    """
+    result: Array = np.einsum("mj,je->me", np.asarray(rows, np.float32), inputs)
     return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -13,35 +15,46 @@ import numpy as np
 from engines.base import Array, Call, Rows, combine
 
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
+Run = Callable[[], None]
 
 
 class Lane(Protocol):
-    """One compiled model. Its input arrays are its own and are filled before every run."""
+    """One compiled model."""
 
-    def inputs(self, batch: int) -> Mapping[str, Array]:
-        """The arrays to fill for a batch: `sample`, `timestep`, and the conditioning by name."""
+    def bind(self, inputs: Mapping[str, Array], output: Array) -> Run:
+        """What runs the network once, in place, on `sample`, `timestep` and the conditioning by name."""
 
-    def run(self, batch: int) -> Array:
-        """Runs the network on the filled inputs; the result is valid until the next run."""
+
+@dataclass(frozen=True)
+class _Bound:
+    """A call that is bound to memory: run it after `timestep` is set and, where slots are apart, rows are gathered."""
+
+    run: Run
+    timestep: Array
+    gather: tuple[list[int], Array] | None
+    scatter: tuple[list[int], Array] | None
 
 
 class HostBackend:
     """Plays a sampler on lanes in host memory: ONNX Runtime sessions, or plain functions in tests.
 
-    The calling thread works as lane 0, so that a round costs one hand-over per further lane.
-    `critical` adds up the seconds of the longest call of every round.
+    The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
+    their slots and write into slots, without a copy where the slots of a call are neighbours.
+    `critical` adds up the seconds of the longest call of every round, `played` lists the rounds of the image.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
-        self._todo: list[SimpleQueue[int | None]] = [SimpleQueue() for _ in self._lanes[1:]]
+        self._todo: list[SimpleQueue[tuple[int, Run] | None]] = [SimpleQueue() for _ in self._lanes[1:]]
         self._done: SimpleQueue[Exception | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, args=(n,), daemon=True, name=f"lane-{n}")
-            for n in range(1, len(self._lanes))
-        ]
+        self._threads = [threading.Thread(target=self._work, args=(q,), daemon=True) for q in self._todo]
         for thread in self._threads:
             thread.start()
+        self._shape: tuple[int, ...] = ()
+        self._index: dict[str, int] = {}
+        self._conditioning: list[dict[str, Array]] = []
+        self._inputs: dict[tuple[int, ...], dict[str, Array]] = {}
+        self._bound: dict[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]], _Bound] = {}
 
     @property
     def lanes(self) -> int:
@@ -51,63 +64,79 @@ class HostBackend:
     def bind(
         self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
     ) -> None:
-        """See Backend.bind."""
-        self._shape = shape
-        self._timesteps = np.asarray(timesteps, np.float32)
-        self._conditioning = list(conditioning)
-        self._filled: list[dict[int, tuple[int, ...]]] = [{} for _ in self._lanes]
-        self._index: dict[str, int] = {}
-        self._slots = np.empty((16, int(np.prod(shape))), np.float32)
+        """See Backend.bind. Memory stays, and what is bound to it, for as long as shapes stay the same."""
+        shapes = [{name: np.shape(value) for name, value in one.items()} for one in conditioning]
+        if shape != self._shape or shapes != [{n: v.shape for n, v in one.items()} for one in self._conditioning]:
+            self._shape = shape
+            self._index, self._inputs, self._bound = {}, {}, {}
+            self._slots = np.empty((32, int(np.prod(shape))), np.float32)
+        self._timesteps = [float(t) for t in timesteps]
+        self._conditioning = [dict(one) for one in conditioning]
+        for halves, arrays in self._inputs.items():
+            self._fill(halves, arrays)
         self._last = [0.0] * len(self._lanes)
-        self._outputs = [self._slots] * len(self._lanes)
         self.critical = 0.0
+        self.played: list[Sequence[Call]] = []
 
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
-        index = self._slot(slot)  # first: it may replace the array
-        self._slots[index] = value.reshape(-1)
+        row = self._row(slot)  # first: it may replace the array
+        self._slots[row] = value.reshape(-1)
 
     def read(self, slot: str) -> Array:
         """See Backend.read."""
         value: Array = self._slots[self._index[slot]].reshape(self._shape).copy()
         return value
 
+    def runs(self, calls: Sequence[Call]) -> list[tuple[int, Run]]:
+        """The bare model calls of a round with their lanes: what a floor is measured with."""
+        return [(n, bound.run) for n, bound in self._prepare(calls)]
+
     def predict(self, calls: Sequence[Call]) -> None:
         """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped.
 
-        The calling thread gathers and scatters for all lanes: a lane's thread that touched Python objects would wait
-        for the interpreter lock, and its lane would start late.
+        The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
+        interpreter lock, and its lane would start late.
         """
-        busy = [(n, call) for n, call in enumerate(calls) if call]
-        for n, call in busy:
-            self._fill(n, call)
-        images = self._shape[0]
-        for n, call in busy[1:]:
-            self._todo[n - 1].put(len(call) * images)
+        busy = self._prepare(calls)
+        for _, bound in busy:
+            if bound.gather:
+                rows, sample = bound.gather
+                self._slots.take(rows, 0, out=sample, mode="clip")
+        for n, bound in busy[1:]:
+            self._todo[n - 1].put((n, bound.run))
         try:
-            first, call = busy[0]
-            errors = [self._attempt(first, len(call) * images)]
+            first, bound = busy[0]
+            errors = [self._attempt(first, bound.run)]
         finally:  # also on Ctrl-C: a lane still running would write into the next image
             late = [self._done.get() for _ in busy[1:]]
         for error in errors + late:
             if error is not None:
                 raise error
         self.critical += max(self._last[n] for n, _ in busy)
-        for n, call in busy:
-            indices = [self._slot(half.output) for half in call]
-            self._slots[indices] = self._outputs[n].reshape(len(call), -1)
+        self.played.append(calls)
+        for _, bound in busy:
+            if bound.scatter:
+                rows, output = bound.scatter
+                self._slots[rows] = output
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """See Backend.combine. The result is complete before any of it is stored, so that in place is safe."""
-        result = combine(self._gather([self._index[slot] for slot in sources]), rows)
-        indices = [self._slot(slot) for slot in targets]
-        self._slots[indices] = result
+        result = combine(self._rows([self._index[slot] for slot in sources]), rows)
+        into = [self._row(slot) for slot in targets]
+        if _neighbours(into):
+            self._slots[into[0] : into[0] + len(into)] = result
+        else:
+            self._slots[into] = result
 
-    def distance(self, a: str, b: str) -> float:
-        """See Backend.distance."""
-        reference = self._slots[self._index[b]]
-        difference = self._slots[self._index[a]] - reference
-        return float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference)))
+    def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """See Backend.distances."""
+        found = []
+        for a, b in pairs:
+            reference = self._slots[self._index[b]]
+            difference = self._slots[self._index[a]] - reference
+            found.append(float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference))))
+        return found
 
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
@@ -116,72 +145,95 @@ class HostBackend:
         for thread in self._threads:
             thread.join()
 
-    def _gather(self, indices: list[int]) -> Array:
-        """Slots as rows of one array: a view where they are neighbours, which they mostly are, else a copy."""
-        first = indices[0]
-        if indices == list(range(first, first + len(indices))):
-            return self._slots[first : first + len(indices)]
+    def _rows(self, indices: list[int]) -> Array:
+        """Slots as rows of one array: a view where they are neighbours, else a copy."""
+        if _neighbours(indices):
+            return self._slots[indices[0] : indices[0] + len(indices)]
         copied: Array = self._slots[indices]
         return copied
 
-    def _slot(self, name: str) -> int:
-        index = self._index.setdefault(name, len(self._index))
-        if index == len(self._slots):
+    def _row(self, slot: str) -> int:
+        row = self._index.setdefault(slot, len(self._index))
+        if row == len(self._slots):
             self._slots = np.concatenate([self._slots, np.empty_like(self._slots)])
-        return index
+            self._bound.clear()  # it reads and writes the array before
+        return row
 
-    def _work(self, n: int) -> None:
-        while (batch := self._todo[n - 1].get()) is not None:
-            self._done.put(self._attempt(n, batch))
+    def _prepare(self, calls: Sequence[Call]) -> list[tuple[int, _Bound]]:
+        """The calls of a round, bound to memory and with their timesteps set."""
+        wanted = [
+            (n, tuple(self._index[half.latent] for half in call), tuple(self._row(half.output) for half in call), call)
+            for n, call in enumerate(calls)
+            if call
+        ]
+        busy, images = [], self._shape[0]
+        for n, latents, outputs, call in wanted:
+            key = (n, latents, outputs, tuple(half.conditioning for half in call))
+            bound = self._bound.get(key) or self._bound.setdefault(key, self._bind(*key))
+            for row, half in enumerate(call):
+                bound.timestep[row * images : (row + 1) * images] = self._timesteps[half.step]
+            busy.append((n, bound))
+        return busy
 
-    def _attempt(self, n: int, batch: int) -> Exception | None:
+    def _bind(self, n: int, latents: Sequence[int], outputs: Sequence[int], halves: tuple[int, ...]) -> _Bound:
+        """Binds a call to the slots themselves where they are neighbours, else to memory of its own."""
+        count, batch = len(halves), len(halves) * self._shape[0]
+        if halves not in self._inputs:
+            self._inputs[halves] = {
+                name: np.empty((batch, *value.shape[1:]), value.dtype)
+                for name, value in self._conditioning[halves[0]].items()
+            }
+            self._fill(halves, self._inputs[halves])
+
+        def rows(indices: Sequence[int]) -> tuple[Array, tuple[list[int], Array] | None]:
+            if _neighbours(indices):
+                return self._slots[indices[0] : indices[0] + count], None
+            own = np.empty((count, self._slots.shape[1]), np.float32)
+            return own, (list(indices), own)
+
+        sample, gather = rows(latents)
+        output, scatter = rows(outputs)
+        shape = (batch, *self._shape[1:])
+        timestep = np.zeros(batch, np.float32)
+        inputs = {"sample": sample.reshape(shape), "timestep": timestep, **self._inputs[halves]}
+        return _Bound(self._lanes[n].bind(inputs, output.reshape(shape)), timestep, gather, scatter)
+
+    def _fill(self, halves: Sequence[int], arrays: Mapping[str, Array]) -> None:
+        """Sets the conditioning of a batch: one block of images per half."""
+        images = self._shape[0]
+        for row, half in enumerate(halves):
+            for name, value in self._conditioning[half].items():
+                arrays[name][row * images : (row + 1) * images] = value
+
+    def _work(self, todo: SimpleQueue[tuple[int, Run] | None]) -> None:
+        while (job := todo.get()) is not None:
+            self._done.put(self._attempt(*job))
+
+    def _attempt(self, n: int, run: Run) -> Exception | None:
         start = time.perf_counter()
         try:
-            self._outputs[n] = self._lanes[n].run(batch)
+            run()
         except Exception as error:  # noqa: BLE001 - carried to the calling thread and raised there
             return error
         self._last[n] = time.perf_counter() - start
         return None
 
-    def _fill(self, n: int, call: Call) -> None:
-        """Gathers the inputs of one call into the lane's own memory."""
-        images = self._shape[0]
-        batch = len(call) * images
-        inputs = self._lanes[n].inputs(batch)
-        rows = inputs["sample"].reshape(len(call), -1)
-        self._slots.take([self._index[half.latent] for half in call], 0, out=rows, mode="clip")
-        inputs["timestep"][:] = self._timesteps[[half.step for half in call for _ in range(images)]]
-        self._fill_conditioning(n, batch, tuple(half.conditioning for half in call), inputs)
 
-    def _fill_conditioning(self, n: int, batch: int, wanted: tuple[int, ...], inputs: Mapping[str, Array]) -> None:
-        """Copies embeddings in only when this batch size last saw another order of halves."""
-        if self._filled[n].get(batch) == wanted:
-            return
-        images = self._shape[0]
-        for row, conditioning in enumerate(wanted):
-            for name, value in self._conditioning[conditioning].items():
-                inputs[name][row * images : (row + 1) * images] = value
-        self._filled[n][batch] = wanted
+def _neighbours(rows: Sequence[int]) -> bool:
+    return all(b - a == 1 for a, b in pairwise(rows))
 
 
 class FunctionLane:
-    """A Python function as a model, for tests and for models that are not networks.
+    """A Python function as a model: `model(sample, timestep, conditioning) → output`, in batches."""
 
-    `model(sample, timestep, conditioning) → ε` takes batches.
-    """
-
-    def __init__(self, model: Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
-        self._shapes = shapes
-        self._inputs: dict[int, dict[str, Array]] = {}
 
-    def inputs(self, batch: int) -> Mapping[str, Array]:
-        """Arrays of the given shapes, one set per batch size."""
-        if batch not in self._inputs:
-            self._inputs[batch] = {n: np.zeros((batch, *s), np.float32) for n, s in self._shapes.items()}
-        return self._inputs[batch]
+    def bind(self, inputs: Mapping[str, Array], output: Array) -> Run:
+        """Calls the function on the arrays."""
+        conditioning = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
 
-    def run(self, batch: int) -> Array:
-        """Calls the function."""
-        rest = dict(self._inputs[batch])
-        return self._model(rest.pop("sample"), rest.pop("timestep"), rest)
+        def run() -> None:
+            output[...] = self._model(inputs["sample"], inputs["timestep"], conditioning)
+
+        return run

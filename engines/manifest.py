@@ -82,9 +82,7 @@ class Manifest(_Strict):
     networks: dict[str, Network]
     tokenizer: Tokenizer
     scheduler: dict[str, Any]
-    prediction_type: str
     alphas_cumprod: tuple[float, ...]
-    final_alpha_cumprod: float
     latent_channels: int
     vae_scale_factor: int
     vae_scaling_factor: float

@@ -15,8 +15,7 @@ import onnxruntime
 from engines.base import Array
 from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
-from engines.host import HostBackend
-from engines.manifest import TensorSpec
+from engines.host import HostBackend, Run
 from engines.store import Bundle, Plan, locked
 
 
@@ -101,42 +100,26 @@ class Session:
 
 
 class SessionLane:
-    """A lane on one session, with input and output memory bound once per batch size."""
+    """A lane on one session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._bound: dict[int, tuple[dict[str, Array], Array, onnxruntime.IOBinding]] = {}
 
-    def inputs(self, batch: int) -> Mapping[str, Array]:
-        """See host.Lane."""
-        return self._bind(batch)[0]
+    def bind(self, inputs: Mapping[str, Array], output: Array) -> Run:
+        """See host.Lane. The session reads and writes the arrays themselves."""
+        binding = self._session.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        name = self._session.spec.outputs[0].name
+        binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(output))
 
-    def run(self, batch: int) -> Array:
-        """See host.Lane."""
-        _, output, binding = self._bind(batch)
-        try:
-            self._session.session.run_with_iobinding(binding)
-        except Exception as error:  # the library raises many types of its own
-            raise DeviceError(f"{self._session.network} failed in ONNX Runtime: {error}") from error
-        return output
+        def run() -> None:
+            try:
+                self._session.session.run_with_iobinding(binding)
+            except Exception as error:  # the library raises many types of its own
+                raise DeviceError(f"{self._session.network} failed in ONNX Runtime: {error}") from error
 
-    def _bind(self, batch: int) -> tuple[dict[str, Array], Array, onnxruntime.IOBinding]:
-        if batch not in self._bound:
-            inputs = _arrays(self._session.spec.inputs, batch)
-            outputs = _arrays(self._session.spec.outputs, batch)
-            binding = self._session.session.io_binding()
-            for name, value in inputs.items():
-                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-            for name, value in outputs.items():
-                binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-            self._bound[batch] = (inputs, next(iter(outputs.values())), binding)
-        return self._bound[batch]
-
-
-def _arrays(tensors: Sequence[TensorSpec], batch: int) -> dict[str, Array]:
-    """Zeros for the tensors of a network at a batch size; the batch is their only dynamic axis."""
-    shapes = {tensor.name: [batch, *map(int, tensor.shape[1:])] for tensor in tensors}
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        return run
 
 
 class Engines:
@@ -147,8 +130,7 @@ class Engines:
         self.text_encoder = Session(bundle, "text_encoder", threads)
         self.vae_decoder = Session(bundle, "vae_decoder", threads)
         sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]
-        self.lanes = [SessionLane(session) for session in sessions]
-        self.backend = HostBackend(self.lanes)
+        self.backend = HostBackend([SessionLane(session) for session in sessions])
 
     def close(self) -> None:
         """Stops the lanes."""

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.pipeline import DRAFTS, Pipeline
+from runtime.pipeline import Pipeline
 from runtime.report import result_file
-from runtime.samplers import SAMPLERS
-from runtime.schedule import SCHEDULERS
+from runtime.samplers import DRAFTS, SAMPLERS
+from runtime.schedulers import SCHEDULERS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -29,6 +29,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--mode", default="sequential", help=", ".join(SAMPLERS))
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
     parser.add_argument("--drafts", default="frozen", help=", ".join(DRAFTS))
+    parser.add_argument("--tolerance", type=float, default=0.0, help="of adaptive and srds; 0 is exact")
+    parser.add_argument("--blocks", type=int, help="of srds; default: near the root of the number of steps")
+    parser.add_argument("--iterations", type=int, help="of srds, at most; default: until it is exact")
+    parser.add_argument("--plain", action="store_false", dest="pipelined", help="srds without pipelining")
+    parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 adds no noise, 1 is ddpm")
     parser.add_argument("--steps", type=int, default=50, dest="num_inference_steps")
     parser.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
     parser.add_argument("--negative-prompt", default="")

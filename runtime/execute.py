@@ -1,26 +1,36 @@
-"""From a sampler's operations to what a backend runs: first the plan, then the loop that plays it."""
+"""From a sampler's operations to what a backend runs: plan each operation, play it, answer what was asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
 from engines.base import Array, Backend, Call, Half
 from runtime.place import place
-from runtime.samplers import SAMPLERS, Combine, Job, Operation, Predict
+from runtime.samplers import SAMPLERS, Combine, Distance, Operation, Options, Predict
 from runtime.schedule import Schedule
 
 
 @dataclass
 class Counts:
-    """What an image cost."""
+    """What an image cost, and how far from the refined states the drafts were that a sampler accepted by measuring."""
 
     rounds: int = 0
     evaluations: int = 0
     calls: int = 0
+    accepted: tuple[float, ...] = ()
+
+    def __add__(self, other: Counts) -> Counts:
+        """Two images, one after the other."""
+        return Counts(
+            self.rounds + other.rounds,
+            self.evaluations + other.evaluations,
+            self.calls + other.calls,
+            self.accepted + other.accepted,
+        )
 
 
 @dataclass(frozen=True)
@@ -41,59 +51,106 @@ class Combination:
     finished: int
 
 
-def plan(operations: Iterable[Operation], lanes: int, guidance_scale: float) -> Iterator[Round | Combination]:
+Planned = Round | Combination | Distance
+Plan = Generator[Planned, Sequence[float], tuple[float, ...]]
+
+
+@dataclass
+class Planner:
     """Deals evaluations over the lanes and multiplies guidance into the coefficients that read them.
 
     Guidance, ε = (1 − g)·ε_unconditional + g·ε_conditional, is never computed by itself. A scale of at most 1 means one
-    half per evaluation, as in diffusers.
+    half per evaluation, as in diffusers. Halves of one kind are neighbours, so that a lane reads its drafts in a row.
     """
-    weights = {0: 1 - guidance_scale, 1: guidance_scale} if guidance_scale > 1 else {1: 1.0}
-    predicted: set[str] = set()
-    for operation in operations:
+
+    lanes: int
+    guidance_scale: float
+    _outputs: set[str] = field(default_factory=set)
+
+    def __call__(self, operation: Operation) -> Planned:
+        """One operation as the backend runs it."""
         if isinstance(operation, Predict):
-            halves = [_half(job, conditioning) for job in operation.jobs for conditioning in weights]
-            predicted.update(job.output for job in operation.jobs)
-            yield Round(tuple(place(halves, lanes)), len(operation.jobs))
-        else:
-            yield _guided(operation, predicted, weights)
+            self._outputs.update(job.output for job in operation.jobs)
+            halves = [
+                Half(job.latent, job.step, f"{job.output}/{conditioning}", conditioning)
+                for conditioning in self._weights
+                for job in operation.jobs
+            ]
+            return Round(tuple(map(tuple, place(halves, self.lanes))), len(operation.jobs))
+        return self._guided(operation) if isinstance(operation, Combine) else operation
+
+    @property
+    def _weights(self) -> dict[int, float]:
+        return {0: 1 - self.guidance_scale, 1: self.guidance_scale} if self.guidance_scale > 1 else {1: 1.0}
+
+    def _guided(self, operation: Combine) -> Combination:
+        columns: list[tuple[str, int, float]] = []  # slot, column of the operation, factor
+        for column, slot in enumerate(operation.sources):
+            if slot in self._outputs:
+                columns += [
+                    (f"{slot}/{conditioning}", column, weight) for conditioning, weight in self._weights.items()
+                ]
+            else:
+                columns.append((slot, column, 1.0))
+        rows = [[row[column] * factor for _, column, factor in columns] for row in operation.rows]
+        sources = tuple(slot for slot, _, _ in columns)
+        return Combination(sources, np.array(rows, np.float32), operation.targets, operation.finished)
 
 
 @lru_cache(maxsize=64)
-def planned(
-    mode: str, schedule: Schedule, k: int, lanes: int, guidance_scale: float
-) -> tuple[Round | Combination, ...]:
-    """The whole plan of a sampler, made before the first round: between rounds, the lanes wait for every line run."""
-    return tuple(plan(SAMPLERS[mode](schedule, k), lanes, guidance_scale))
+def _whole_plan(
+    mode: str, schedule: Schedule, options: Options, lanes: int, guidance_scale: float
+) -> tuple[Planned, ...] | None:
+    """A plan that asks nothing, made before the first round: between rounds, the lanes wait for every line that runs.
+
+    None for a sampler whose next operation depends on an answer.
+    """
+    planner, planned = Planner(lanes, guidance_scale), []
+    for operation in SAMPLERS[mode](schedule, options):
+        if isinstance(operation, Distance):
+            return None
+        planned.append(planner(operation))
+    return tuple(planned)
 
 
-def execute(operations: Iterable[Round | Combination], backend: Backend, finished: Callable[[int], None]) -> Counts:
+def plan(mode: str, schedule: Schedule, options: Options, lanes: int, guidance_scale: float) -> Plan:
+    """The operations of a sampler as a backend runs them; the answer to each `Distance` is to be sent in."""
+    whole = _whole_plan(mode, schedule, options, lanes, guidance_scale)
+    if whole is not None:
+        for n in range(len(whole)):  # no `yield from`: a tuple takes no answers
+            yield whole[n]
+        return ()
+    planner, operations = Planner(lanes, guidance_scale), SAMPLERS[mode](schedule, options)
+    try:
+        operation = next(operations)
+        while True:
+            operation = operations.send((yield planner(operation)))
+    except StopIteration as end:
+        accepted: tuple[float, ...] = end.value
+        return accepted
+
+
+def execute(planned: Plan, backend: Backend, finished: Callable[[int], None]) -> Counts:
     """Plays a plan; `finished(steps)` is called when more steps are done."""
     counts, done = Counts(), 0
-    for operation in operations:
-        if isinstance(operation, Round):
-            backend.predict(operation.calls)
-            counts.rounds += 1
-            counts.evaluations += operation.evaluations
-            counts.calls += sum(1 for call in operation.calls if call)
-        else:
-            backend.combine(operation.sources, operation.rows, operation.targets)
-            if operation.finished > done:
-                done = operation.finished
-                finished(done)
+    answer: Sequence[float] = ()
+    try:
+        operation = next(planned)
+        while True:
+            answer = ()
+            if isinstance(operation, Round):
+                backend.predict(operation.calls)
+                counts.rounds += 1
+                counts.evaluations += operation.evaluations
+                counts.calls += sum(1 for call in operation.calls if call)
+            elif isinstance(operation, Combination):
+                backend.combine(operation.sources, operation.rows, operation.targets)
+                if operation.finished > done:
+                    done = operation.finished
+                    finished(done)
+            else:
+                answer = backend.distances(operation.pairs)
+            operation = planned.send(answer)
+    except StopIteration as end:
+        counts.accepted = end.value
     return counts
-
-
-def _half(job: Job, conditioning: int) -> Half:
-    return Half(job.latent, job.step, f"{job.output}/{conditioning}", conditioning)
-
-
-def _guided(operation: Combine, predicted: set[str], weights: dict[int, float]) -> Combination:
-    columns: list[tuple[str, int, float]] = []  # slot, column of the operation, factor
-    for column, slot in enumerate(operation.sources):
-        if slot in predicted:
-            columns += [(f"{slot}/{conditioning}", column, weight) for conditioning, weight in weights.items()]
-        else:
-            columns.append((slot, column, 1.0))
-    rows = [[row[column] * factor for _, column, factor in columns] for row in operation.rows]
-    sources = tuple(slot for slot, _, _ in columns)
-    return Combination(sources, np.array(rows, np.float32), operation.targets, operation.finished)

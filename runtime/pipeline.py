@@ -16,16 +16,16 @@ from PIL import Image
 from engines.base import Array
 from engines.devices import parse_devices
 from engines.errors import NonFiniteError, ParameterError
-from engines.host import Lane
+from engines.host import HostBackend
 from engines.ort import Engines
 from engines.store import BUILD, Bundle
-from runtime.execute import execute, planned
+from runtime.execute import Counts, execute, plan
 from runtime.prompt import PromptTokenizer
-from runtime.report import Report
-from runtime.samplers import SAMPLERS, STATE
-from runtime.schedule import Schedule, make_schedule
+from runtime.report import Report, quantiles
+from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, measures, noise_slots
+from runtime.schedule import Schedule
+from runtime.schedulers import make_schedule
 
-DRAFTS = ("frozen",)
 MAX_SEED = 2**64 - 1
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
 
@@ -58,9 +58,9 @@ class Pipeline:
         return cls(Bundle.open(model, build), devices)
 
     @property
-    def lanes(self) -> Sequence[Lane]:
-        """The compiled noise predictors themselves, for benchmarks."""
-        return self._engines.lanes
+    def backend(self) -> HostBackend:
+        """The lanes, for benchmarks."""
+        return self._engines.backend
 
     def close(self) -> None:
         """Stops the lanes, after the picture that is being made."""
@@ -75,10 +75,15 @@ class Pipeline:
         mode: str = "sequential",
         k: int | None = None,
         drafts: str = "frozen",
+        tolerance: float = 0.0,
+        blocks: int | None = None,
+        iterations: int | None = None,
+        pipelined: bool = True,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         seed: int = 0,
         scheduler: str | None = None,
+        eta: float = 0.0,
         width: int | None = None,
         height: int | None = None,
         num_images_per_prompt: int = 1,
@@ -89,9 +94,11 @@ class Pipeline:
     ) -> Result:
         """Makes pictures. Arguments that diffusers also has mean what they mean there.
 
-        mode: `sequential`, `conservative` or `aggressive`. k: drafts per round, by default the number of lanes.
-        seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i). latents: initial noise of unit variance,
-        (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens, width), in place of `prompt`.
+        mode: a key of `samplers.SAMPLERS`. k, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k
+        is by default the number of lanes. seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
+        latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
+        width), in place of `prompt`. Latents come back as the model sees them, so that of the Euler schedulers those
+        before the last step are diffusers' divided by √(1 + σ²).
         callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
         after each block in the parallel modes; it may look, and raise to cancel, but not change the latents.
 
@@ -103,10 +110,24 @@ class Pipeline:
         _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
         _check_whole("seed", seed, 0, MAX_SEED)
         k = len(self.devices) if k is None else _check_whole("k", k, 1, 1000)
-        if not isinstance(guidance_scale, int | float) or not np.isfinite(guidance_scale):
-            raise ParameterError("guidance_scale", f"guidance_scale must be a finite number, not {guidance_scale!r}")
+        for name, number, low in (
+            ("guidance_scale", guidance_scale, -np.inf), ("tolerance", tolerance, 0.0), ("eta", eta, 0.0),
+        ):  # fmt: skip
+            if (
+                isinstance(number, bool)
+                or not isinstance(number, int | float)
+                or not np.isfinite(number)
+                or number < low
+            ):
+                least = " of at least 0" if low == 0 else ""
+                raise ParameterError(name, f"{name} must be a finite number{least}, not {number!r}")
+        for name, count in (("blocks", blocks), ("iterations", iterations)):
+            if count is not None:
+                _check_whole(name, count, 1, num_inference_steps)
         self._check_size(width, height)
-        schedule = make_schedule(self.manifest, scheduler, num_inference_steps)
+        schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
+        options = Options(k, drafts, float(tolerance), blocks, pipelined, iterations)
+        check(mode, schedule, options)
         with self._lock:
             started = time.perf_counter()
             conditioning, warnings = self._encode(
@@ -114,17 +135,19 @@ class Pipeline:
             )
             noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
             encoded = time.perf_counter()
-            backend = self._engines.backend
-            backend.bind(noise.shape, schedule.timesteps, conditioning)
-            backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
             notify = self._notifier(callback_on_step_end, schedule)
-            operations = planned(mode, schedule, k, backend.lanes, float(guidance_scale))
-            counts = execute(operations, backend, notify)
-            finished = backend.read(STATE)
+            batch = 1 if measures(mode, options) else len(noise)
+            counts, parts, critical = Counts(), [], 0.0
+            for start in range(0, len(noise), batch):
+                self._bind(noise, conditioning, schedule, options, seed, range(start, start + batch))
+                planned = plan(mode, schedule, options, len(self.devices), float(guidance_scale))
+                counts += execute(planned, self.backend, notify)
+                parts.append(self.backend.read(STATE))
+                critical += self.backend.critical
+            finished = np.concatenate(parts)
             denoised = time.perf_counter()
             images = self._decode(finished)
             ended = time.perf_counter()
-            critical = backend.critical
         report = Report(
             model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=k,
             lanes=len(self.devices), devices=",".join(map(str, self.devices)), guidance_scale=float(guidance_scale),
@@ -136,9 +159,29 @@ class Pipeline:
             },
             critical_seconds=critical,
             overhead_us_per_round=(denoised - encoded - critical) / counts.rounds * 1e6,
+            accepted=quantiles(counts.accepted),
             warnings=tuple(warnings),
         )  # fmt: skip
         return Result(images, finished, report)
+
+    def _bind(
+        self,
+        noise: Array,
+        conditioning: Sequence[Mapping[str, Array]],
+        schedule: Schedule,
+        options: Options,
+        seed: int,
+        images: range,
+    ) -> None:
+        """Starts some of the images: their noise, and that of every step that adds some, goes into the slots."""
+        rows = slice(images.start, images.stop)
+        self.backend.bind(
+            noise[rows].shape, schedule.timesteps, [{n: v[rows] for n, v in half.items()} for half in conditioning]
+        )
+        self.backend.write(STATE, noise[rows] * np.float32(schedule.init_noise_sigma))
+        for step in schedule.stochastic_steps:
+            for slot, number in noise_slots(step, schedule.steps, options):
+                self.backend.write(slot, np.stack([gaussian(seed, i, number, noise.shape[1:]) for i in images]))
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         for name, value, exported in (

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engines.devices import cores
 
 SCHEMA_VERSION = 1
@@ -23,6 +25,8 @@ class Report:
     """What one call of `Pipeline.generate` did. Seconds are wall time; `denoise` is the whole denoising loop.
 
     `critical_seconds` adds up the longest model call of every round: denoise minus that is this engine's overhead.
+    `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
+    the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
     """
 
     model: str
@@ -43,11 +47,19 @@ class Report:
     seconds: dict[str, float]
     critical_seconds: float
     overhead_us_per_round: float
+    accepted: dict[str, float] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """Median, 90th percentile and largest; None of nothing."""
+    if not values:
+        return None
+    return {"median": float(np.median(values)), "p90": float(np.quantile(values, 0.9)), "max": float(max(values))}
 
 
 def result_file(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

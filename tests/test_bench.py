@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench.floor import placement, replay
+from bench.floor import replay
 from bench.quality import scenes
 from bench.run import percentiles, ratio
 from engines.base import Array
+from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.store import Bundle
 from export.shapes.data import Scene, random_scene
-from runtime import Pipeline
-from runtime.schedule import make_schedule
+from runtime.execute import execute, plan
+from runtime.samplers import STATE, Options
+from runtime.schedulers import make_schedule
 
 
 def test_held_out_captions_never_occur_in_training(rng: np.random.Generator) -> None:
@@ -30,44 +32,35 @@ def test_held_out_captions_never_occur_in_training(rng: np.random.Generator) -> 
     assert len(asked) > 20 and not seen & asked
 
 
-class Counting:
-    """A lane that notes the batches it ran and the rounds in which other lanes had already gone ahead."""
-
-    def __init__(self, log: list[tuple[int, int]], number: int, lock: threading.Lock) -> None:
-        self.log, self.number, self.lock = log, number, lock
-
-    def inputs(self, batch: int) -> dict[str, Array]:
-        return {}
-
-    def run(self, batch: int) -> Array:
-        with self.lock:
-            self.log.append((self.number, batch))
-        return np.zeros(1, np.float32)
-
-
+@pytest.mark.parametrize("mode", ["sequential", "conservative", "adaptive"])
 @pytest.mark.parametrize("lanes", [1, 2, 3, 5])
-def test_the_replay_makes_every_call_and_keeps_rounds_apart(lanes: int, manifest: Manifest) -> None:
-    rounds = placement(make_schedule(manifest, None, 13), "conservative", 3, lanes, 4.0)
+def test_the_replay_makes_every_call_and_keeps_rounds_apart(mode: str, lanes: int, manifest: Manifest) -> None:
     log: list[tuple[int, int]] = []
     lock = threading.Lock()
-    assert replay([Counting(log, number, lock) for number in range(lanes)], rounds) > 0
+
+    def counting(number: int) -> FunctionLane:
+        def model(sample: Array, timestep: Array, conditioning: object) -> Array:
+            with lock:
+                log.append((number, len(sample)))
+            return np.tanh(sample)
+
+        return FunctionLane(model)
+
+    schedule = make_schedule(manifest, "ddim", 13)
+    backend = HostBackend([counting(number) for number in range(lanes)])
+    backend.bind((1, 4, 2, 2), schedule.timesteps, [{}, {}])
+    backend.write(STATE, np.ones((1, 4, 2, 2), np.float32))
+    counts = execute(plan(mode, schedule, Options(3, tolerance=0.01), lanes, 4.0), backend, lambda finished: None)
+    played, rounds = log.copy(), backend.played
+    log.clear()
+    assert replay(backend) > 0
+    assert len(rounds) == counts.rounds and len(log) == len(played) == counts.calls
     start = 0
-    for batches in rounds:
-        expected = {(number, batch) for number, batch in enumerate(batches) if batch}
-        assert set(log[start : start + len(expected)]) == expected
+    for calls in rounds:
+        expected = {(number, len(call)) for number, call in enumerate(calls) if call}
+        assert set(log[start : start + len(expected)]) == expected == set(played[start : start + len(expected)])
         start += len(expected)
-    assert start == len(log)
-
-
-@pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive"])
-def test_the_recorded_placement_is_the_engines(mode: str, shapes: Bundle) -> None:
-    pipeline = Pipeline(shapes, "cpu*2")
-    report = pipeline.generate("a red star", mode=mode, k=3, num_inference_steps=8).report
-    pipeline.close()
-    rounds = placement(make_schedule(shapes.manifest, None, 8), mode, 3, 2, 4.0)
-    assert len(rounds) == report.rounds
-    assert sum(map(sum, rounds)) == 2 * report.evaluations
-    assert sum(1 for batches in rounds for batch in batches if batch) == report.calls
+    backend.close()
 
 
 def test_ratios_and_percentiles() -> None:

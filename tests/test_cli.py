@@ -139,7 +139,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no steps": (["--steps", "0"], ["num_inference_steps", "1 to 1000", "0"]),
     "negative steps": (["--steps", "-1"], ["num_inference_steps", "1 to 1000", "-1"]),
     "more steps than trained": (["--steps", "1001"], ["num_inference_steps", "1 to 1000", "1001"]),
-    "steps beyond the offset": (["--steps", "1000"], ["steps_offset 1", "at most 999 steps"]),
+    "steps beyond the offset": (["--steps", "1000"], ["steps_offset 1", "use fewer steps"]),
     "no drafts": (["--k", "0"], ["k must be", "1 to 1000", "0"]),
     "odd width": (["--width", "63"], ["width", SIZES, "63"]),
     "another width": (["--width", "128"], ["width=128", "64x64"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.null import NullBackend
-from runtime.execute import execute, planned
+from runtime.execute import Counts, execute, plan
 from runtime.place import place
-from runtime.samplers import SAMPLERS, STATE, Combine, Predict
-from runtime.schedule import Schedule, make_schedule
+from runtime.samplers import SAMPLERS, STATE, Combine, Options, Predict, check, fresh
+from runtime.schedule import Schedule
+from runtime.schedulers import make_schedule
 from tests import transcription
 
 STEPS = (1, 2, 7, 28, 50)
@@ -42,12 +44,11 @@ def guided(x: transcription.Array, t: float) -> transcription.Array:
 
 
 def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidance: float = GUIDANCE) -> Array:
-    lane = [FunctionLane(predictor, {"sample": SHAPE[1:], "timestep": (), "c": ()}) for _ in range(lanes)]
-    backend = HostBackend(lane)
+    backend = HostBackend([FunctionLane(predictor) for _ in range(lanes)])
     try:
         backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
         backend.write(STATE, noise)
-        execute(planned(mode, schedule, k, lanes, guidance), backend, lambda finished: None)
+        execute(plan(mode, schedule, Options(k), lanes, guidance), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
@@ -113,7 +114,7 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
             backend.bind(SHAPE, schedule.timesteps, ())
             backend.write(STATE, np.zeros(SHAPE, np.float32))
             finished: list[int] = []
-            counts = execute(planned(mode, schedule, k, lanes, GUIDANCE), backend, finished.append)
+            counts = execute(plan(mode, schedule, Options(k), lanes, GUIDANCE), backend, finished.append)
             assert (counts.rounds, counts.evaluations) == (rounds(k), steps)
             assert backend.rounds == counts.rounds and backend.halves == 2 * steps and backend.calls == counts.calls
             assert finished == sorted(set(finished)) and finished[-1] == steps
@@ -123,7 +124,7 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
 
 def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> None:
     """Refining a block and drafting the next is one pass over memory."""
-    operations = list(SAMPLERS["aggressive"](make_schedule(manifest, "ddim", 50), 4))
+    operations = list(SAMPLERS["aggressive"](make_schedule(manifest, "ddim", 50), Options(4)))
     assert sum(isinstance(op, Combine) for op in operations) == sum(isinstance(op, Predict) for op in operations)
 
 
@@ -152,7 +153,7 @@ def test_sequential_equals_diffusers(
     own = manifest.model_copy(
         update={
             "alphas_cumprod": tuple(scheduler.alphas_cumprod.tolist()),
-            "final_alpha_cumprod": float(scheduler.final_alpha_cumprod),
+            "scheduler": {**manifest.scheduler, "set_alpha_to_one": set_alpha_to_one},
         }
     )
     schedule = make_schedule(own, "ddim", steps)
@@ -169,10 +170,10 @@ def test_sequential_equals_diffusers(
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [
-        ("heun", 50, "unknown scheduler 'heun': this version has ddim"),
+        ("heun", 50, "unknown scheduler 'heun': name one of ddim, ddpm"),
         (None, 0, "must be 1 to 1000, not 0"),
         (None, 1001, "must be 1 to 1000, not 1001"),
-        (None, 1000, "use at most 999 steps"),
+        (None, 1000, "leading spacing with steps_offset 1 cannot give 1000 different steps .* use fewer"),
     ],
 )
 def test_a_schedule_that_cannot_be_made_says_why(
@@ -184,7 +185,14 @@ def test_a_schedule_that_cannot_be_made_says_why(
 
 @pytest.mark.parametrize(
     "field",
-    [{"clip_sample": True}, {"thresholding": True}, {"timestep_spacing": "linspace"}, {"prediction_type": "sample"}],
+    [
+        {"clip_sample": True},
+        {"thresholding": True},
+        {"timestep_spacing": "even"},
+        {"prediction_type": "other"},
+        {"rescale_betas_zero_snr": True},
+        {"new_field": 3},
+    ],
 )
 def test_a_scheduler_field_that_would_change_the_result_is_refused(
     field: dict[str, object], manifest: Manifest
@@ -199,7 +207,7 @@ def test_a_plan_that_reads_an_unwritten_slot_is_caught(manifest: Manifest) -> No
     backend = NullBackend(2)
     backend.bind(SHAPE, schedule.timesteps, ())
     with pytest.raises(AssertionError, match="'x' is read but was never written"):
-        execute(planned("sequential", schedule, 1, 2, GUIDANCE), backend, lambda finished: None)
+        execute(plan("sequential", schedule, Options(), 2, GUIDANCE), backend, lambda finished: None)
 
 
 def test_two_halves_in_one_slot_are_caught() -> None:
@@ -218,3 +226,145 @@ def replace_conditioning(half: Half) -> Half:
 def test_schedules_are_values(manifest: Manifest) -> None:
     schedule = make_schedule(manifest, None, 50)
     assert schedule == make_schedule(manifest, "ddim", 50) != replace(schedule, name="other")
+
+
+def play_any(schedule: Schedule, mode: str, options: Options, noise: Array, lanes: int = 2) -> tuple[Array, Counts]:
+    """One image of any sampler with noise of its own for stochastic steps, and what it cost."""
+    backend = HostBackend([FunctionLane(predictor) for _ in range(lanes)])
+    try:
+        backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
+        backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
+        for step in schedule.stochastic_steps:
+            backend.write(fresh(step), np.random.default_rng(step).standard_normal(noise.shape, np.float32))
+        counts = execute(plan(mode, schedule, options, lanes, GUIDANCE), backend, lambda finished: None)
+        return backend.read(STATE), counts
+    finally:
+        backend.close()
+
+
+SINGLE_STEP = [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("euler", 0.0), ("euler_a", 0.0)]
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize(("name", "eta"), SINGLE_STEP)
+def test_srds_to_the_end_is_sequential_to_the_bit(
+    name: str, eta: float, pipelined: bool, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    """Every number of blocks that fits, for odd lengths too; the placement is one half per call for both."""
+    for steps in (1, 2, 3, 7, 10, 13, 25):
+        schedule = make_schedule(manifest, name, steps, eta=eta)
+        noise = rng.standard_normal(SHAPE, np.float32)
+        expected, _ = play_any(schedule, "sequential", Options(), noise)
+        for blocks in {None, *(math.ceil(steps / size) for size in range(1, steps + 1))}:
+            options = Options(blocks=blocks, pipelined=pipelined)
+            actual, counts = play_any(schedule, "srds", options, noise)
+            assert (actual == expected).all(), (steps, blocks, np.abs(actual - expected).max())
+            if pipelined:
+                assert counts.rounds == steps
+
+
+def test_srds_rounds_equal_the_closed_forms_and_iterations_come_closer(
+    manifest: Manifest, rng: np.random.Generator
+) -> None:
+    schedule = make_schedule(manifest, "ddim", 49)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    expected, _ = play_any(schedule, "sequential", Options(), noise)
+    size, blocks = 7, 7
+    before = np.inf
+    for p in range(1, 7):
+        fast, counts = play_any(schedule, "srds", Options(iterations=p), noise)
+        plain, plain_counts = play_any(schedule, "srds", Options(iterations=p, pipelined=False), noise)
+        assert counts.rounds == p * size + blocks - p
+        assert plain_counts.rounds == blocks + p * (size + blocks)
+        assert_close(fast, plain.astype(np.float64))
+        error = float(np.linalg.norm(fast - expected))
+        assert error < before or error < 1e-4
+        before = error
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_srds_stops_at_its_tolerance(pipelined: bool, manifest: Manifest, rng: np.random.Generator) -> None:
+    schedule = make_schedule(manifest, "ddim", 49)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    result, counts = play_any(schedule, "srds", Options(tolerance=1e-2, pipelined=pipelined), noise)
+    (change,) = counts.accepted
+    assert change <= 1e-2
+    stopped = next(
+        p for p in range(1, 7)
+        if (play_any(schedule, "srds", Options(iterations=p, pipelined=pipelined), noise)[0] == result).all()
+    )  # fmt: skip
+    law = stopped * 7 + 7 - stopped + 1 if pipelined else 7 + stopped * 14  # one round was under way
+    assert counts.rounds == law < 49 + 14
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_a", "dpm++2m"])
+def test_adaptive_with_tolerance_zero_is_sequential(name: str, manifest: Manifest, rng: np.random.Generator) -> None:
+    for steps in (1, 2, 7, 28):
+        schedule = make_schedule(manifest, name, steps)
+        noise = rng.standard_normal(SHAPE, np.float32)
+        expected, _ = play_any(schedule, "sequential", Options(), noise)
+        for k in (1, 2, 4):
+            actual, counts = play_any(schedule, "adaptive", Options(k=k), noise)
+            assert counts.rounds <= steps and not any(counts.accepted)  # a draft can be exact by chance
+            assert_close(actual, expected.astype(np.float64))
+
+
+def test_adaptive_trades_rounds_for_distance(manifest: Manifest, rng: np.random.Generator) -> None:
+    schedule = make_schedule(manifest, "ddim", 50)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    expected, _ = play_any(schedule, "sequential", Options(), noise)
+    before = (50, 0.0)
+    for tolerance in (1e-3, 1e-2, 1e-1, 10.0):
+        result, counts = play_any(schedule, "adaptive", Options(k=4, tolerance=tolerance), noise)
+        error = float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+        assert counts.rounds <= before[0] and all(distance <= tolerance for distance in counts.accepted)
+        before = (counts.rounds, error)
+    assert before[0] == 1 + math.ceil(49 / 4), "everything is accepted"
+    assert before[1] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_a", "dpm++2m"])
+@pytest.mark.parametrize("mode", ["conservative", "aggressive"])
+def test_one_draft_is_sequential_for_every_scheduler(
+    mode: str, name: str, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    """With k = 1 a draft is the refined state itself, whatever the prediction type."""
+    for kind in ("epsilon", "v_prediction", "sample"):
+        own = manifest.model_copy(update={"scheduler": {**manifest.scheduler, "prediction_type": kind}})
+        for steps in (1, 2, 7, 28):
+            schedule = make_schedule(own, name, steps)
+            noise = rng.standard_normal(SHAPE, np.float32)
+            expected, _ = play_any(schedule, "sequential", Options(), noise)
+            assert_close(play_any(schedule, mode, Options(k=1), noise)[0], expected.astype(np.float64))
+
+
+@pytest.mark.parametrize("mode", ["conservative", "aggressive"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler_a", "dpm++2m"])
+def test_drafts_come_close_to_sequential_for_every_scheduler(
+    mode: str, name: str, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    for kind in ("epsilon", "v_prediction", "sample"):
+        own = manifest.model_copy(update={"scheduler": {**manifest.scheduler, "prediction_type": kind}})
+        schedule = make_schedule(own, name, 200)
+        noise = rng.standard_normal(SHAPE, np.float32)
+        expected, _ = play_any(schedule, "sequential", Options(), noise)
+        errors = [
+            np.linalg.norm(play_any(schedule, mode, Options(k=k), noise)[0] - expected) / np.linalg.norm(expected)
+            for k in (2, 4)
+        ]
+        assert 0 < errors[0] < 0.1 and errors[1] < 0.25, (kind, errors)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scheduler", "options", "message"),
+    [
+        ("srds", "dpm++2m", Options(), "loses its history"),
+        ("srds", "ddim", Options(blocks=8), "12 steps cannot be cut into 8 blocks .* use one of 1, 2, 3, 4, 6, 12"),
+        ("aggressive", "lcm", Options(), "too long to draft"),
+    ],
+)
+def test_what_a_sampler_cannot_play_says_why(
+    mode: str, scheduler: str, options: Options, message: str, manifest: Manifest
+) -> None:
+    with pytest.raises(ParameterError, match=message):
+        check(mode, make_schedule(manifest, scheduler, 12), options)

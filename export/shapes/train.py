@@ -36,14 +36,18 @@ LOOSE_CAPTIONS = 0.3  # of the captions leave something out
 TWO_SHAPES = 0.4  # of the pictures
 OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mean of the noise
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
-# Where a shape goes is decided at the highest noise, where ε hardly depends on it. Without the steps below, colours and
-# kinds were right after 2,000 steps and places still chance after 4,000. So some steps look at the layout alone, at
-# noise that hides it, and afterwards high noise counts for more.
-LAYOUT_FROM, LAYOUT_STEPS = 4000, 300
-LAYOUT_NOISE = (0.93, 1.0)  # of the timesteps, in those steps
-HIGH_NOISE = 0.65  # of the timesteps; half of the batch is drawn above it afterwards
-PLACE_LENGTH = 3.0  # the length of a place word's embedding when those steps begin
-SAVE_EVERY = 250
+# Where a shape goes is decided at the highest noise, where ε hardly depends on it: on a plain ε loss colours and kinds
+# were right after 2,000 steps and places still chance after 4,000, and by then the place words had become alike. So high
+# noise counts for more from the first step on, above LAYOUT_NOISE the loss looks at the layout of x̂_0 itself, and some
+# early steps look at nothing else.
+HIGH_NOISE = 0.65  # of the timesteps; half of the batch is drawn above it
+LAYOUT_NOISE = 0.7
+LAYOUT_STEPS = range(1, 1)
+PLACE_LENGTH = 3.0
+LAYOUT_WEIGHT = 4.0
+WORD_LENGTH = 0.25  # standard deviation of fresh word embeddings: CLIP's 0.02 starts with all words nearly the same
+TEXT_LR = 0.1
+SAVE_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def new_vae() -> AutoencoderKL:
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Three CLIP layers of width 128."""
-    return CLIPTextModel(
+    encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -125,6 +129,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=WORD_LENGTH)
+    return encoder
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -200,7 +206,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up over 100 steps, flat, then linear to zero over the last third; half in the layout steps."""
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (steps / 3), 0.5 if in_layout(step) else 1.0)
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (steps / 3), 0.5 if step in LAYOUT_STEPS else 1.0)
 
 
 def run_steps(
@@ -214,7 +220,11 @@ def run_steps(
 ) -> list[float]:
     """The loop that both trainings share: AdamW, clipping, progress, checkpoints. Returns the loss of every step."""
     parameters = [p for network in networks.values() for p in network.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    groups = [
+        {"params": [*n.parameters()], "scale": TEXT_LR if name == "text_encoder" else 1.0}
+        for name, n in networks.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
     losses: list[float] = []
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -235,7 +245,7 @@ def run_steps(
     bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc=name, unit="step", mininterval=2)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr)
+            group["lr"] = group["scale"] * learning_rate(step, steps, peak_lr)
         loss = step_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -292,34 +302,25 @@ def encode_pictures(recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, list[Sc
 
 
 def draw_timesteps(batch: int, count: int, step: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `batch` equal strata, which is less noisy than independent draws."""
+    """Half of them over all timesteps, half above HIGH_NOISE, one in each of equal strata, which makes less noise."""
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    if in_layout(step):
-        low, high = LAYOUT_NOISE
-        strata = low + (high - low) * strata
-    elif step >= LAYOUT_FROM:
+    if step in LAYOUT_STEPS:
+        strata = LAYOUT_NOISE + (1 - LAYOUT_NOISE) * strata
+    else:
         strata = torch.where(strata < 0.5, 2 * strata, HIGH_NOISE + (1 - HIGH_NOISE) * (2 * strata - 1))
     return (strata * count).long()
 
 
-def in_layout(step: int) -> bool:
-    """Whether a step looks at the layout alone."""
-    return LAYOUT_FROM <= step < LAYOUT_FROM + LAYOUT_STEPS
-
-
-def noise_loss(difference: Tensor, snr: Tensor, step: int) -> Tensor:
+def noise_loss(difference: Tensor, snr: Tensor, layout: Tensor) -> Tensor:
     """The loss of ε predictions that differ from the noise by `difference`, (batch, channels, height, width).
 
-    Min-SNR weights; after LAYOUT_FROM plus 1/√SNR, which grows with the noise. The layout steps take the error of x̂_0,
-    which is that of ε over √SNR, and mostly its means over 4×4 cells: where something is, not how its edges run.
+    Min-SNR weights plus 1/√SNR, which grows with the noise. Where `layout` holds, the error of x̂_0, which is that of ε
+    over √SNR, adds its means over 4×4 cells: where something is, not how its edges run.
     """
-    if in_layout(step):
-        error = difference * snr.rsqrt().view(-1, 1, 1, 1)
-        return 0.2 * error.square().mean() + 4 * F.avg_pool2d(error, 4).square().mean()
-    weight = torch.clamp(snr, max=SNR_GAMMA) / snr
-    if step >= LAYOUT_FROM:
-        weight = weight + snr.rsqrt()
-    return torch.mean(difference.square().mean((1, 2, 3)) * weight)
+    weight = torch.clamp(snr, max=SNR_GAMMA) / snr + snr.rsqrt()
+    cells = F.avg_pool2d(difference * snr.rsqrt().view(-1, 1, 1, 1), 4)
+    loss = weight * difference.square().mean((1, 2, 3)) + LAYOUT_WEIGHT * layout * cells.square().mean((1, 2, 3))
+    return loss.mean()
 
 
 @torch.no_grad()
@@ -351,13 +352,15 @@ def train_unet(
     single = np.flatnonzero([len(scene.shapes) == 1 for scene in scenes])
 
     def step_loss(step: int) -> Tensor:
-        if step == LAYOUT_FROM:
+        if step == -1:
             raise_places(text_encoder, tokenizer)
         rng = np.random.default_rng((recipe.seed, 4, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = rng.choice(single if in_layout(step) else len(scenes), size=recipe.batch)
+        rows = rng.choice(single if step in LAYOUT_STEPS else len(scenes), size=recipe.batch)
         clean = latents[rows]
-        captions = [scenes[row].caption() if in_layout(step) else training_caption(scenes[row], rng) for row in rows]
+        captions = [
+            scenes[row].caption() if step in LAYOUT_STEPS else training_caption(scenes[row], rng) for row in rows
+        ]
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         noise = torch.randn(clean.shape, generator=generator)
         noise = noise + OFFSET_NOISE * torch.randn((*clean.shape[:2], 1, 1), generator=generator)
@@ -367,7 +370,8 @@ def train_unet(
         with low_precision(to):
             words = text_encoder(tokens.input_ids.to(to)).last_hidden_state
             output = unet(noisy.to(to), timesteps.to(to), words).sample.float()
-        return noise_loss(output - noise.to(to), snr[timesteps].to(to), step)
+        layout = timesteps >= LAYOUT_NOISE * len(snr)
+        return noise_loss(output - noise.to(to), snr[timesteps].to(to), layout.to(to))
 
     losses = run_steps("unet", recipe.work / "unet.pt", recipe.steps, 8e-4, networks, step_loss, ema)
     ema.copy_to(parameters)
