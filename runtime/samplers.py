@@ -138,19 +138,20 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
 
     2⌈N/(k+1)⌉ − [N mod (k+1) = 1] rounds.
     """
-    i, x, drafts = 0, unit(STATE), DRAFTS[options.drafts]
+    i, x, drafts, before = 0, unit(STATE), DRAFTS[options.drafts], None
     while i < schedule.steps:
         ahead = min(options.k, schedule.steps - 1 - i)
         window = _Window("", ahead)
         yield Predict((Job(STATE, i, window.output(0)),))
-        anchor = schedule.estimate(i, unit(window.output(0)), x, x)
+        estimate = schedule.estimate(i, unit(window.output(0)), x, x)
         if ahead:
-            yield combination(window.drafts(schedule, drafts, i, x, anchor, anchor.data, unit(_DATA)), i)
+            anchor = _Anchor(i, x, estimate, estimate.data, before)
+            yield combination(window.drafts(schedule, options, anchor, unit(_DATA)), i)
             yield window.predict(i)
         seen = [(x, window.output(0)), *window.seen()]
         end, data = _refine(schedule, drafts, i, x, unit(_DATA), seen)
-        i += ahead + 1
-        kept = _history(schedule, i, data) | ({_ANCHOR: anchor.data} if drafts.extrapolates and ahead else {})
+        before, i = i, i + ahead + 1
+        kept = _history(schedule, i, data) | ({_ANCHOR: estimate.data} if drafts.extrapolates else {})
         yield combination({STATE: end} | kept, i)
     return ()
 
@@ -160,7 +161,7 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
 
     1 + ⌈(N−1)/k⌉ rounds. The refine of a round and the drafts of the next are one combination.
     """
-    i, last, drafts = 0, schedule.steps - 1, DRAFTS[options.drafts]
+    i, last, drafts, before = 0, schedule.steps - 1, DRAFTS[options.drafts], None
     window = _Window("b", 0)
     yield Predict((Job(STATE, 0, window.output(0)),))
     at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
@@ -168,17 +169,17 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
     while i < last:
         ahead = min(options.k, last - i)
         window = _Window("a" if window.name == "b" else "b", ahead)  # the anchor's slots are still read
-        anchor = schedule.estimate(i, unit(output), at, x, drafts.variance)
-        evaluated = schedule.estimate(i, unit(output), at, at).data
-        made = window.drafts(schedule, drafts, i, x, anchor, evaluated, data)
+        estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
+        anchor = _Anchor(i, x, estimate, schedule.estimate(i, unit(output), at, at).data, before)
+        made = window.drafts(schedule, options, anchor, data)
         kept = ({STATE: x} if i else {}) | _history(schedule, i, data if i else {})
-        kept |= {_ANCHOR: evaluated} if drafts.extrapolates else {}
+        kept |= {_ANCHOR: anchor.seen} if drafts.extrapolates else {}
         yield combination(kept | made, i)
         yield window.predict(i)
         seen = [(at if i else unit(STATE), output), *window.seen()]
         x, data = _refine(schedule, drafts, i, unit(STATE), unit(_DATA), seen[:-1])
         at, output = seen[-1]
-        i += ahead
+        before, i = i, i + ahead
     estimate = schedule.estimate(last, unit(output), at, x, drafts.variance)
     yield combination({STATE: schedule.step(last, estimate, data, fresh(last))}, schedule.steps)
     return ()
@@ -188,19 +189,55 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
 class Drafts:
     """How states ahead are guessed, and how what the model says there is handed to the refined states.
 
-    The guess of x̂_0 stays at the anchor's, or with `extrapolates` moves on along log σ by what it changed since the
-    anchor of the block before, less for long blocks. `variance` splits the difference between draft and refined state
-    as `Schedule.estimate` says. `own_noise` draws noise for the drafts of stochastic schedulers anew.
+    The guess of x̂_0 stays at the anchor's. With `extrapolates` it moves on along log σ by what it changed since the
+    anchor of the block before, less for long blocks; with `prior` it changes with the state as that of a Gaussian with
+    this data variance. `variance` splits the difference between draft and refined state as `Schedule.estimate` says.
+    `own_noise` draws noise for the drafts of stochastic schedulers anew.
     """
 
     extrapolates: bool = False
+    prior: float | None = None
     variance: float | None = None
     own_noise: bool = False
 
 
 DRAFTS = {
     "frozen": Drafts(),
+    "fresh": Drafts(own_noise=True),
+    "extrapolated": Drafts(extrapolates=True),
 }
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """What drafts start from: step i, its state and estimate, x̂_0 at the state the model saw, and the anchor before."""
+
+    i: int
+    x: Linear
+    estimate: Estimate
+    seen: Linear
+    before: int | None = None
+
+    def guess(self, schedule: Schedule, drafts: Drafts, n: int, x: Linear, k: int) -> Linear:
+        """x̂_0 at step n > i, where the draft's state is x."""
+        data = self.estimate.data
+        if drafts.prior is not None:
+            here, there = (_log_sigma(schedule, i) for i in (self.i, n))
+            pull = [drafts.prior / (math.exp(2 * at) + drafts.prior) for at in (here, there)]
+            mean = weighted_sum(
+                (1 / (1 - pull[0]), data), (-pull[0] / (1 - pull[0]) / schedule.rows[self.i].alpha, self.x)
+            )
+            data = weighted_sum((1 - pull[1], mean), (pull[1] / schedule.rows[n].alpha, x))
+        if drafts.extrapolates and self.before is not None:
+            weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.2 * schedule.steps))))
+            before, here, there = (_log_sigma(schedule, i) for i in (self.before, self.i, n))
+            ahead = weight * (there - here) / (here - before)
+            data = weighted_sum((1.0, data), (ahead, self.seen), (-ahead, unit(_ANCHOR)))
+        return data
+
+
+def _log_sigma(schedule: Schedule, i: int) -> float:
+    return math.log(schedule.rows[i].sigma / schedule.rows[i].alpha)
 
 
 @dataclass(frozen=True)
@@ -216,21 +253,20 @@ class _Window:
     def output(self, n: int) -> str:
         return f"output {self.name}{n}"
 
-    def drafts(
-        self, schedule: Schedule, drafts: Drafts, i: int, x: Linear, anchor: Estimate, evaluated: Linear, data: Linear
-    ) -> dict[str, Linear]:
+    def drafts(self, schedule: Schedule, options: Options, anchor: _Anchor, data: Linear) -> dict[str, Linear]:
         """The states at steps i+1 … i+ahead: the sampler run on with a guess in place of the model.
 
         With x̂_0 frozen and no noise this composes to the paper's skip transition (eq. 14) for every scheduler.
         """
+        drafts = DRAFTS[options.drafts]
         made: dict[str, Linear] = {}
-        estimate = anchor
-        for n in range(self.ahead):
-            if n:
-                estimate = schedule.assumed(i + n, _guess(schedule, drafts, i, i + n, anchor, evaluated, self.ahead), x)
-            x = schedule.step(i + n, estimate, data, _own(i + n) if drafts.own_noise else fresh(i + n))
+        estimate, x = anchor.estimate, anchor.x
+        for n in range(anchor.i, anchor.i + self.ahead):
+            if n > anchor.i:
+                estimate = schedule.assumed(n, anchor.guess(schedule, drafts, n, x, options.k), x)
+            x = schedule.step(n, estimate, data, _own(n) if drafts.own_noise else fresh(n))
             data = estimate.data
-            made[self.draft(n + 1)] = x
+            made[self.draft(n - anchor.i + 1)] = x
         return made
 
     def predict(self, i: int) -> Predict:
@@ -240,12 +276,6 @@ class _Window:
     def seen(self) -> list[tuple[Linear, str]]:
         """The state and the output of every draft."""
         return [(unit(self.draft(n)), self.output(n)) for n in range(1, self.ahead + 1)]
-
-
-def _guess(
-    schedule: Schedule, drafts: Drafts, i: int, n: int, anchor: Estimate, evaluated: Linear, ahead: int
-) -> Linear:
-    return anchor.data
 
 
 def _refine(
@@ -307,10 +337,10 @@ def adaptive(schedule: Schedule, options: Options) -> Operations:
             ahead = _Window("", known)
             if taken < width:
                 at, output = seen[taken]
-                anchor = schedule.estimate(i, unit(output), at, x, drafts.variance)
+                estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
             else:
-                anchor = schedule.assumed(i, data, x)
-            made |= ahead.drafts(schedule, drafts, i, x, anchor, anchor.data, data)
+                estimate = schedule.assumed(i, data, x)
+            made |= ahead.drafts(schedule, options, _Anchor(i, x, estimate, estimate.data), data)
         yield combination(made, i)
     return tuple(accepted)
 
