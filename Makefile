@@ -20,12 +20,13 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,export,train,dev]'
+	@$(PIP) --editable '.[cpu,export,train,bench,dev]'
 	@touch $@
 
 engines: .venv/.export ## export MODEL and compile it for DEVICES; a second run does nothing
 	@$(RUN) -m export "$(MODEL)"
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
+	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
 
 serve: engines ## engines, then the server on http://127.0.0.1:8000
 	@$(RUN) -m runtime.serve --model "$(NAME)" --devices "$(DEVICES)"
@@ -41,8 +42,10 @@ test: lint engines ## lint and every quick test
 test-all: lint engines ## lint and every test this machine can run
 	@$(RUN) -m pytest
 
-bench: engines ## measure this machine; results go to bench/results
+bench: .venv/.dev engines ## measure this machine; results go to bench/results
 	@$(RUN) -m bench run --json bench/results/run.json
+	@$(RUN) -m bench quality --full --json bench/results/quality.json --plot bench/results/quality.png \
+	  --pictures bench/results/pictures.png
 	@$(RUN) -m bench report
 
 train: .venv/.dev ## train the embedded model again: two hours on two cores

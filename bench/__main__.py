@@ -1,4 +1,4 @@
-"""`python -m bench run|quality|report`."""
+"""`python -m bench run|quality|drafts|report`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from bench import quality, report, run
 from engines.errors import EngineError
@@ -17,24 +18,47 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    modes = {"run": run.__doc__, "quality": quality.__doc__}
-    for name, text in modes.items():
+    for name, text in (("run", run.__doc__), ("quality", quality.__doc__), ("drafts", quality.drafts.__doc__)):
         sub = commands.add_parser(name, help=(text or "").splitlines()[0])
         sub.add_argument("--model", default="shapes")
         sub.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
         sub.add_argument("--devices", default="cpu*2")
-        sub.add_argument("--modes", nargs="+", default=["sequential", "conservative", "aggressive"])
-        sub.add_argument("--k", type=int, help="default: the number of lanes")
-        sub.add_argument("--steps", type=int, default=50)
-        sub.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
         sub.add_argument("--json", type=Path, help="where the result file goes")
-        sub.add_argument("--images", type=int, default=10 if name == "run" else 200)
-    commands.choices["run"].add_argument("--warmup", type=int, default=2)
-    commands.choices["quality"].add_argument("--shapes", type=int, nargs="+", default=[1], choices=(1, 2))
-    commands.choices["quality"].add_argument("--seed", type=int, default=0)
-    commands.choices["quality"].add_argument("--pictures", type=Path, help="PNG with the first pictures of every mode")
+    sub = commands.choices["run"]
+    sub.add_argument("--images", type=int, default=10)
+    sub.add_argument("--warmup", type=int, default=2)
+    sub.add_argument("--modes", nargs="+", default=["sequential", "conservative", "aggressive"])
+    sub.add_argument("--k", type=int, help="default: the number of lanes")
+    sub.add_argument("--steps", type=int, default=50)
+    sub.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
+    sub = commands.choices["quality"]
+    sub.add_argument("--full", action="store_true", help="100 captions, two shapes, and the other schedulers")
+    sub.add_argument("--images", type=int, help="captions per row; default 24, or 100 with --full")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--pictures", type=Path, help="PNG with the first pictures of some modes")
+    sub.add_argument("--plot", type=Path, help="PNG with speed-up against distance")
+    sub = commands.choices["drafts"]
+    sub.add_argument("--images", type=int, default=16, help="captions per row")
+    sub.add_argument("--seed", type=int, default=0, help="which captions: choose by some, report others")
     commands.add_parser("report", help=(report.__doc__ or "").splitlines()[0])
     return parser
+
+
+def measure(command: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a benchmark and prints its table."""
+    if command == "run":
+        rows = run.run(**options)
+        print(run.table(rows))
+    elif command == "drafts":
+        rows = quality.drafts(**options)
+        print(quality.table_of_drafts(rows))
+    else:
+        target, options["images"] = options.pop("plot"), options["images"] or (100 if options["full"] else 24)
+        rows = quality.quality(**options)
+        print(quality.table(rows))
+        if target:
+            quality.plot(rows, target)
+    return rows
 
 
 def main() -> int:
@@ -46,12 +70,7 @@ def main() -> int:
             report.README.write_text(report.rebuilt(report.README.read_text()))
             return 0
         target = options.pop("json")
-        if command == "run":
-            rows = run.run(**options)
-            print(run.table(rows))
-        else:
-            rows = quality.quality(**options)
-            print(quality.table(rows))
+        rows = measure(command, options)
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(result_file(rows), indent=1) + "\n")

@@ -1,14 +1,20 @@
-"""`python -m bench quality`: does the picture show what the caption says?
+"""`python -m bench quality`: does the picture show what the caption says, and how far is it from the sequential one?
 
 The captions are combinations that training never showed. An independent checker reads colour, shape, size, place and
-background back from the pixels, and the parallel modes are held against the sequential pictures of the same seeds.
+background back from the pixels. Every sampler is held against the sequential pictures of the same noise: distance of
+the latents, PSNR, SSIM. So is what one would do instead, fewer sequential steps in the same number of rounds. What the
+distance cannot be blamed for, another batch size and lane count, comes first.
+
+Every row is kept in `build/bench` as soon as it is drawn, so that an interrupted run continues where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +25,18 @@ from tqdm import tqdm
 from bench.checker import mistakes, read
 from bench.contact_sheet import contact_sheet
 from bench.run import drift, median, psnr, quantile
+from engines.base import Array
 from engines.errors import ParameterError
+from engines.store import BUILD, Bundle
 from export.shapes.data import Scene, random_scene
-from runtime.pipeline import Pipeline, Result
+from runtime.pipeline import Pipeline
+from runtime.samplers import DRAFTS
 
+WORK = BUILD / "bench"
 BATCH = 8  # captions per call
 SHEET_ROWS = 6
+STEPS, GUIDANCE = 50, 4.0
+OTHER_SCHEDULERS = ("ddpm", "euler", "euler_a", "dpm++2m")
 
 
 def scenes(shapes: int, count: int, seed: int) -> list[Scene]:
@@ -39,87 +51,281 @@ def wrong_attributes(picture: Any, scene: Scene) -> list[str]:
     return mistakes(read(np.asarray(picture)), scene.background, words)
 
 
-def quality(
-    model: str, build: Path, devices: str, modes: Sequence[str], k: int | None, steps: int, guidance_scale: float,
-    images: int, shapes: Sequence[int], seed: int, pictures: Path | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per number of shapes and mode, compared with the first mode; `pictures` is a contact sheet to write."""
-    if images < 1:
-        raise ParameterError("images", f"images must be at least 1, not {images}")
-    if model != "shapes":
-        raise ParameterError("model", f"the checker knows the pictures of 'shapes' only, not those of {model!r}")
-    pipeline = Pipeline.load(model, devices, build)
-    rows = []
-    for count in shapes:
-        asked = scenes(count, images, seed)
-        drawn = []
-        for mode in modes:
-            options = {"mode": mode, "k": k, "num_inference_steps": steps, "guidance_scale": guidance_scale}
-            drawn.append(Drawn.of(pipeline, asked, seed, options))
-            rows.append(drawn[-1].row(drawn[0], count, seed))
-        if pictures and count == shapes[0]:
-            captions = [scene.caption() for scene in asked[:SHEET_ROWS]]
-            contact_sheet(pictures, modes, captions, [d.pictures for d in drawn], [d.wrong for d in drawn])
-    pipeline.close()
+@dataclass(frozen=True)
+class Case:
+    """One row: how to draw, and what to compare with. `options` go to `Pipeline.generate`."""
+
+    name: str
+    line: str  # of the plot
+    images: int
+    mode: str = "sequential"
+    options: dict[str, Any] = field(default_factory=dict)
+    shapes: int = 1
+    steps: int = STEPS
+    reference_steps: int = STEPS
+    guidance_scale: float = GUIDANCE
+    scheduler: str = "ddim"
+    devices: str | None = None  # the gallery's
+    batch: int = BATCH
+
+    def reference(self) -> Case:
+        """The sequential pictures that this one is compared with."""
+        keep = {
+            name: getattr(self, name) for name in ("images", "shapes", "reference_steps", "guidance_scale", "scheduler")
+        }
+        return Case("sequential", "", steps=self.reference_steps, **keep)
+
+    def key(self, plan: str, seed: int) -> str:
+        """What a drawn row depends on."""
+        text = json.dumps([asdict(self), plan, seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cases(images: int, *, full: bool) -> list[Case]:
+    """The rows of the table: DDIM with every sampler; with `full` the other schedulers and more captions too."""
+
+    def case(name: str, line: str, mode: str = "sequential", **more: Any) -> Case:
+        return Case(name, line, images, mode, **more)
+
+    rows = [
+        case("sequential", "sequential, fewer steps"),
+        case("sequential, one lane, one picture at a time", "", batch=1, devices="cpu@1"),
+    ]
+    for mode in ("conservative", "aggressive"):
+        for drafts, kind in (("frozen", "as in the paper"), ("auto", "extrapolated")):
+            rows += [
+                case(f"{mode}, k = {k}, {kind}", f"{mode}, {kind}", mode, options={"k": k, "drafts": drafts})
+                for k in (2, 3, 4)
+            ]
+    rows += [case(f"srds, {p} iteration{'s'[: p - 1]}", "srds", "srds", options={"iterations": p}) for p in (1, 2)]
+    for tolerance in (0.003, 0.01, 0.03):
+        options = {"k": 4, "tolerance": tolerance}
+        rows.append(case(f"adaptive, k = 4, tolerance {tolerance}", "adaptive, k = 4", "adaptive", options=options))
+    rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in (34, 26, 20, 14)]
+    if full:
+        rows += [Case("sequential", "", 200), Case("sequential, two shapes", "", 200, shapes=2)]
+        rows += [case for scheduler in OTHER_SCHEDULERS for case in _other(scheduler)]
     return rows
+
+
+def _other(scheduler: str) -> list[Case]:
+    """The rows of another scheduler than DDIM, at k = 4."""
+    kinds = ["frozen", "fresh" if scheduler in ("ddpm", "euler_a") else "auto"]
+    wanted: list[tuple[str, dict[str, Any]]] = [("sequential", {})]
+    wanted += [(mode, {"k": 4, "drafts": kind}) for mode in ("conservative", "aggressive") for kind in kinds]
+    wanted += [("srds", {"iterations": 1})] if scheduler != "dpm++2m" else []
+
+    def name(mode: str, options: dict[str, Any]) -> str:
+        kind = {"auto": "extrapolated", "fresh": "fresh noise"}.get(options.get("drafts", ""), options.get("drafts"))
+        return ", ".join(filter(None, (scheduler, mode, "k = 4" if "k" in options else None, kind)))
+
+    return [Case(name(*row), "", 25, row[0], row[1], scheduler=scheduler) for row in wanted]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures of one mode, in the order of the scenes, and what the checker found wrong in each."""
+    """The latents and pictures of a case, in the order of its scenes, and the report of the first call."""
 
-    results: list[Result]
-    wrong: list[list[str]]
+    latents: Array
+    pictures: list[Image.Image]
+    report: dict[str, Any]
+    rounds: float
 
     @classmethod
-    def of(cls, pipeline: Pipeline, asked: Sequence[Scene], seed: int, options: dict[str, Any]) -> Drawn:
-        """Draws every scene, several captions per call."""
+    def of(cls, pipeline: Pipeline, case: Case, seed: int) -> Drawn:
+        """Draws every scene, several captions per call; every picture from noise of its own."""
+        captions = [scene.caption() for scene in scenes(case.shapes, case.images, seed)]
+        noise = np.random.default_rng((seed, 7)).standard_normal((case.images, *pipeline.latent_shape), np.float32)
         results = []
-        for start in tqdm(range(0, len(asked), BATCH), desc=options["mode"], unit="batch"):
-            captions = [scene.caption() for scene in asked[start : start + BATCH]]
-            results.append(pipeline.generate(captions, seed=seed + start, **options))
+        for start in range(0, case.images, case.batch):
+            rows = slice(start, start + case.batch)
+            results.append(
+                pipeline.generate(
+                    captions[rows], latents=noise[rows], seed=seed + start, mode=case.mode, scheduler=case.scheduler,
+                    num_inference_steps=case.steps, guidance_scale=case.guidance_scale, **case.options,
+                )
+            )  # fmt: skip
         pictures = [picture for result in results for picture in result.images]
-        return cls(results, [wrong_attributes(p, scene) for p, scene in zip(pictures, asked, strict=True)])
+        alone = case.mode == "adaptive"  # each picture was made by itself
+        each = [result.report.rounds / (len(result.images) if alone else 1) for result in results]
+        latents = np.concatenate([result.latents for result in results])
+        return cls(latents, pictures, results[0].report.to_dict(), float(np.mean(each)))
 
-    @property
-    def pictures(self) -> list[Image.Image]:
-        """All pictures in order."""
-        return [picture for result in self.results for picture in result.images]
 
-    def row(self, reference: Drawn, shapes: int, seed: int) -> dict[str, Any]:
-        """`caption_accuracy` is the share of pictures that are right in every attribute."""
-        report = self.results[0].report
-        keep = ("model", "mode", "scheduler", "steps", "k", "lanes", "devices", "guidance_scale", "rounds",
-                "evaluations")  # fmt: skip
-        latents = [np.concatenate([r.latents for r in drawn.results]) for drawn in (self, reference)]
-        drifts = [drift(a, b) for a, b in zip(*latents, strict=True)]
-        likeness = [psnr([a], [b]) for a, b in zip(self.pictures, reference.pictures, strict=True)]
-        return {
-            **{key: report.to_dict()[key] for key in keep},
-            "shapes": shapes,
-            "images": len(self.wrong),
-            "captions": "held-out combinations of colour, shape and place",
-            "seed": seed,
-            "caption_accuracy": round(sum(not wrong for wrong in self.wrong) / len(self.wrong), 4),
-            "wrong": dict(Counter(name for wrong in self.wrong for name in wrong).most_common()),
-            "compared_with": reference.results[0].report.mode,
-            "drift": {"median": median(drifts), "p90": quantile(drifts, 0.9)},
-            "psnr": {"median": median(likeness)},
-        }
+@dataclass
+class Gallery:
+    """Draws cases, each set of sequential references once, and keeps every row in the work folder."""
+
+    build: Path
+    model: str
+    devices: str
+    seed: int
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    references: dict[str, Drawn] = field(default_factory=dict)
+
+    def draw(self, case: Case) -> Drawn:
+        """The pictures of a case."""
+        devices = case.devices or self.devices
+        if devices not in self.pipelines:
+            self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
+        return Drawn.of(self.pipelines[devices], case, self.seed)
+
+    def reference(self, case: Case) -> Drawn:
+        """The sequential pictures of a case."""
+        wanted = case.reference()
+        key = wanted.key("", self.seed)
+        if key not in self.references:
+            self.references[key] = self.draw(wanted)
+        return self.references[key]
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """One row of the result file, drawn now or taken from the work folder."""
+        identity = Bundle.open(self.model, self.build).manifest.source
+        path = WORK / f"quality-{case.key(identity, self.seed)}.json"
+        if path.is_file():
+            row: dict[str, Any] = json.loads(path.read_text())
+            return row
+        reference = self.reference(case)
+        same = replace(case, name="sequential", line="") == case.reference()
+        row = compare(case, reference if same else self.draw(case), reference, self.seed)
+        WORK.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row) + "\n")
+        return row
+
+    def close(self) -> None:
+        """Stops all lanes."""
+        for pipeline in self.pipelines.values():
+            pipeline.close()
+
+
+def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, Any]:
+    """`caption_accuracy` is the share of pictures that are right in every attribute."""
+    from skimage.metrics import structural_similarity
+
+    asked = scenes(case.shapes, case.images, seed)
+    wrong = [wrong_attributes(picture, scene) for picture, scene in zip(drawn.pictures, asked, strict=True)]
+    pairs = list(zip(drawn.pictures, reference.pictures, strict=True))
+    drifts = [drift(a, b) for a, b in zip(drawn.latents, reference.latents, strict=True)]
+    ssims = [
+        float(structural_similarity(np.asarray(a), np.asarray(b), channel_axis=2))  # type: ignore[no-untyped-call]
+        for a, b in pairs
+    ]
+    keep = ("model", "mode", "scheduler", "steps", "k", "drafts", "lanes", "devices", "guidance_scale")
+    return {
+        "name": case.name, "line": case.line,
+        **{key: drawn.report[key] for key in keep},
+        "rounds": round(drawn.rounds, 2), "speedup_in_rounds": round(case.reference_steps / drawn.rounds, 3),
+        "evaluations": drawn.report["evaluations"],
+        "shapes": case.shapes, "images": case.images, "seed": seed,
+        "captions": "held-out combinations of colour, shape and place",
+        "caption_accuracy": round(sum(not mistake for mistake in wrong) / len(wrong), 4),
+        "wrong": dict(Counter(name for mistake in wrong for name in mistake).most_common()),
+        "compared_with": f"sequential, {case.reference_steps} steps",
+        "drift": {"median": median(drifts), "p90": quantile(drifts, 0.9)},
+        "psnr": {"median": median([psnr([a], [b]) for a, b in pairs])},
+        "ssim": {"median": median(ssims)},
+    }  # fmt: skip
+
+
+def quality(
+    model: str, build: Path, devices: str, images: int, seed: int, pictures: Path | None = None, *, full: bool
+) -> list[dict[str, Any]]:
+    """One row per case; `pictures` is a contact sheet to write."""
+    if images < 1:
+        raise ParameterError("images", f"images must be at least 1, not {images}")
+    if model != "shapes":
+        raise ParameterError("model", f"the checker knows the pictures of 'shapes' only, not those of {model!r}")
+    gallery = Gallery(build, model, devices, seed)
+    try:
+        rows = [gallery.row(case) for case in tqdm(cases(images, full=full), desc="quality", unit="row")]
+        if pictures:
+            sheet(gallery, pictures)
+        return rows
+    finally:
+        gallery.close()
+
+
+def sheet(gallery: Gallery, path: Path) -> None:
+    """The first captions, sequential beside the parallel modes."""
+    wanted: list[tuple[str, dict[str, Any]]]
+    wanted = [("sequential", {}), ("conservative", {"k": 4}), ("aggressive", {"k": 4})]
+    asked = scenes(1, SHEET_ROWS, gallery.seed)
+    drawn = [gallery.draw(Case("", "", SHEET_ROWS, mode, options)) for mode, options in wanted]
+    wrong = [[wrong_attributes(p, scene) for p, scene in zip(d.pictures, asked, strict=True)] for d in drawn]
+    names = [f"{d.report['mode']}, {d.report['rounds']} rounds" for d in drawn]
+    contact_sheet(path, names, [scene.caption() for scene in asked], [d.pictures for d in drawn], wrong)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| | shapes | rounds | right in every attribute | drift, median (p90) | wrong |",
-        "|---|---|---|---|---|---|",
+        "| | pictures | rounds | distance to sequential, median (p90) | PSNR | SSIM | right in every attribute |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        wrong = ", ".join(f"{name} {count}" for name, count in row["wrong"].items()) or "none"
         drifts = row["drift"]
         lines.append(
-            f"| {row['mode']}, k = {row['k']} | {row['shapes']} | {row['rounds']} "
-            f"| {100 * row['caption_accuracy']:.1f} % of {row['images']} "
-            f"| {drifts['median']:.3f} ({drifts['p90']:.3f}) | {wrong} |"
+            f"| {row['name']} | {row['images']} | {row['rounds']:g} | {drifts['median']:.4f} ({drifts['p90']:.4f}) "
+            f"| {row['psnr']['median']:.1f} dB | {row['ssim']['median']:.4f} | {100 * row['caption_accuracy']:.1f} % |"
         )
     return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed-up in rounds against the distance to sequential, one line per sampler."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["line"] and row["drift"]["median"]:
+            lines.setdefault(row["line"], []).append((row["drift"]["median"], row["speedup_in_rounds"]))
+    for number, (name, points) in enumerate(lines.items()):
+        points.sort()
+        style = "--" if "paper" in name else "-"
+        axes.plot(*zip(*points, strict=True), style, marker="osD^vPX*"[number % 8], label=name)
+    axes.set(xscale="log", xlabel="distance of the latents to sequential, 50 steps (median)", ylabel="50 / rounds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def table_of_drafts(rows: Sequence[dict[str, Any]]) -> str:
+    """Per kind of drafts, how many times closer to sequential than frozen ones it ends: median / 90th percentile."""
+    kinds = list(dict.fromkeys(row["drafts"] for row in rows if row["drafts"] != "frozen"))
+    cells = list(dict.fromkeys((r["steps"], r["guidance_scale"], r["mode"], r["k"]) for r in rows))
+    by = {((r["steps"], r["guidance_scale"], r["mode"], r["k"]), r["drafts"]): r["drift"] for r in rows}
+    lines = [f"| steps | guidance | | k | frozen | {' | '.join(kinds)} |", "|---" * (5 + len(kinds)) + "|"]
+    for cell in cells:
+        frozen = by[cell, "frozen"]
+        ratios = [
+            f"{frozen['median'] / by[cell, kind]['median']:.2f} / {frozen['p90'] / by[cell, kind]['p90']:.2f}"
+            for kind in kinds
+        ]
+        steps, guidance, mode, k = cell
+        lines.append(
+            f"| {steps} | {guidance:g} | {mode} | {k} | {frozen['median']:.4f} ({frozen['p90']:.4f}) "
+            f"| {' | '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def drafts(model: str, build: Path, devices: str, images: int, seed: int) -> list[dict[str, Any]]:
+    """Every kind of drafts for k = 2, 3, 4, 50 and 28 steps, guidance 4 and 7.5; `seed` chooses the captions."""
+    gallery = Gallery(build, model, devices, seed)
+    kinds = [name for name, kind in DRAFTS.items() if not kind.own_noise]
+    wanted = [
+        Case(
+            f"{mode}, k = {k}, {kind}", "", images, mode, {"k": k, "drafts": kind}, steps=steps,
+            reference_steps=steps, guidance_scale=guidance,
+        )
+        for steps in (50, 28) for guidance in (4.0, 7.5) for mode in ("conservative", "aggressive")
+        for k in (2, 3, 4) for kind in kinds
+    ]  # fmt: skip
+    try:
+        return [gallery.row(case) for case in tqdm(wanted, desc="drafts", unit="row")]
+    finally:
+        gallery.close()

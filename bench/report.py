@@ -28,7 +28,8 @@ def block(name: str) -> str:
     """The table of a result file, and where it was measured."""
     result = load(name)
     rows = result["rows"]
-    table = quality.table(rows) if "caption_accuracy" in rows[0] else run.table(rows)
+    tables = {"quality": quality.table, "drafts": quality.table_of_drafts, "run": run.table}
+    table = tables[name](rows)
     host, versions = result["host"], result["versions"]
     machine = f"{host['processor']}, {host['cores']} cores, ONNX Runtime {versions['onnxruntime']}"
     source = f"`bench/results/{name}.json`: {machine}, commit {result['commit']}"

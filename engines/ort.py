@@ -16,7 +16,7 @@ from engines.base import Array
 from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
 from engines.host import HostBackend, Run
-from engines.store import Bundle, Plan, locked
+from engines.store import Bundle, Plan, locked, plan_key
 
 
 def machine() -> str:
@@ -127,6 +127,7 @@ class Engines:
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
         threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet")))
         self.text_encoder = Session(bundle, "text_encoder", threads)
         self.vae_decoder = Session(bundle, "vae_decoder", threads)
         sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.pipeline import Pipeline
+from runtime.pipeline import MODES, Pipeline
 from runtime.report import result_file
-from runtime.samplers import DRAFTS, SAMPLERS
+from runtime.samplers import DRAFTS
 from runtime.schedulers import SCHEDULERS
 
 
@@ -26,10 +26,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("prompt")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
-    parser.add_argument("--mode", default="sequential", help=", ".join(SAMPLERS))
+    parser.add_argument("--mode", default="auto", help=", ".join(MODES))
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--drafts", default="frozen", help=", ".join(DRAFTS))
-    parser.add_argument("--tolerance", type=float, default=0.0, help="of adaptive and srds; 0 is exact")
+    parser.add_argument("--drafts", default="auto", help=", ".join(("auto", *DRAFTS)))
+    parser.add_argument("--tolerance", type=float, default=0.0, help="of auto, adaptive and srds; 0 is exact")
     parser.add_argument("--blocks", type=int, help="of srds; default: near the root of the number of steps")
     parser.add_argument("--iterations", type=int, help="of srds, at most; default: until it is exact")
     parser.add_argument("--plain", action="store_false", dest="pipelined", help="srds without pipelining")

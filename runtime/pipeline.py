@@ -19,13 +19,16 @@ from engines.errors import NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.ort import Engines
 from engines.store import BUILD, Bundle
+from runtime.auto import Calibration, Choice, Setting, choose
 from runtime.execute import Counts, execute, plan
+from runtime.noise import gaussian, step_noise
 from runtime.prompt import PromptTokenizer
 from runtime.report import Report, quantiles
-from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, measures, noise_slots
+from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, measures, resolve
 from runtime.schedule import Schedule
 from runtime.schedulers import make_schedule
 
+MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
 
@@ -45,6 +48,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, devices: str) -> None:
         self.devices = parse_devices(devices)
         self.manifest = bundle.manifest
+        self.device_names = ",".join(map(str, self.devices))
         self._tokenizer = PromptTokenizer(bundle)
         self._engines = Engines(bundle, self.devices)
         self._lock = threading.Lock()
@@ -62,6 +66,24 @@ class Pipeline:
         """The lanes, for benchmarks."""
         return self._engines.backend
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one picture's latent."""
+        factor = self.manifest.vae_scale_factor
+        return self.manifest.latent_channels, self.manifest.height // factor, self.manifest.width // factor
+
+    @property
+    def calibration_path(self) -> Path:
+        """Where what mode `auto` knows is stored: beside the plan of the noise predictor that it was measured with."""
+        return self._engines.plan_folder / "calibration.json"
+
+    def setting(
+        self, scheduler: str | None, num_inference_steps: int, guidance_scale: float, eta: float = 0.0
+    ) -> Setting:
+        """What drifts are measured for."""
+        name = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta).name
+        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
+
     def close(self) -> None:
         """Stops the lanes, after the picture that is being made."""
         with self._lock:
@@ -72,9 +94,9 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str = "",
-        mode: str = "sequential",
+        mode: str = "auto",
         k: int | None = None,
-        drafts: str = "frozen",
+        drafts: str = "auto",
         tolerance: float = 0.0,
         blocks: int | None = None,
         iterations: int | None = None,
@@ -94,8 +116,9 @@ class Pipeline:
     ) -> Result:
         """Makes pictures. Arguments that diffusers also has mean what they mean there.
 
-        mode: a key of `samplers.SAMPLERS`. k, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k
-        is by default the number of lanes. seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
+        mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
+        k, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the number of lanes.
+        seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
         latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
         width), in place of `prompt`. Latents come back as the model sees them, so that of the Euler schedulers those
         before the last step are diffusers' divided by √(1 + σ²).
@@ -104,8 +127,10 @@ class Pipeline:
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
-        _check_choice("mode", mode, SAMPLERS)
-        _check_choice("drafts", drafts, DRAFTS)
+        _check_choice("mode", mode, MODES)
+        if mode == "auto" and k is not None:
+            raise ParameterError("k", "mode auto chooses k itself: name a mode to set k")
+        _check_choice("drafts", drafts, ("auto", *DRAFTS))
         _check_whole("num_inference_steps", num_inference_steps, 1, len(self.manifest.alphas_cumprod))
         _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
         _check_whole("seed", seed, 0, MAX_SEED)
@@ -126,11 +151,18 @@ class Pipeline:
                 _check_whole(name, count, 1, num_inference_steps)
         self._check_size(width, height)
         schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
-        options = Options(k, drafts, float(tolerance), blocks, pipelined, iterations)
+        options = Options(k, resolve(drafts, schedule), float(tolerance), blocks, pipelined, iterations)
+        choice: Choice | None = None
+        warnings: list[str] = []
+        if mode == "auto":
+            setting = Setting(scheduler=schedule.name, eta=eta, steps=schedule.steps, guidance_scale=guidance_scale)
+            known, lanes = Calibration.read(self.calibration_path), len(self.devices)
+            choice, warnings = choose(known, self.device_names, lanes, schedule, setting, tolerance)
+            mode, options = choice.candidate.mode, choice.candidate.options(schedule)
         check(mode, schedule, options)
         with self._lock:
             started = time.perf_counter()
-            conditioning, warnings = self._encode(
+            conditioning, cut = self._encode(
                 prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
             )
             noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
@@ -149,10 +181,10 @@ class Pipeline:
             images = self._decode(finished)
             ended = time.perf_counter()
         report = Report(
-            model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=k,
-            lanes=len(self.devices), devices=",".join(map(str, self.devices)), guidance_scale=float(guidance_scale),
-            guidance_split=guidance_scale > 1 and len(self.devices) > 1, drafts=drafts, seed=seed, images=len(images),
-            rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
+            model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=options.k,
+            lanes=len(self.devices), devices=self.device_names, guidance_scale=float(guidance_scale),
+            guidance_split=guidance_scale > 1 and len(self.devices) > 1, drafts=options.drafts, seed=seed,
+            images=len(images), rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
             seconds={
                 "text": encoded - started, "denoise": denoised - encoded, "decode": ended - denoised,
                 "total": ended - started,
@@ -160,7 +192,8 @@ class Pipeline:
             critical_seconds=critical,
             overhead_us_per_round=(denoised - encoded - critical) / counts.rounds * 1e6,
             accepted=quantiles(counts.accepted),
-            warnings=tuple(warnings),
+            auto=choice.model_dump(mode="json") if choice else None,
+            warnings=(*warnings, *cut),
         )  # fmt: skip
         return Result(images, finished, report)
 
@@ -179,9 +212,8 @@ class Pipeline:
             noise[rows].shape, schedule.timesteps, [{n: v[rows] for n, v in half.items()} for half in conditioning]
         )
         self.backend.write(STATE, noise[rows] * np.float32(schedule.init_noise_sigma))
-        for step in schedule.stochastic_steps:
-            for slot, number in noise_slots(step, schedule.steps, options):
-                self.backend.write(slot, np.stack([gaussian(seed, i, number, noise.shape[1:]) for i in images]))
+        for slot, value in step_noise(schedule, options, seed, images, noise.shape[1:]):
+            self.backend.write(slot, value)
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         for name, value, exported in (
@@ -237,8 +269,7 @@ class Pipeline:
         return array
 
     def _initial_noise(self, images: int, seed: int, latents: Array | None) -> Array:
-        factor = self.manifest.vae_scale_factor
-        shape = (self.manifest.latent_channels, self.manifest.height // factor, self.manifest.width // factor)
+        shape = self.latent_shape
         if latents is None:
             return np.stack([gaussian(seed, image, 0, shape) for image in range(images)])
         array = np.asarray(latents, np.float32)
@@ -266,13 +297,6 @@ class Pipeline:
         if not np.isfinite(pixels).all():
             raise NonFiniteError("the VAE decoder gave NaN or infinity: no picture can be made of it")
         return [Image.fromarray(picture) for picture in to_uint8(pixels)]
-
-
-def gaussian(seed: int, image: int, step: int, shape: tuple[int, ...]) -> Array:
-    """Standard normal noise that depends on (seed, image, step) alone, whatever else is drawn or in which order."""
-    key = np.array([seed, image << 32 | step], np.uint64)  # a list of such numbers would become float64
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return generator.standard_normal(shape, np.float32)
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:

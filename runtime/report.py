@@ -27,6 +27,7 @@ class Report:
     `critical_seconds` adds up the longest model call of every round: denoise minus that is this engine's overhead.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
+    `auto` is what mode auto chose and expected.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Report:
     critical_seconds: float
     overhead_us_per_round: float
     accepted: dict[str, float] | None = None
+    auto: dict[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

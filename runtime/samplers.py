@@ -78,6 +78,8 @@ Sampler = Callable[[Schedule, Options], Operations]
 
 def check(mode: str, schedule: Schedule, options: Options) -> None:
     """ParameterError for a sampler that cannot play a schedule with these options."""
+    if options.drafts not in DRAFTS:
+        raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
     if mode != "sequential" and not schedule.draftable:
         raise ParameterError("mode", f"{schedule.name} takes steps that are too long to draft: use mode sequential")
     if mode == "srds":
@@ -189,23 +191,35 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
 class Drafts:
     """How states ahead are guessed, and how what the model says there is handed to the refined states.
 
-    The guess of x̂_0 stays at the anchor's. With `extrapolates` it moves on along log σ by what it changed since the
-    anchor of the block before, less for long blocks; with `prior` it changes with the state as that of a Gaussian with
-    this data variance. `variance` splits the difference between draft and refined state as `Schedule.estimate` says.
-    `own_noise` draws noise for the drafts of stochastic schedulers anew.
+    The guess of x̂_0 stays at the anchor's; with `extrapolates` it moves on along log σ by what it changed since the
+    anchor of the block before, less so for blocks that are long beside the schedule. `variance` splits the difference
+    between draft and refined state as `Schedule.estimate` says. `own_noise` draws noise for the drafts of stochastic
+    schedulers anew.
     """
 
     extrapolates: bool = False
-    prior: float | None = None
     variance: float | None = None
     own_noise: bool = False
 
 
 DRAFTS = {
-    "frozen": Drafts(),
-    "fresh": Drafts(own_noise=True),
+    "frozen": Drafts(),  # the paper's
+    "fresh": Drafts(own_noise=True),  # the paper's listing for stochastic schedulers, to the letter
     "extrapolated": Drafts(extrapolates=True),
+    "corrected": Drafts(variance=0.25),
+    "extrapolated+corrected": Drafts(extrapolates=True, variance=0.25),
 }
+
+
+def resolve(drafts: str, schedule: Schedule) -> str:
+    """The kind of drafts that `auto` stands for on a schedule; any other name itself.
+
+    On deterministic schedules x̂_0 moves along a line, on stochastic ones the fresh noise hides where it is going: there
+    extrapolating was worse wherever it was measured (bench/results/drafts.json).
+    """
+    if drafts != "auto":
+        return drafts
+    return "frozen" if schedule.stochastic_steps else "extrapolated"
 
 
 @dataclass(frozen=True)
@@ -218,22 +232,14 @@ class _Anchor:
     seen: Linear
     before: int | None = None
 
-    def guess(self, schedule: Schedule, drafts: Drafts, n: int, x: Linear, k: int) -> Linear:
-        """x̂_0 at step n > i, where the draft's state is x."""
-        data = self.estimate.data
-        if drafts.prior is not None:
-            here, there = (_log_sigma(schedule, i) for i in (self.i, n))
-            pull = [drafts.prior / (math.exp(2 * at) + drafts.prior) for at in (here, there)]
-            mean = weighted_sum(
-                (1 / (1 - pull[0]), data), (-pull[0] / (1 - pull[0]) / schedule.rows[self.i].alpha, self.x)
-            )
-            data = weighted_sum((1 - pull[1], mean), (pull[1] / schedule.rows[n].alpha, x))
-        if drafts.extrapolates and self.before is not None:
-            weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.2 * schedule.steps))))
-            before, here, there = (_log_sigma(schedule, i) for i in (self.before, self.i, n))
-            ahead = weight * (there - here) / (here - before)
-            data = weighted_sum((1.0, data), (ahead, self.seen), (-ahead, unit(_ANCHOR)))
-        return data
+    def guess(self, schedule: Schedule, drafts: Drafts, n: int, k: int) -> Linear:
+        """x̂_0 at step n > i."""
+        if not drafts.extrapolates or self.before is None:
+            return self.estimate.data
+        weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.4 * schedule.steps))))
+        before, here, there = (_log_sigma(schedule, i) for i in (self.before, self.i, n))
+        ahead = weight * (there - here) / (here - before)
+        return weighted_sum((1.0, self.estimate.data), (ahead, self.seen), (-ahead, unit(_ANCHOR)))
 
 
 def _log_sigma(schedule: Schedule, i: int) -> float:
@@ -263,7 +269,7 @@ class _Window:
         estimate, x = anchor.estimate, anchor.x
         for n in range(anchor.i, anchor.i + self.ahead):
             if n > anchor.i:
-                estimate = schedule.assumed(n, anchor.guess(schedule, drafts, n, x, options.k), x)
+                estimate = schedule.assumed(n, anchor.guess(schedule, drafts, n, options.k), x)
             x = schedule.step(n, estimate, data, _own(n) if drafts.own_noise else fresh(n))
             data = estimate.data
             made[self.draft(n - anchor.i + 1)] = x

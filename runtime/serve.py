@@ -32,8 +32,7 @@ from starlette.requests import ClientDisconnect
 
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.pipeline import MAX_SEED, Pipeline
-from runtime.samplers import SAMPLERS
+from runtime.pipeline import MAX_SEED, MODES, Pipeline
 
 log = logging.getLogger("runtime.serve")
 PAGE = Path(__file__).parent / "page.html"
@@ -67,10 +66,14 @@ class ImageRequest(BaseModel):
     num_inference_steps: int = Field(50, ge=1, le=1000)
     guidance_scale: float = Field(4.0, ge=0, le=100, allow_inf_nan=False)
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    mode: Name = "sequential"
+    mode: Name = "auto"
     k: int | None = Field(None, ge=1, le=64)  # a block's drafts are in memory at the same time; lanes end at 64 too
-    drafts: Name = "frozen"
+    drafts: Name = "auto"
+    tolerance: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
+    blocks: int | None = Field(None, ge=1, le=1000)
+    iterations: int | None = Field(None, ge=1, le=1000)
     scheduler: Name | None = None
+    eta: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
 
 class ApiError(HTTPException):
@@ -146,6 +149,7 @@ def make_pictures(pipeline: Pipeline, request: ImageRequest) -> JSONResponse:
         request.prompt, negative_prompt=request.negative_prompt, mode=request.mode, k=request.k,
         drafts=request.drafts, num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale, seed=request.seed, scheduler=request.scheduler,
+        tolerance=request.tolerance, blocks=request.blocks, iterations=request.iterations, eta=request.eta,
         width=width, height=height, num_images_per_prompt=request.n,
     )  # fmt: skip
     pictures = [encode_image(image, request.output_format, request.output_compression) for image in result.images]
@@ -178,7 +182,7 @@ def make_app(pipeline: Pipeline) -> FastAPI:
         manifest, fields = pipeline.manifest, ImageRequest.model_fields
         shown = ("num_inference_steps", "guidance_scale", "mode", "seed")
         entry = {
-            "id": manifest.model, "object": "model", "created": 0, "owned_by": "local", "modes": list(SAMPLERS),
+            "id": manifest.model, "object": "model", "created": 0, "owned_by": "local", "modes": list(MODES),
             "devices": list(map(str, pipeline.devices)), "default_size": f"{manifest.width}x{manifest.height}",
             "examples": list(manifest.examples),
             "defaults": {name: fields[name].default for name in shown},

@@ -20,7 +20,7 @@ from engines import ort
 from engines.manifest import MANIFEST
 from engines.store import PARTIAL, Bundle, plan_key
 from runtime import __main__ as runtime_command
-from runtime.pipeline import gaussian
+from runtime.noise import gaussian
 from tests.copies import NETWORK, NETWORKS, contents, cut_in_half, small_copy
 
 PROMPT = "a large red star at the left on blue background"

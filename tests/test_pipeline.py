@@ -13,7 +13,7 @@ from engines.errors import NonFiniteError, ParameterError
 from engines.store import Bundle
 from export.__main__ import EMBEDDED
 from runtime import Pipeline, Result
-from runtime.pipeline import gaussian
+from runtime.noise import gaussian
 
 PROMPT = "a large red star at the left on blue background"
 MODES = ("sequential", "conservative", "aggressive")

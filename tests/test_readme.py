@@ -89,6 +89,11 @@ def test_the_python_example_makes_a_picture(shapes: Bundle, tmp_path: Path) -> N
     assert is_picture(tmp_path / "ring.png")
 
 
+def test_the_library_example_runs() -> None:
+    run = subprocess.run([sys.executable, "-c", block("runtime.sample")], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip().endswith("8 rounds, 20 evaluations"), run.stderr
+
+
 def test_the_gate_runs_the_readmes_test_command() -> None:
     assert "make test-all" in README.read_text() and "make test-all" in (ROOT / ".ci" / "run").read_text()
 
@@ -103,7 +108,7 @@ def test_numbers_are_those_of_the_result_files() -> None:
     assert rebuilt(README.read_text()) == README.read_text(), "run `python -m bench report`"
 
 
-@pytest.mark.parametrize("name", ["run", "quality"])
+@pytest.mark.parametrize("name", ["run", "quality", "drafts"])
 def test_result_files_carry_their_circumstances(name: str) -> None:
     result = load(name)
     assert result["schema_version"] == 1 and result["commit"] and result["host"]["cores"] and result["versions"]

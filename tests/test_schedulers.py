@@ -152,7 +152,7 @@ ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
         ((config(), ALPHAS, 1001), "num_inference_steps", "must be 1 to 1000, not 1001"),
         ((config(steps_offset=1), ALPHAS, 1000), "num_inference_steps", "with steps_offset 1 cannot give 1000"),
         ((config("LCMScheduler"), ALPHAS, 51), "num_inference_steps", "at most 50 steps"),
-        ((config("DPMSolverMultistepScheduler"), ALPHAS, 1000), "num_inference_steps", "linspace spacing cannot give 1000"),
+        ((config("DPMSolverMultistepScheduler"), ALPHAS, 1000), "num_inference_steps", "linspace spacing cannot give"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_be_honoured_is_refused_by_field(

@@ -1,0 +1,155 @@
+"""Mode `auto`: the fastest plan, by measured call times, whose measured drift stays within the user's tolerance.
+
+Both measurements are made once (`python -m runtime.calibrate`, which `make engines` runs) and stored with the compiled
+model: how many seconds a model call takes for each batch size while all lanes work, and how far from the sequential
+latents each candidate ends up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.null import NullBackend
+from runtime.execute import execute, plan
+from runtime.samplers import STATE, Options, noise_slots, resolve
+from runtime.schedule import Schedule
+
+FILE = "calibration.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Setting(_Strict):
+    """What a drift was measured for; other settings know nothing of it."""
+
+    scheduler: str
+    eta: float
+    steps: int
+    guidance_scale: float
+
+
+class Candidate(_Strict):
+    """One way to play a schedule."""
+
+    mode: str
+    k: int
+    drafts: str
+
+    def options(self, schedule: Schedule) -> Options:
+        """For the sampler."""
+        return Options(k=self.k, drafts=resolve(self.drafts, schedule))
+
+
+class Drift(_Strict):
+    """Relative L2 distance of the finished latents from the sequential ones, over some pictures."""
+
+    setting: Setting
+    candidate: Candidate
+    pictures: int
+    median: float
+    p90: float
+
+
+class Calibration(_Strict):
+    """`calls[devices][batch]` is the seconds of a call with that many halves on each lane at the same time."""
+
+    schema_version: Literal[1] = 1
+    calls: dict[str, dict[int, float]] = {}
+    drifts: tuple[Drift, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Calibration:
+        """An empty one if there is none, or none that can be trusted."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return cls()
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        os.replace(partial, path)
+
+    def for_setting(self, setting: Setting) -> list[Drift]:
+        """What was measured for a setting."""
+        return [drift for drift in self.drifts if drift.setting == setting]
+
+
+class Choice(_Strict):
+    """What `auto` chose, and what it expects of it."""
+
+    candidate: Candidate
+    seconds: float | None
+    drift_p90: float
+
+
+EXACT = Candidate(mode="sequential", k=1, drafts="frozen")
+
+
+def candidates() -> list[Candidate]:
+    """What is measured: both modes of DRiffusion with the drafts and the numbers of drafts that can pay."""
+    return [Candidate(mode=mode, k=k, drafts="frozen") for k in (2, 3, 4, 8) for mode in ("conservative", "aggressive")]
+
+
+def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
+    """Seconds for any number of halves: linear between what was measured, and beyond it."""
+    batches = sorted(measured)
+    seconds = [measured[batch] for batch in batches]
+
+    def interpolate(halves: int) -> float:
+        if halves > batches[-1]:
+            return seconds[-1] * halves / batches[-1]
+        return float(np.interp(halves, batches, seconds))
+
+    return interpolate
+
+
+def predicted_seconds(
+    candidate: Candidate, schedule: Schedule, lanes: int, guidance_scale: float, measured: dict[int, float]
+) -> float:
+    """The model calls on the critical path, on a backend that only keeps a clock."""
+    options = candidate.options(schedule)
+    backend = NullBackend(lanes, call_seconds(measured))
+    backend.bind((), schedule.timesteps, ())
+    backend.written.add(STATE)
+    for step in schedule.stochastic_steps:
+        backend.written.update(slot for slot, _ in noise_slots(step, schedule.steps, options))
+    execute(plan(candidate.mode, schedule, options, lanes, guidance_scale), backend, lambda finished: None)
+    return backend.seconds
+
+
+def choose(
+    calibration: Calibration, devices: str, lanes: int, schedule: Schedule, setting: Setting, tolerance: float
+) -> tuple[Choice, list[str]]:
+    """The fastest candidate within the tolerance, and warnings; sequential where nothing was measured.
+
+    A tolerance of 0 is exact. The drift of a candidate is its 90th percentile over the pictures that were measured.
+    """
+    if tolerance == 0:
+        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), []
+    measured, drifts = calibration.calls.get(devices), calibration.for_setting(setting)
+    if not measured or not drifts:
+        missing = "call times on these devices" if not measured else f"drift of {setting.model_dump()}"
+        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), [
+            f"mode auto plays sequential: the {missing} was never measured; `python -m runtime.calibrate` does it"
+        ]
+    allowed = [(EXACT, 0.0), *((drift.candidate, drift.p90) for drift in drifts if drift.p90 <= tolerance)]
+    timed = [
+        Choice(
+            candidate=candidate,
+            seconds=predicted_seconds(candidate, schedule, lanes, setting.guidance_scale, measured),
+            drift_p90=p90,
+        )
+        for candidate, p90 in allowed
+    ]
+    return min(timed, key=lambda choice: (choice.seconds, choice.drift_p90)), []

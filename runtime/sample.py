@@ -1,0 +1,47 @@
+"""The algorithms alone: any Python function as the model, no engines, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engines.base import Array
+from engines.errors import NonFiniteError, ParameterError
+from engines.host import FunctionLane, HostBackend
+from runtime.execute import Counts, execute, plan
+from runtime.noise import step_noise
+from runtime.samplers import SAMPLERS, STATE, Options, check, resolve
+from runtime.schedule import Schedule
+
+Model = Callable[[Array, Array], Array]
+
+
+def sample(
+    model: Model, noise: Array, schedule: Schedule, *, mode: str, seed: int = 0, **options: Any
+) -> tuple[Array, Counts]:
+    """Denoises with a function `model(states, timesteps) → outputs`, all of them float32 and (batch, …), (batch,).
+
+    A round's evaluations are one call with a batch of drafts: guidance and devices are the function's own affair.
+    `noise` is (images, …) of unit variance; `options` are those of `samplers.Options`, k = 4 for instance. Returns the
+    finished states and what they cost. ParameterError for what cannot be played, NonFiniteError for NaN or infinity.
+    """
+    if mode not in SAMPLERS:
+        raise ParameterError("mode", f"unknown mode {mode!r}: use one of {', '.join(SAMPLERS)}")
+    chosen = Options(**{**options, "drafts": resolve(options.get("drafts", "auto"), schedule)})
+    check(mode, schedule, chosen)
+    noise = np.asarray(noise, np.float32)
+    backend = HostBackend([FunctionLane(lambda states, timesteps, _: model(states, timesteps))])
+    try:
+        backend.bind(noise.shape, schedule.timesteps, [{}, {}])
+        backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
+        for slot, value in step_noise(schedule, chosen, seed, range(len(noise)), noise.shape[1:]):
+            backend.write(slot, value)
+        counts = execute(plan(mode, schedule, chosen, 1, 1.0), backend, lambda finished: None)
+        result = backend.read(STATE)
+    finally:
+        backend.close()
+    if not np.isfinite(result).all():
+        raise NonFiniteError("the finished states hold NaN or infinity: look at the model's outputs")
+    return result, counts
