@@ -16,7 +16,7 @@ from runtime import Pipeline, Result
 from runtime.noise import gaussian
 
 PROMPT = "a large red star at the left on blue background"
-MODES = ("sequential", "conservative", "aggressive")
+MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,46 @@ def test_nan_is_an_error_and_never_a_picture(pipeline: Pipeline, monkeypatch: py
         draw(pipeline, mode="aggressive")
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("euler", "EulerDiscreteScheduler"), ("dpm++2m", "DPMSolverMultistepScheduler"), ("ddim", "DDIMScheduler")],
+)
+def test_a_scheduler_of_another_name_equals_the_diffusers_pipeline_with_it(
+    name: str, scheduler: str, pipeline: Pipeline, rng: np.random.Generator
+) -> None:
+    import diffusers
+    import torch
+
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(EMBEDDED["shapes"])
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = getattr(diffusers, scheduler).from_config(theirs.scheduler.config)
+    noise = rng.standard_normal((1, 4, 16, 16), np.float32)
+    options: dict[str, Any] = {"num_inference_steps": 9, "guidance_scale": 4.0}
+    expected = theirs(PROMPT, latents=torch.from_numpy(noise), output_type="latent", **options).images.numpy()
+    assert_near(pipeline.generate(PROMPT, latents=noise, scheduler=name, **options).latents, expected, 1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler_a"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
+    mode: str, scheduler: str, pipeline: Pipeline
+) -> None:
+    options = {"mode": mode, "scheduler": scheduler, "seed": 4, "tolerance": 0.05}
+    two = draw(pipeline, num_images_per_prompt=2, **options)
+    one = draw(pipeline, **options)
+    assert_near(two.latents[:1], one.latents, 1e-4)
+    assert not same(one, draw(pipeline, **{**options, "seed": 5}))
+
+
+def test_the_report_says_what_auto_drafts_were_and_what_was_accepted(pipeline: Pipeline) -> None:
+    assert draw(pipeline, mode="aggressive").report.drafts == "extrapolated"
+    assert draw(pipeline, mode="aggressive", scheduler="ddpm").report.drafts == "frozen"
+    report = draw(pipeline, mode="adaptive", k=3, tolerance=10.0, num_inference_steps=9).report
+    assert report.rounds < 9 and report.accepted is not None
+    assert 0 < report.accepted["median"] <= report.accepted["p90"] <= report.accepted["max"] <= 10
+    assert draw(pipeline, mode="adaptive", k=3, num_inference_steps=9).report.rounds == 9
+
+
 def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(pipeline: Pipeline) -> None:
     long = "a large red star at the left on blue background and " * 3 + "a small white ring"
     result = draw(pipeline, long)
@@ -183,9 +223,14 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
 @pytest.mark.parametrize(
     ("options", "param", "message"),
     [
-        ({"mode": "fast"}, "mode", "use one of sequential, conservative, aggressive"),
-        ({"drafts": "linear"}, "drafts", "use one of frozen"),
-        ({"k": 0}, "k", "from 1"),
+        ({"mode": "fast"}, "mode", "use one of auto, sequential, conservative, aggressive"),
+        ({"drafts": "linear"}, "drafts", "use one of auto, frozen"),
+        ({"mode": "aggressive", "k": 0}, "k", "from 1"),
+        ({"k": 2}, "k", "auto chooses k itself"),
+        ({"tolerance": -0.1}, "tolerance", "at least 0"),
+        ({"eta": 2.0}, "eta", "between 0 and 1"),
+        ({"mode": "srds", "blocks": 0}, "blocks", "from 1"),
+        ({"mode": "srds", "scheduler": "dpm++2m"}, "mode", "loses its history"),
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),
         ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to 1000"),
         ({"num_inference_steps": 1000}, "num_inference_steps", "use fewer steps"),
