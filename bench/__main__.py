@@ -53,7 +53,10 @@ def measure(command: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         rows = quality.drafts(**options)
         print(quality.table_of_drafts(rows))
     else:
-        target, options["images"] = options.pop("plot"), options["images"] or (100 if options["full"] else 24)
+        target, options["images"] = (
+            options.pop("plot"),
+            (100 if options["full"] else 24) if options["images"] is None else options["images"],
+        )
         rows = quality.quality(**options)
         print(quality.table(rows))
         if target:

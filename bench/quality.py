@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from bench.contact_sheet import contact_sheet
 from bench.run import drift, median, psnr, quantile
 from engines.base import Array
 from engines.errors import ParameterError
+from engines.manifest import sha256_files
 from engines.store import BUILD, Bundle
 from export.shapes.data import Scene, random_scene
 from runtime.pipeline import Pipeline
@@ -130,6 +133,7 @@ class Drawn:
     pictures: list[Image.Image]
     report: dict[str, Any]
     rounds: float
+    evaluations: float
 
     @classmethod
     def of(cls, pipeline: Pipeline, case: Case, seed: int) -> Drawn:
@@ -146,10 +150,11 @@ class Drawn:
                 )
             )  # fmt: skip
         pictures = [picture for result in results for picture in result.images]
-        alone = case.mode == "adaptive"  # each picture was made by itself
+        alone = case.mode == "adaptive"  # each picture was made by itself, and the report adds them up
         each = [result.report.rounds / (len(result.images) if alone else 1) for result in results]
         latents = np.concatenate([result.latents for result in results])
-        return cls(latents, pictures, results[0].report.to_dict(), float(np.mean(each)))
+        shares = [result.report.evaluations / (len(result.images) if alone else 1) for result in results]
+        return cls(latents, pictures, results[0].report.to_dict(), float(np.mean(each)), float(np.mean(shares)))
 
 
 @dataclass
@@ -180,7 +185,7 @@ class Gallery:
 
     def row(self, case: Case) -> dict[str, Any]:
         """One row of the result file, drawn now or taken from the work folder."""
-        identity = Bundle.open(self.model, self.build).manifest.source
+        identity = f"{Bundle.open(self.model, self.build).manifest.source} {self.devices} {_code()}"
         path = WORK / f"quality-{case.key(identity, self.seed)}.json"
         if path.is_file():
             row: dict[str, Any] = json.loads(path.read_text())
@@ -189,13 +194,22 @@ class Gallery:
         same = replace(case, name="sequential", line="") == case.reference()
         row = compare(case, reference if same else self.draw(case), reference, self.seed)
         WORK.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(row) + "\n")
+        os.replace(partial, path)
         return row
 
     def close(self) -> None:
         """Stops all lanes."""
         for pipeline in self.pipelines.values():
             pipeline.close()
+
+
+@cache
+def _code() -> str:
+    """The content of everything that a drawn row depends on beside the model."""
+    root = Path(__file__).parent.parent
+    return sha256_files(root, [*(path for name in ("engines", "runtime") for path in (root / name).glob("*.py"))])
 
 
 def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, Any]:
@@ -215,7 +229,7 @@ def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, 
         "name": case.name, "line": case.line,
         **{key: drawn.report[key] for key in keep},
         "rounds": round(drawn.rounds, 2), "speedup_in_rounds": round(case.reference_steps / drawn.rounds, 3),
-        "evaluations": drawn.report["evaluations"],
+        "evaluations": drawn.evaluations,
         "shapes": case.shapes, "images": case.images, "seed": seed,
         "captions": "held-out combinations of colour, shape and place",
         "caption_accuracy": round(sum(not mistake for mistake in wrong) / len(wrong), 4),
@@ -315,6 +329,8 @@ def table_of_drafts(rows: Sequence[dict[str, Any]]) -> str:
 
 def drafts(model: str, build: Path, devices: str, images: int, seed: int) -> list[dict[str, Any]]:
     """Every kind of drafts for k = 2, 3, 4, 50 and 28 steps, guidance 4 and 7.5; `seed` chooses the captions."""
+    if images < 1:
+        raise ParameterError("images", f"images must be at least 1, not {images}")
     gallery = Gallery(build, model, devices, seed)
     kinds = [name for name, kind in DRAFTS.items() if not kind.own_noise]
     wanted = [

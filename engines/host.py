@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.base import Array, Call, Rows, combine
+from engines.errors import DeviceError, ParameterError
 
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
 Run = Callable[[], None]
@@ -45,8 +46,10 @@ class HostBackend:
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
-        self._todo: list[SimpleQueue[tuple[int, Run] | None]] = [SimpleQueue() for _ in self._lanes[1:]]
-        self._done: SimpleQueue[Exception | None] = SimpleQueue()
+        self._todo: list[SimpleQueue[tuple[int, int, Run] | None]] = [SimpleQueue() for _ in self._lanes[1:]]
+        self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
+        self._number = 0  # of the round: results of a round that was interrupted are told apart by it
+        self._closed = False
         self._threads = [threading.Thread(target=self._work, args=(q,), daemon=True) for q in self._todo]
         for thread in self._threads:
             thread.start()
@@ -68,8 +71,9 @@ class HostBackend:
         shapes = [{name: np.shape(value) for name, value in one.items()} for one in conditioning]
         if shape != self._shape or shapes != [{n: v.shape for n, v in one.items()} for one in self._conditioning]:
             self._shape = shape
-            self._index, self._inputs, self._bound = {}, {}, {}
+            self._inputs, self._bound = {}, {}
             self._slots = np.empty((32, int(np.prod(shape))), np.float32)
+        self._index = {}
         self._timesteps = [float(t) for t in timesteps]
         self._conditioning = [dict(one) for one in conditioning]
         for halves, arrays in self._inputs.items():
@@ -98,19 +102,29 @@ class HostBackend:
         The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
         interpreter lock, and its lane would start late.
         """
+        if self._closed:
+            raise DeviceError("the lanes are closed: load the model again")
         busy = self._prepare(calls)
         for _, bound in busy:
             if bound.gather:
                 rows, sample = bound.gather
                 self._slots.take(rows, 0, out=sample, mode="clip")
-        for n, bound in busy[1:]:
-            self._todo[n - 1].put((n, bound.run))
+        self._number += 1
+        errors: list[Exception | None] = []
+        started = 0
         try:
+            for n, bound in busy[1:]:
+                started += 1
+                self._todo[n - 1].put((self._number, n, bound.run))
             first, bound = busy[0]
-            errors = [self._attempt(first, bound.run)]
+            errors.append(self._attempt(first, bound.run))
         finally:  # also on Ctrl-C: a lane still running would write into the next image
-            late = [self._done.get() for _ in busy[1:]]
-        for error in errors + late:
+            while started:
+                number, error = self._done.get()
+                if number == self._number:
+                    started -= 1
+                    errors.append(error)
+        for error in errors:
             if error is not None:
                 raise error
         self.critical += max(self._last[n] for n, _ in busy)
@@ -140,6 +154,7 @@ class HostBackend:
 
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
+        self._closed = True
         for todo in self._todo:
             todo.put(None)
         for thread in self._threads:
@@ -205,9 +220,10 @@ class HostBackend:
             for name, value in self._conditioning[half].items():
                 arrays[name][row * images : (row + 1) * images] = value
 
-    def _work(self, todo: SimpleQueue[tuple[int, Run] | None]) -> None:
+    def _work(self, todo: SimpleQueue[tuple[int, int, Run] | None]) -> None:
         while (job := todo.get()) is not None:
-            self._done.put(self._attempt(*job))
+            number, n, run = job
+            self._done.put((number, self._attempt(n, run)))
 
     def _attempt(self, n: int, run: Run) -> Exception | None:
         start = time.perf_counter()
@@ -234,6 +250,11 @@ class FunctionLane:
         conditioning = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
 
         def run() -> None:
-            output[...] = self._model(inputs["sample"], inputs["timestep"], conditioning)
+            result = np.asarray(self._model(inputs["sample"], inputs["timestep"], conditioning))
+            if result.shape != output.shape:
+                raise ParameterError(
+                    "model", f"the model must return one output per state, {output.shape}, not {result.shape}"
+                )
+            output[...] = result
 
         return run

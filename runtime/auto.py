@@ -21,8 +21,6 @@ from runtime.execute import execute, plan
 from runtime.samplers import STATE, Options, noise_slots, resolve
 from runtime.schedule import Schedule
 
-FILE = "calibration.json"
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +44,7 @@ class Candidate(_Strict):
 
     def options(self, schedule: Schedule) -> Options:
         """For the sampler."""
-        return Options(k=self.k, drafts=resolve(self.drafts, schedule))
+        return Options(k=self.k, drafts=resolve(self.drafts, self.mode, schedule))
 
 
 class Drift(_Strict):
@@ -115,11 +113,12 @@ def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
 
 
 def predicted_seconds(
-    candidate: Candidate, schedule: Schedule, lanes: int, guidance_scale: float, measured: dict[int, float]
+    candidate: Candidate, schedule: Schedule, lanes: int, guidance_scale: float, measured: dict[int, float], images: int
 ) -> float:
     """The model calls on the critical path, on a backend that only keeps a clock."""
     options = candidate.options(schedule)
-    backend = NullBackend(lanes, call_seconds(measured))
+    seconds = call_seconds(measured)
+    backend = NullBackend(lanes, lambda halves: seconds(halves * images))
     backend.bind((), schedule.timesteps, ())
     backend.written.add(STATE)
     for step in schedule.stochastic_steps:
@@ -129,7 +128,13 @@ def predicted_seconds(
 
 
 def choose(
-    calibration: Calibration, devices: str, lanes: int, schedule: Schedule, setting: Setting, tolerance: float
+    calibration: Calibration,
+    devices: str,
+    lanes: int,
+    schedule: Schedule,
+    setting: Setting,
+    tolerance: float,
+    images: int = 1,
 ) -> tuple[Choice, list[str]]:
     """The fastest candidate within the tolerance, and warnings; sequential where nothing was measured.
 
@@ -147,7 +152,7 @@ def choose(
     timed = [
         Choice(
             candidate=candidate,
-            seconds=predicted_seconds(candidate, schedule, lanes, setting.guidance_scale, measured),
+            seconds=predicted_seconds(candidate, schedule, lanes, setting.guidance_scale, measured, images),
             drift_p90=p90,
         )
         for candidate, p90 in allowed

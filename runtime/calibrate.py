@@ -37,10 +37,11 @@ def measure_calls(pipeline: Pipeline) -> dict[int, float]:
 
 
 def measure_drifts(
-    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, pictures: int
-) -> list[Drift]:
-    """The drift of every candidate from `sequential` over the model's example prompts."""
-    examples = pipeline.manifest.examples
+    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, pictures: int,
+    wanted: Sequence[Candidate],
+) -> list[Drift]:  # fmt: skip
+    """The drift of candidates from `sequential` over the model's example prompts."""
+    examples = pipeline.manifest.examples or ("",)
     prompts = [examples[n % len(examples)] for n in range(pictures)]
 
     def latents(candidate: Candidate) -> Array:
@@ -52,7 +53,7 @@ def measure_drifts(
 
     reference, found = latents(EXACT), []
     setting = pipeline.setting(scheduler, steps, guidance_scale)
-    for candidate in tqdm(candidates(), desc=f"drift at {steps} steps", unit="plan", mininterval=0.5):
+    for candidate in tqdm(wanted, desc=f"drift at {steps} steps", unit="plan", mininterval=0.5):
         distances = np.linalg.norm(latents(candidate) - reference, axis=1) / np.linalg.norm(reference, axis=1)
         p90 = float(np.quantile(distances, 0.9))
         found.append(
@@ -72,18 +73,21 @@ def calibrate(
     try:
         path = pipeline.calibration_path
         with locked(path.parent):
-            known = Calibration() if again else Calibration.read(path)
-            calls, drifts = dict(known.calls), list(known.drifts)
-            if pipeline.device_names not in calls:
-                calls[pipeline.device_names] = measure_calls(pipeline)
+            before = known = Calibration() if again else Calibration.read(path)
+            if pipeline.calibration_key not in known.calls:
+                calls = {**known.calls, pipeline.calibration_key: measure_calls(pipeline)}
+                known = known.model_copy(update={"calls": calls})
+                known.write(path)
             for count in steps:
-                setting = pipeline.setting(scheduler, count, guidance_scale)
-                if not known.for_setting(setting):
-                    drifts += measure_drifts(pipeline, count, guidance_scale, scheduler, pictures)
-            new = Calibration(calls=calls, drifts=tuple(drifts))
-            if new != known:
-                new.write(path)
-            return new != known
+                there = {
+                    drift.candidate for drift in known.for_setting(pipeline.setting(scheduler, count, guidance_scale))
+                }
+                missing = [candidate for candidate in candidates() if candidate not in there]
+                if missing:
+                    found = measure_drifts(pipeline, count, guidance_scale, scheduler, pictures, missing)
+                    known = known.model_copy(update={"drifts": (*known.drifts, *found)})
+                    known.write(path)
+            return known != before
     finally:
         pipeline.close()
 

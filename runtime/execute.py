@@ -97,7 +97,7 @@ class Planner:
         return Combination(sources, np.array(rows, np.float32), operation.targets, operation.finished)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _whole_plan(
     mode: str, schedule: Schedule, options: Options, lanes: int, guidance_scale: float
 ) -> tuple[Planned, ...] | None:

@@ -49,6 +49,7 @@ class Pipeline:
         self.devices = parse_devices(devices)
         self.manifest = bundle.manifest
         self.device_names = ",".join(map(str, self.devices))
+        self.calibration_key = ",".join(f"{lane}@{lane.threads}" for lane in self.devices)
         self._tokenizer = PromptTokenizer(bundle)
         self._engines = Engines(bundle, self.devices)
         self._lock = threading.Lock()
@@ -123,17 +124,21 @@ class Pipeline:
         width), in place of `prompt`. Latents come back as the model sees them, so that of the Euler schedulers those
         before the last step are diffusers' divided by √(1 + σ²).
         callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
-        after each block in the parallel modes; it may look, and raise to cancel, but not change the latents.
+        after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
+        shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one, so
+        that none depends on its neighbours, and the steps begin anew with each.
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
         _check_choice("mode", mode, MODES)
-        if mode == "auto" and k is not None:
-            raise ParameterError("k", "mode auto chooses k itself: name a mode to set k")
+        for name, value in (("k", k), ("blocks", blocks), ("iterations", iterations)):
+            if mode == "auto" and value is not None:
+                raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
         _check_choice("drafts", drafts, ("auto", *DRAFTS))
-        _check_whole("num_inference_steps", num_inference_steps, 1, len(self.manifest.alphas_cumprod))
+        trained = int(self.manifest.scheduler.get("num_train_timesteps", 1000))
+        _check_whole("num_inference_steps", num_inference_steps, 1, trained)
         _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
-        _check_whole("seed", seed, 0, MAX_SEED)
+        seed = _check_whole("seed", seed, 0, MAX_SEED)
         k = len(self.devices) if k is None else _check_whole("k", k, 1, 1000)
         for name, number, low in (
             ("guidance_scale", guidance_scale, -np.inf), ("tolerance", tolerance, 0.0), ("eta", eta, 0.0),
@@ -151,13 +156,17 @@ class Pipeline:
                 _check_whole(name, count, 1, num_inference_steps)
         self._check_size(width, height)
         schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
-        options = Options(k, resolve(drafts, schedule), float(tolerance), blocks, pipelined, iterations)
+        options = Options(k, resolve(drafts, mode, schedule), float(tolerance), blocks, pipelined, iterations)
         choice: Choice | None = None
         warnings: list[str] = []
         if mode == "auto":
             setting = Setting(scheduler=schedule.name, eta=eta, steps=schedule.steps, guidance_scale=guidance_scale)
             known, lanes = Calibration.read(self.calibration_path), len(self.devices)
-            choice, warnings = choose(known, self.device_names, lanes, schedule, setting, tolerance)
+            prompts = (
+                len(prompt) if isinstance(prompt, list | tuple) else 1 if prompt_embeds is None else len(prompt_embeds)
+            )
+            images = prompts * num_images_per_prompt
+            choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, images)
             mode, options = choice.candidate.mode, choice.candidate.options(schedule)
         check(mode, schedule, options)
         with self._lock:
@@ -239,8 +248,9 @@ class Pipeline:
         """The conditioning of both guidance halves, each with one row per image."""
         if (prompt is None) == (prompt_embeds is None):
             raise ParameterError("prompt", "give either prompt or prompt_embeds")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-        if prompt_embeds is None and (not prompts or not all(isinstance(p, str) for p in prompts)):
+        listed = prompt if isinstance(prompt, list | tuple) else [prompt]
+        prompts = [p for p in listed if isinstance(p, str)]
+        if prompt_embeds is None and (not prompts or len(prompts) < len(listed)):
             raise ParameterError("prompt", "prompt must be a string or a list of strings")
         if not isinstance(negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be a string")

@@ -37,7 +37,10 @@ class Predict:
 
 @dataclass(frozen=True)
 class Combine:
-    """targets[m] = Σ_j rows[m][j] · sources[j]. `finished` steps are done after it, with their state in STATE."""
+    """targets[m] = Σ_j rows[m][j] · sources[j]. `finished` steps are done after it, with their state in STATE.
+
+    While `srds` runs, STATE is its latest guess at the finished latent, of which `finished` steps are exact.
+    """
 
     sources: tuple[str, ...]
     rows: tuple[tuple[float, ...], ...]
@@ -78,8 +81,18 @@ Sampler = Callable[[Schedule, Options], Operations]
 
 def check(mode: str, schedule: Schedule, options: Options) -> None:
     """ParameterError for a sampler that cannot play a schedule with these options."""
+    for name, low in (("k", 1), ("blocks", 1), ("iterations", 1), ("tolerance", 0)):
+        value = getattr(options, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is None and name in ("blocks", "iterations"):
+            continue
+        if not (whole or (name == "tolerance" and isinstance(value, float))) or not low <= value < math.inf:
+            kind = "number" if name == "tolerance" else "whole number"
+            raise ParameterError(name, f"{name} must be a finite {kind} of at least {low}, not {value!r}")
     if options.drafts not in DRAFTS:
         raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
+    if mode == "adaptive" and DRAFTS[options.drafts].extrapolates:
+        raise ParameterError("drafts", "adaptive has no anchors to extrapolate from: use frozen or corrected drafts")
     if mode != "sequential" and not schedule.draftable:
         raise ParameterError("mode", f"{schedule.name} takes steps that are too long to draft: use mode sequential")
     if mode == "srds":
@@ -211,15 +224,15 @@ DRAFTS = {
 }
 
 
-def resolve(drafts: str, schedule: Schedule) -> str:
-    """The kind of drafts that `auto` stands for on a schedule; any other name itself.
+def resolve(drafts: str, mode: str, schedule: Schedule) -> str:
+    """The kind of drafts that `auto` stands for; any other name itself.
 
     On deterministic schedules x̂_0 moves along a line, on stochastic ones the fresh noise hides where it is going: there
-    extrapolating was worse wherever it was measured (bench/results/drafts.json).
+    extrapolating was worse in nearly every toy that was tried. Only the two modes of DRiffusion have anchors.
     """
     if drafts != "auto":
         return drafts
-    return "frozen" if schedule.stochastic_steps else "extrapolated"
+    return "frozen" if schedule.stochastic_steps or mode not in ("conservative", "aggressive") else "extrapolated"
 
 
 @dataclass(frozen=True)
@@ -243,7 +256,9 @@ class _Anchor:
 
 
 def _log_sigma(schedule: Schedule, i: int) -> float:
-    return math.log(schedule.rows[i].sigma / schedule.rows[i].alpha)
+    """ln(σ/α), infinite where the state is pure noise."""
+    row = schedule.rows[i]
+    return math.log(row.sigma / row.alpha) if row.alpha else math.inf
 
 
 @dataclass(frozen=True)
@@ -366,7 +381,9 @@ def srds(schedule: Schedule, options: Options) -> Operations:
     if max(b - a for a, b in zip([0, *ends], ends, strict=False)) == 1:
         return (yield from sequential(schedule, options))
     sweep = _srds_pipelined if options.pipelined else _srds_plain
-    return (yield from sweep(schedule, [0, *ends], iterations, options.tolerance))
+    accepted = yield from sweep(schedule, [0, *ends], iterations, options.tolerance)
+    yield combination({STATE: unit(STATE)}, schedule.steps)  # the guess is the result
+    return accepted
 
 
 def srds_blocks(steps: int, blocks: int | None) -> list[int]:

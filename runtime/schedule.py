@@ -66,9 +66,6 @@ def _conversion(prediction_type: str, alpha: float, sigma: float) -> tuple[float
     return 1.0, -sigma, 1.0, alpha
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-
-
 @dataclass(frozen=True)
 class Schedule:
     """N steps. The initial state is unit variance noise times `init_noise_sigma`.

@@ -168,7 +168,7 @@ def _flow_euler(request: Request) -> Schedule:
     rows = []
     for source, target in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         noise, fresh = (0.0, target) if config["stochastic_sampling"] else (target, 0.0)
-        rows.append(Step(float(source * training), 1 - source, source, 1 - target, noise, fresh=fresh))
+        rows.append(Step(*map(float, (source * training, 1 - source, source, 1 - target, noise, 0.0, fresh))))
     return Schedule("flow_euler", "flow_prediction", tuple(rows))
 
 
@@ -354,7 +354,8 @@ def schedule_from_config(
         value = config.get(field, rule.fields.get(field, allowed[0]))
         if value not in allowed:
             can = " or ".join(map(repr, allowed))
-            raise ParameterError("scheduler", f"the scheduler config has {field}={value!r}; {name} here can do {can}")
+            says = "says" if field in config else "leaves the default"
+            raise ParameterError("scheduler", f"the scheduler config {says} {field}={value!r}; {name} can do {can}")
     if name == own:
         known = _NEUTRAL.union(*((*rule.fields, *rule.allowed) for rule in RULES.values()))  # others are left over
         for field in config:

@@ -70,7 +70,7 @@ class ImageRequest(BaseModel):
     k: int | None = Field(None, ge=1, le=64)  # a block's drafts are in memory at the same time; lanes end at 64 too
     drafts: Name = "auto"
     tolerance: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
-    blocks: int | None = Field(None, ge=1, le=1000)
+    blocks: int | None = Field(None, ge=1, le=64)
     iterations: int | None = Field(None, ge=1, le=1000)
     scheduler: Name | None = None
     eta: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)

@@ -45,7 +45,7 @@ def test_the_cost_model_adds_up_the_critical_path(
     """A half costs one second on every lane; on 4 lanes guidance is split and drafts run at once."""
     schedule = make_schedule(manifest, "ddim", 50)
     candidate = Candidate(mode=mode, k=k, drafts="auto")
-    assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR) == expected
+    assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
 
 
 def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
@@ -87,8 +87,8 @@ def test_calibration_is_measured_once_and_used(
     pipeline = Pipeline(bundle, "cpu*2")
     try:
         stored = Calibration.read(pipeline.calibration_path)
-        assert set(stored.calls[pipeline.device_names]) == set(BATCHES)
-        assert all(seconds > 0 for seconds in stored.calls[pipeline.device_names].values())
+        assert set(stored.calls[pipeline.calibration_key]) == set(BATCHES)
+        assert all(seconds > 0 for seconds in stored.calls[pipeline.calibration_key].values())
         assert all(found.setting.steps == 6 and found.median <= found.p90 for found in stored.drifts)
         exact = pipeline.generate("a red star", num_inference_steps=6).report
         loose = pipeline.generate("a red star", num_inference_steps=6, tolerance=1e9).report

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,52 @@ def test_a_failing_lane_is_reported_after_all_stopped_and_the_next_image_is_righ
     backend.predict(calls)
     assert (backend.read("n1") == 1).all() and (backend.read("n0") == 1011).all()
     backend.close()
+
+
+def test_a_wait_that_is_interrupted_does_not_harm_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C can strike twice: also while the interrupted round is being waited for."""
+    held = threading.Event()
+
+    def slow(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+        assert held.wait(20)
+        return 2 * sample
+
+    backend = host(echo, slow)
+    calls = [[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]]
+    backend.write("x", np.ones((1, 4, 3, 3), np.float32))
+    get = backend._done.get
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "_done", Results(interrupted, backend._done))
+    with pytest.raises(KeyboardInterrupt):
+        backend.predict(calls)
+    monkeypatch.setattr(backend, "_done", Results(get, backend._done))
+    held.set()
+    backend.bind((1, 4, 3, 3), (10.0,), [{"c": np.full((1, 2), c, np.float32)} for c in (1.0, 2.0)])
+    backend.write("x", np.full((1, 4, 3, 3), 3, np.float32))
+    backend.predict(calls)
+    assert (backend.read("n1") == 6).all()
+    backend.close()
+
+
+class Results:
+    """A queue of results with another way of getting them."""
+
+    def __init__(self, get: Callable[[], Any], queue: Any) -> None:
+        self.get, self._queue = get, queue
+
+    def put(self, result: Any) -> None:
+        self._queue.put(result)
+
+
+def test_closed_lanes_say_so() -> None:
+    backend = host(echo, echo)
+    backend.write("x", np.ones((1, 4, 3, 3), np.float32))
+    backend.close()
+    with pytest.raises(DeviceError, match="closed: load the model again"):
+        backend.predict([[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]])
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 5, 33, 67])

@@ -186,7 +186,7 @@ def test_a_scheduler_of_another_name_equals_the_diffusers_pipeline_with_it(
 def test_a_picture_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
     mode: str, scheduler: str, pipeline: Pipeline
 ) -> None:
-    options = {"mode": mode, "scheduler": scheduler, "seed": 4, "tolerance": 0.05}
+    options: dict[str, Any] = {"mode": mode, "scheduler": scheduler, "seed": 4, "tolerance": 0.05}
     two = draw(pipeline, num_images_per_prompt=2, **options)
     one = draw(pipeline, **options)
     assert_near(two.latents[:1], one.latents, 1e-4)

@@ -84,8 +84,22 @@ def test_drafts_with_the_noise_of_the_refined_steps_beat_fresh_noise(
 def test_every_sampler_plays_every_kind_of_drafts(mode: str, drafts: str, manifest: Manifest) -> None:
     schedule = make_schedule(manifest, "euler_a", 13)
     noise = np.random.default_rng(2).standard_normal((2, 16)).astype(np.float32)
+    if mode == "adaptive" and DRAFTS[drafts].extrapolates:
+        with pytest.raises(ParameterError, match="no anchors"):
+            sample(mixture, noise, schedule, mode=mode, k=3, drafts=drafts)
+        return
     result, counts = sample(mixture, noise, schedule, mode=mode, k=3, drafts=drafts)
-    assert np.isfinite(result).all() and counts.rounds <= 14
+    assert np.isfinite(result).all() and counts.rounds <= 13 * (2 if mode == "adaptive" else 1)
+
+
+def test_a_state_does_not_depend_on_its_neighbours(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, "euler_a", 20)
+    noise = np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)
+    options: dict[str, Any]
+    for options in ({"mode": "adaptive", "k": 4, "tolerance": 0.05}, {"mode": "srds", "tolerance": 0.01}):
+        together, _ = sample(mixture, noise, schedule, seed=1, **options)
+        alone, _ = sample(mixture, noise[:1], schedule, seed=1, **options)
+        np.testing.assert_array_equal(together[:1], alone)
 
 
 def test_bad_input_is_named(manifest: Manifest) -> None:
@@ -94,6 +108,18 @@ def test_bad_input_is_named(manifest: Manifest) -> None:
         sample(mixture, noise, schedule, mode="fast")
     with pytest.raises(ParameterError, match="unknown drafts 'better'"):
         sample(mixture, noise, schedule, mode="aggressive", drafts="better")
+    for name, value in (
+        ("k", 0), ("k", 2.5), ("tolerance", -1), ("tolerance", float("nan")), ("blocks", -2), ("iterations", 0),
+        ("seed", -1),
+    ):  # fmt: skip
+        with pytest.raises(ParameterError, match=name) as caught:
+            sample(mixture, noise, schedule, mode="srds", **{name: value})  # type: ignore[arg-type]
+        assert caught.value.param == name
+    for shape in ((), (16,), (0, 16)):
+        with pytest.raises(ParameterError, match=r"noise must be finite and of shape \(images, …\)"):
+            sample(mixture, np.zeros(shape, np.float32), schedule, mode="sequential")
+    with pytest.raises(ParameterError, match=r"one output per state, \(2, 16\), not \(1, 16\)"):
+        sample(lambda states, timesteps: states[:1], noise.repeat(2, 0), schedule, mode="sequential")
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         sample(lambda states, timesteps: states * np.float32(np.nan), noise, schedule, mode="sequential")
 

@@ -135,8 +135,8 @@ ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
     ("arguments", "param", "message"),
     [
         ((config("HeunDiscreteScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'HeunDiscreteScheduler'"),
-        ((config(clip_sample=True), ALPHAS, 5), "scheduler", "clip_sample=True; ddim here can do False"),
-        (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "clip_sample=True"),
+        ((config(clip_sample=True), ALPHAS, 5), "scheduler", "says clip_sample=True; ddim can do False"),
+        (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "leaves the default clip_sample=True"),
         ((config(rescale_betas_zero_snr=True), ALPHAS, 5), "scheduler", "rescale_betas_zero_snr=True"),
         ((config(timestep_spacing="even"), ALPHAS, 5), "scheduler", "timestep_spacing='even'"),
         ((config(new=1), ALPHAS, 5), "scheduler", "does not know the field new"),

@@ -176,9 +176,9 @@ def test_models(client: httpx.Client, pipeline: Pipeline) -> None:
     assert answer["object"] == "list"
     (model,) = answer["data"]
     assert (model["id"], model["object"]) == (pipeline.manifest.model, "model")
-    assert model["modes"] == ["sequential", "conservative", "aggressive"]
+    assert model["modes"] == ["auto", "sequential", "conservative", "aggressive", "srds", "adaptive"]
     assert model["devices"] == ["cpu/0", "cpu/1"]
-    assert model["defaults"] == {"num_inference_steps": 50, "guidance_scale": 4.0, "mode": "sequential", "seed": 0}
+    assert model["defaults"] == {"num_inference_steps": 50, "guidance_scale": 4.0, "mode": "auto", "seed": 0}
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
