@@ -125,8 +125,8 @@ class Pipeline:
         before the last step are diffusers' divided by √(1 + σ²).
         callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
         after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
-        shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one, so
-        that none depends on its neighbours, and the steps begin anew with each.
+        shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
+        so that none depends on its neighbours, and the steps begin anew with each.
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
@@ -165,8 +165,8 @@ class Pipeline:
             prompts = (
                 len(prompt) if isinstance(prompt, list | tuple) else 1 if prompt_embeds is None else len(prompt_embeds)
             )
-            images = prompts * num_images_per_prompt
-            choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, images)
+            count = prompts * num_images_per_prompt
+            choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, count)
             mode, options = choice.candidate.mode, choice.candidate.options(schedule)
         check(mode, schedule, options)
         with self._lock:

@@ -95,8 +95,11 @@ def test_every_sampler_plays_every_kind_of_drafts(mode: str, drafts: str, manife
 def test_a_state_does_not_depend_on_its_neighbours(manifest: Manifest) -> None:
     schedule = make_schedule(manifest, "euler_a", 20)
     noise = np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)
-    options: dict[str, Any]
-    for options in ({"mode": "adaptive", "k": 4, "tolerance": 0.05}, {"mode": "srds", "tolerance": 0.01}):
+    measuring: list[dict[str, Any]] = [
+        {"mode": "adaptive", "k": 4, "tolerance": 0.05},
+        {"mode": "srds", "tolerance": 0.01},
+    ]
+    for options in measuring:
         together, _ = sample(mixture, noise, schedule, seed=1, **options)
         alone, _ = sample(mixture, noise[:1], schedule, seed=1, **options)
         np.testing.assert_array_equal(together[:1], alone)

@@ -34,9 +34,10 @@ ring at the right on …". Size, colour, place and background may be left out.
 combinations of colour, shape and place is held out: it occurs in no training picture, alone or beside another shape.
 
 **Training.** `python -m export.shapes.train`: the VAE {vae_steps:,} steps of {vae_batch} pictures (L1 + L2, faint KL),
-then text encoder and UNet together {steps:,} steps of {batch} latents (ε loss with min-SNR weights and more for high
-noise, where the layout of the predicted picture counts too; offset noise 0.1, 10 % empty captions, exponential moving
-average), bfloat16 autocast. Last losses: VAE {vae_loss:.4f}, UNet {loss:.4f}.
+then text encoder and UNet together {steps:,} steps of {batch} latents (ε loss, min-SNR weights, offset noise 0.1, 10 %
+empty captions, exponential moving average), bfloat16 autocast. 300 steps in between look at the layout alone, and
+afterwards high noise counts for more, which is the jump in the UNet's curve. Last losses: VAE {vae_loss:.4f}, UNet
+{loss:.4f}.
 
 ![loss curves](loss.png)
 

@@ -36,15 +36,13 @@ LOOSE_CAPTIONS = 0.3  # of the captions leave something out
 TWO_SHAPES = 0.4  # of the pictures
 OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mean of the noise
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
-# Where a shape goes is decided at high noise, where ε hardly depends on it, and only if the place words can be told
-# apart. On a plain ε loss colours and kinds were right after 2,000 steps and places still chance after 4,000; by then
-# "left" and "right" had become the same to 1.6 %. So word embeddings start long, the text encoder learns slowly, half
-# of the noise levels are high, and there the loss also looks at the layout of x̂_0. Places are right after 1,000 steps.
-HIGH_NOISE = 0.65  # of the timesteps; half of the batch is drawn above it
-LAYOUT_NOISE = 0.7  # of the timesteps; the layout counts above it
-LAYOUT_WEIGHT = 4.0
-WORD_LENGTH = 0.25  # standard deviation of fresh word embeddings; CLIP's is 0.02
-TEXT_RATE = 0.1  # of the learning rate
+# Where a shape goes is decided at the highest noise, where ε hardly depends on it. Without the steps below, colours and
+# kinds were right after 2,000 steps and places still chance after 4,000. So some steps look at the layout alone, at
+# noise that hides it, and afterwards high noise counts for more.
+LAYOUT_FROM, LAYOUT_STEPS = 4000, 300
+LAYOUT_NOISE = (0.93, 1.0)  # of the timesteps, in those steps
+HIGH_NOISE = 0.65  # of the timesteps; half of the batch is drawn above it afterwards
+PLACE_LENGTH = 3.0  # the length of a place word's embedding when those steps begin
 SAVE_EVERY = 250
 
 
@@ -113,7 +111,7 @@ def new_vae() -> AutoencoderKL:
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Three CLIP layers of width 128."""
-    encoder = CLIPTextModel(
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -127,8 +125,6 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=WORD_LENGTH)
-    return encoder
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -203,8 +199,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, flat, then linear to zero over the last third."""
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (steps / 3))
+    """Warm-up over 100 steps, flat, then linear to zero over the last third; half in the layout steps."""
+    return peak * min(1.0, (step + 1) / 100, (steps - step) / (steps / 3), 0.5 if in_layout(step) else 1.0)
 
 
 def run_steps(
@@ -218,11 +214,7 @@ def run_steps(
 ) -> list[float]:
     """The loop that both trainings share: AdamW, clipping, progress, checkpoints. Returns the loss of every step."""
     parameters = [p for network in networks.values() for p in network.parameters()]
-    groups = [
-        {"params": [*network.parameters()], "rate": TEXT_RATE if name == "text_encoder" else 1.0}
-        for name, network in networks.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
     losses: list[float] = []
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -243,7 +235,7 @@ def run_steps(
     bar = tqdm(range(len(losses), steps), initial=len(losses), total=steps, desc=name, unit="step", mininterval=2)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * learning_rate(step, steps, peak_lr)
+            group["lr"] = learning_rate(step, steps, peak_lr)
         loss = step_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -299,23 +291,49 @@ def encode_pictures(recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, list[Sc
     return state["latents"].float() * state["scale"], scenes
 
 
-def draw_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Half of them over all timesteps, half above HIGH_NOISE, one in each of equal strata, which makes less noise."""
+def draw_timesteps(batch: int, count: int, step: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `batch` equal strata, which is less noisy than independent draws."""
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    strata = torch.where(strata < 0.5, 2 * strata, HIGH_NOISE + (1 - HIGH_NOISE) * (2 * strata - 1))
+    if in_layout(step):
+        low, high = LAYOUT_NOISE
+        strata = low + (high - low) * strata
+    elif step >= LAYOUT_FROM:
+        strata = torch.where(strata < 0.5, 2 * strata, HIGH_NOISE + (1 - HIGH_NOISE) * (2 * strata - 1))
     return (strata * count).long()
 
 
-def noise_loss(difference: Tensor, snr: Tensor, layout: Tensor) -> Tensor:
+def in_layout(step: int) -> bool:
+    """Whether a step looks at the layout alone."""
+    return LAYOUT_FROM <= step < LAYOUT_FROM + LAYOUT_STEPS
+
+
+def noise_loss(difference: Tensor, snr: Tensor, step: int) -> Tensor:
     """The loss of ε predictions that differ from the noise by `difference`, (batch, channels, height, width).
 
-    Min-SNR weights plus 1/√SNR, which grows with the noise. Where `layout` holds, the error of x̂_0, which is that of ε
-    over √SNR, adds its means over 4×4 cells: where something is, not how its edges run.
+    Min-SNR weights; after LAYOUT_FROM plus 1/√SNR, which grows with the noise. The layout steps take the error of x̂_0,
+    which is that of ε over √SNR, and mostly its means over 4×4 cells: where something is, not how its edges run.
     """
-    weight = torch.clamp(snr, max=SNR_GAMMA) / snr + snr.rsqrt()
-    cells = F.avg_pool2d(difference * snr.rsqrt().view(-1, 1, 1, 1), 4)
-    loss = weight * difference.square().mean((1, 2, 3)) + LAYOUT_WEIGHT * layout * cells.square().mean((1, 2, 3))
-    return loss.mean()
+    if in_layout(step):
+        error = difference * snr.rsqrt().view(-1, 1, 1, 1)
+        return 0.2 * error.square().mean() + 4 * F.avg_pool2d(error, 4).square().mean()
+    weight = torch.clamp(snr, max=SNR_GAMMA) / snr
+    if step >= LAYOUT_FROM:
+        weight = weight + snr.rsqrt()
+    return torch.mean(difference.square().mean((1, 2, 3)) * weight)
+
+
+@torch.no_grad()
+def raise_places(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    """Gives the place words embeddings that are long and far from one another.
+
+    For as long as the UNet ignores places, nothing keeps their words apart, and for as long as the words are alike, the
+    UNet cannot use them: after 3,000 steps "left" and "right" had become the same to 1.6 %.
+    """
+    table = text_encoder.get_input_embeddings().weight
+    words = sorted({*" ".join((*PLACES, "centre")).split()} - {"at", "in", "the"})
+    directions = torch.linalg.qr(torch.randn(table.shape[1], len(words), generator=torch.Generator().manual_seed(0)))[0]
+    for word, direction in zip(words, directions.T, strict=True):
+        table[tokenizer(word).input_ids[1]] = PLACE_LENGTH * direction.to(table.device)
 
 
 def train_unet(
@@ -330,23 +348,26 @@ def train_unet(
     scheduler = new_scheduler()
     snr = compute_snr(scheduler, torch.arange(scheduler.config["num_train_timesteps"]))
 
+    single = np.flatnonzero([len(scene.shapes) == 1 for scene in scenes])
+
     def step_loss(step: int) -> Tensor:
+        if step == LAYOUT_FROM:
+            raise_places(text_encoder, tokenizer)
         rng = np.random.default_rng((recipe.seed, 4, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = rng.choice(len(scenes), size=recipe.batch)
+        rows = rng.choice(single if in_layout(step) else len(scenes), size=recipe.batch)
         clean = latents[rows]
-        captions = [training_caption(scenes[row], rng) for row in rows]
+        captions = [scenes[row].caption() if in_layout(step) else training_caption(scenes[row], rng) for row in rows]
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         noise = torch.randn(clean.shape, generator=generator)
         noise = noise + OFFSET_NOISE * torch.randn((*clean.shape[:2], 1, 1), generator=generator)
-        timesteps = draw_timesteps(recipe.batch, len(snr), generator)
+        timesteps = draw_timesteps(recipe.batch, len(snr), step, generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         to = recipe.device
         with low_precision(to):
             words = text_encoder(tokens.input_ids.to(to)).last_hidden_state
             output = unet(noisy.to(to), timesteps.to(to), words).sample.float()
-        layout = timesteps >= LAYOUT_NOISE * len(snr)
-        return noise_loss(output - noise.to(to), snr[timesteps].to(to), layout.to(to))
+        return noise_loss(output - noise.to(to), snr[timesteps].to(to), step)
 
     losses = run_steps("unet", recipe.work / "unet.pt", recipe.steps, 8e-4, networks, step_loss, ema)
     ema.copy_to(parameters)
