@@ -95,7 +95,7 @@ def cases(images: int, *, full: bool) -> list[Case]:
         case("sequential, one lane, one picture at a time", "", batch=1, devices="cpu@1"),
     ]
     for mode in ("conservative", "aggressive"):
-        for drafts, kind in (("frozen", "as in the paper"), ("auto", "extrapolated")):
+        for drafts, kind in (("frozen", "as in the paper"), ("auto", "our drafts")):
             rows += [
                 case(f"{mode}, k = {k}, {kind}", f"{mode}, {kind}", mode, options={"k": k, "drafts": drafts})
                 for k in (2, 3, 4)
@@ -106,20 +106,22 @@ def cases(images: int, *, full: bool) -> list[Case]:
         rows.append(case(f"adaptive, k = 4, tolerance {tolerance}", "adaptive, k = 4", "adaptive", options=options))
     rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in (34, 26, 20, 14)]
     if full:
-        rows += [Case("sequential", "", 200), Case("sequential, two shapes", "", 200, shapes=2)]
+        rows += [Case("sequential", "", 200), Case("sequential, two shapes", "", 100, shapes=2)]
         rows += [case for scheduler in OTHER_SCHEDULERS for case in _other(scheduler)]
     return rows
 
 
 def _other(scheduler: str) -> list[Case]:
     """The rows of another scheduler than DDIM, at k = 4."""
-    kinds = ["frozen", "fresh" if scheduler in ("ddpm", "euler_a") else "auto"]
+    kinds = ["frozen", "auto", *(["fresh"] if scheduler in ("ddpm", "euler_a") else [])]
     wanted: list[tuple[str, dict[str, Any]]] = [("sequential", {})]
     wanted += [(mode, {"k": 4, "drafts": kind}) for mode in ("conservative", "aggressive") for kind in kinds]
     wanted += [("srds", {"iterations": 1})] if scheduler != "dpm++2m" else []
 
     def name(mode: str, options: dict[str, Any]) -> str:
-        kind = {"auto": "extrapolated", "fresh": "fresh noise"}.get(options.get("drafts", ""), options.get("drafts"))
+        kind = {"auto": "our drafts", "fresh": "fresh noise", "frozen": "as in the paper"}.get(
+            options.get("drafts", ""), options.get("drafts")
+        )
         return ", ".join(filter(None, (scheduler, mode, "k = 4" if "k" in options else None, kind)))
 
     return [Case(name(*row), "", 25, row[0], row[1], scheduler=scheduler) for row in wanted]

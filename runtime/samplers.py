@@ -215,24 +215,28 @@ class Drafts:
     own_noise: bool = False
 
 
+# How far pictures of one kind lie around their common mean, in units of the latents' variance. Of 0, 0.015, 0.04, 0.1,
+# 0.25, 0.5 and 1 this was the best on `shapes`; on mixtures of Gaussians the best is the variance of one of them.
+LOCAL_VARIANCE = 0.015
 DRAFTS = {
     "frozen": Drafts(),  # the paper's
     "fresh": Drafts(own_noise=True),  # the paper's listing for stochastic schedulers, to the letter
     "extrapolated": Drafts(extrapolates=True),
-    "corrected": Drafts(variance=0.25),
-    "extrapolated+corrected": Drafts(extrapolates=True, variance=0.25),
+    "corrected": Drafts(variance=LOCAL_VARIANCE),
+    "extrapolated+corrected": Drafts(extrapolates=True, variance=LOCAL_VARIANCE),
 }
 
 
 def resolve(drafts: str, mode: str, schedule: Schedule) -> str:
     """The kind of drafts that `auto` stands for; any other name itself.
 
-    On deterministic schedules x̂_0 moves along a line, on stochastic ones the fresh noise hides where it is going: there
+    On deterministic schedules x̂_0 moves along a line; on stochastic ones the fresh noise hides where it is going, and
     extrapolating was worse in nearly every toy that was tried. Only the two modes of DRiffusion have anchors.
     """
     if drafts != "auto":
         return drafts
-    return "frozen" if schedule.stochastic_steps or mode not in ("conservative", "aggressive") else "extrapolated"
+    anchored = mode in ("conservative", "aggressive") and not schedule.stochastic_steps
+    return "extrapolated+corrected" if anchored else "corrected"
 
 
 @dataclass(frozen=True)
@@ -249,7 +253,7 @@ class _Anchor:
         """x̂_0 at step n > i."""
         if not drafts.extrapolates or self.before is None:
             return self.estimate.data
-        weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.4 * schedule.steps))))
+        weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.1 * schedule.steps))))
         before, here, there = (_log_sigma(schedule, i) for i in (self.before, self.i, n))
         ahead = weight * (there - here) / (here - before)
         return weighted_sum((1.0, self.estimate.data), (ahead, self.seen), (-ahead, unit(_ANCHOR)))
