@@ -127,10 +127,10 @@ class Engines:
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
         threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
-        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet")))
         self.text_encoder = Session(bundle, "text_encoder", threads)
         self.vae_decoder = Session(bundle, "vae_decoder", threads)
         sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet")))
         self.backend = HostBackend([SessionLane(session) for session in sessions])
 
     def close(self) -> None:

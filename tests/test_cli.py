@@ -147,7 +147,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["12 steps", "8 blocks", "1, 2, 3, 4, 6, 12"],
     ),
     "more blocks than steps": (["--mode", "srds", "--steps", "12", "--blocks", "13"], ["blocks", "1 to 12", "13"]),
-    "srds on a multistep scheduler": (["--mode", "srds", "--scheduler", "dpm++2m"], ["srds", "history"]),
+    "srds on a multistep scheduler": (
+        ["--mode", "srds", "--scheduler", "dpm++2m", "--steps", "9"],
+        ["srds", "history"],
+    ),
     "drafts of few long steps": (["--mode", "aggressive", "--scheduler", "lcm", "--steps", "4"], ["lcm", "too long"]),
     "flow matching": (["--scheduler", "flow_euler"], ["flow_euler", "trained by flow matching"]),
     "large eta": (["--eta", "1.5"], ["eta", "between 0 and 1", "1.5"]),

@@ -240,7 +240,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
         ({"mode": "fast"}, "mode", "invalid_value"),
         ({"mode": "x" * 1000}, "mode", "invalid_value"),
         ({"drafts": "warm"}, "drafts", "invalid_value"),
-        ({"scheduler": "euler"}, "scheduler", "invalid_value"),
+        ({"scheduler": "heun"}, "scheduler", "invalid_value"),
     ],
     ids=lambda value: str(value)[:40],
 )
