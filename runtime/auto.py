@@ -96,7 +96,7 @@ EXACT = Candidate(mode="sequential", k=1, drafts="frozen")
 
 def candidates() -> list[Candidate]:
     """What is measured: both modes of DRiffusion with the drafts and the numbers of drafts that can pay."""
-    return [Candidate(mode=mode, k=k, drafts="frozen") for k in (2, 3, 4, 8) for mode in ("conservative", "aggressive")]
+    return [Candidate(mode=mode, k=k, drafts="auto") for k in (2, 3, 4, 8) for mode in ("conservative", "aggressive")]
 
 
 def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
