@@ -95,14 +95,14 @@ def cases(images: int, *, full: bool) -> list[Case]:
         case("sequential, one lane, one picture at a time", "", batch=1, devices="cpu@1"),
     ]
     for mode in ("conservative", "aggressive"):
-        for drafts, kind in (("frozen", "as in the paper"), ("auto", "our drafts")):
+        for drafts, kind in (("frozen", "as in the paper"), ("corrected", "corrected")):
             rows += [
                 case(f"{mode}, k = {k}, {kind}", f"{mode}, {kind}", mode, options={"k": k, "drafts": drafts})
                 for k in (2, 3, 4)
             ]
     rows += [case(f"srds, {p} iteration{'s'[: p - 1]}", "srds", "srds", options={"iterations": p}) for p in (1, 2)]
     for tolerance in (0.003, 0.01, 0.03):
-        options = {"k": 4, "tolerance": tolerance}
+        options = {"k": 4, "tolerance": tolerance, "drafts": "frozen"}
         rows.append(case(f"adaptive, k = 4, tolerance {tolerance}", "adaptive, k = 4", "adaptive", options=options))
     rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in (34, 26, 20, 14)]
     if full:
@@ -113,13 +113,13 @@ def cases(images: int, *, full: bool) -> list[Case]:
 
 def _other(scheduler: str) -> list[Case]:
     """The rows of another scheduler than DDIM, at k = 4."""
-    kinds = ["frozen", "auto", *(["fresh"] if scheduler in ("ddpm", "euler_a") else [])]
+    kinds = ["frozen", "corrected", *(["fresh"] if scheduler in ("ddpm", "euler_a") else [])]
     wanted: list[tuple[str, dict[str, Any]]] = [("sequential", {})]
     wanted += [(mode, {"k": 4, "drafts": kind}) for mode in ("conservative", "aggressive") for kind in kinds]
     wanted += [("srds", {"iterations": 1})] if scheduler != "dpm++2m" else []
 
     def name(mode: str, options: dict[str, Any]) -> str:
-        kind = {"auto": "our drafts", "fresh": "fresh noise", "frozen": "as in the paper"}.get(
+        kind = {"fresh": "fresh noise", "frozen": "as in the paper"}.get(
             options.get("drafts", ""), options.get("drafts")
         )
         return ", ".join(filter(None, (scheduler, mode, "k = 4" if "k" in options else None, kind)))
@@ -264,7 +264,11 @@ def quality(
 def sheet(gallery: Gallery, path: Path) -> None:
     """The first captions, sequential beside the parallel modes."""
     wanted: list[tuple[str, dict[str, Any]]]
-    wanted = [("sequential", {}), ("conservative", {"k": 4}), ("aggressive", {"k": 4})]
+    wanted = [
+        ("sequential", {}),
+        ("conservative", {"k": 4, "drafts": "frozen"}),
+        ("aggressive", {"k": 4, "drafts": "frozen"}),
+    ]
     asked = scenes(1, SHEET_ROWS, gallery.seed)
     drawn = [gallery.draw(Case("", "", SHEET_ROWS, mode, options)) for mode, options in wanted]
     wrong = [[wrong_attributes(p, scene) for p, scene in zip(d.pictures, asked, strict=True)] for d in drawn]

@@ -42,9 +42,10 @@ class Candidate(_Strict):
     k: int
     drafts: str
 
-    def options(self, schedule: Schedule) -> Options:
+    @property
+    def options(self) -> Options:
         """For the sampler."""
-        return Options(k=self.k, drafts=resolve(self.drafts, self.mode, schedule))
+        return Options(k=self.k, drafts=resolve(self.drafts))
 
 
 class Drift(_Strict):
@@ -116,7 +117,7 @@ def predicted_seconds(
     candidate: Candidate, schedule: Schedule, lanes: int, guidance_scale: float, measured: dict[int, float], images: int
 ) -> float:
     """The model calls on the critical path, on a backend that only keeps a clock."""
-    options = candidate.options(schedule)
+    options = candidate.options
     seconds = call_seconds(measured)
     backend = NullBackend(lanes, lambda halves: seconds(halves * images))
     backend.bind((), schedule.timesteps, ())

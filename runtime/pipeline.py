@@ -156,7 +156,7 @@ class Pipeline:
                 _check_whole(name, count, 1, num_inference_steps)
         self._check_size(width, height)
         schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
-        options = Options(k, resolve(drafts, mode, schedule), float(tolerance), blocks, pipelined, iterations)
+        options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations)
         choice: Choice | None = None
         warnings: list[str] = []
         if mode == "auto":
@@ -167,7 +167,7 @@ class Pipeline:
             )
             count = prompts * num_images_per_prompt
             choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, count)
-            mode, options = choice.candidate.mode, choice.candidate.options(schedule)
+            mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
         with self._lock:
             started = time.perf_counter()

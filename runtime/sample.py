@@ -29,7 +29,7 @@ def sample(
     """
     if mode not in SAMPLERS:
         raise ParameterError("mode", f"unknown mode {mode!r}: use one of {', '.join(SAMPLERS)}")
-    chosen = Options(**{**options, "drafts": resolve(options.get("drafts", "auto"), mode, schedule)})
+    chosen = Options(**{**options, "drafts": resolve(options.get("drafts", "auto"))})
     check(mode, schedule, chosen)
     noise = np.asarray(noise, np.float32)
     if noise.ndim < 2 or not len(noise) or not np.isfinite(noise).all():

@@ -227,16 +227,9 @@ DRAFTS = {
 }
 
 
-def resolve(drafts: str, mode: str, schedule: Schedule) -> str:
-    """The kind of drafts that `auto` stands for; any other name itself.
-
-    On deterministic schedules x̂_0 moves along a line; on stochastic ones the fresh noise hides where it is going, and
-    extrapolating was worse in nearly every toy that was tried. Only the two modes of DRiffusion have anchors.
-    """
-    if drafts != "auto":
-        return drafts
-    anchored = mode in ("conservative", "aggressive") and not schedule.stochastic_steps
-    return "extrapolated+corrected" if anchored else "corrected"
+def resolve(drafts: str) -> str:
+    """The kind of drafts that `auto` stands for; any other name itself."""
+    return drafts if drafts != "auto" else "corrected"
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,13 @@ def test_sequential_equals_the_transcription(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("mode", ["conservative", "aggressive"])
 @pytest.mark.parametrize(("steps", "k"), [(50, 2), (50, 3), (50, 4), (28, 2), (28, 3)])
-def test_our_drafts_come_closer(mode: str, steps: int, k: int, manifest: Manifest) -> None:
-    frozen, ours = (distances(manifest, "ddim", steps, mode, k=k, drafts=kind) for kind in ("frozen", "auto"))
-    assert frozen > 1.5 * ours > 0
-    assert distances(manifest, "ddim", steps, mode, k=k, drafts="extrapolated+corrected") == ours
+def test_other_drafts_than_the_papers_come_closer(mode: str, steps: int, k: int, manifest: Manifest) -> None:
+    """On narrow mixtures, which is what the local variance is about."""
+    frozen, corrected, extrapolated = (
+        distances(manifest, "ddim", steps, mode, k=k, drafts=kind) for kind in ("frozen", "corrected", "extrapolated")
+    )
+    assert frozen > 2 * corrected > 0
+    assert frozen > 0.97 * extrapolated > 0
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "euler_a"])
@@ -73,9 +76,7 @@ def test_drafts_with_the_noise_of_the_refined_steps_beat_fresh_noise(
 ) -> None:
     shared = distances(manifest, scheduler, 50, mode, k=4, drafts="frozen")
     assert distances(manifest, scheduler, 50, mode, k=4, drafts="fresh") > 5 * shared
-    assert distances(manifest, scheduler, 50, mode, k=4) == distances(
-        manifest, scheduler, 50, mode, k=4, drafts="corrected"
-    )
+    assert distances(manifest, scheduler, 50, mode, k=4, drafts="corrected") < shared
 
 
 @pytest.mark.parametrize("mode", SAMPLERS)
