@@ -263,16 +263,19 @@ def quality(
 
 def sheet(gallery: Gallery, path: Path) -> None:
     """The first captions, sequential beside the parallel modes."""
-    wanted: list[tuple[str, dict[str, Any]]]
     wanted = [
-        ("sequential", {}),
-        ("conservative", {"k": 4, "drafts": "frozen"}),
-        ("aggressive", {"k": 4, "drafts": "frozen"}),
+        ("sequential", "corrected"),
+        ("conservative", "corrected"),
+        ("aggressive", "corrected"),
+        ("aggressive", "frozen"),
     ]
     asked = scenes(1, SHEET_ROWS, gallery.seed)
-    drawn = [gallery.draw(Case("", "", SHEET_ROWS, mode, options)) for mode, options in wanted]
+    drawn = [gallery.draw(Case("", "", SHEET_ROWS, mode, {"k": 4, "drafts": kind})) for mode, kind in wanted]
     wrong = [[wrong_attributes(p, scene) for p, scene in zip(d.pictures, asked, strict=True)] for d in drawn]
-    names = [f"{d.report['mode']}, {d.report['rounds']} rounds" for d in drawn]
+    names = [
+        f"{mode}{' (paper)' if kind == 'frozen' else ''}, {d.report['rounds']}"
+        for (mode, kind), d in zip(wanted, drawn, strict=True)
+    ]
     contact_sheet(path, names, [scene.caption() for scene in asked], [d.pictures for d in drawn], wrong)
 
 
