@@ -41,7 +41,8 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `critical` adds up the seconds of the longest call of every round, `played` lists the rounds of the image.
+    `critical` adds up the seconds of the longest call of every round since the start, `played` lists the rounds of the
+    image.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -50,6 +51,7 @@ class HostBackend:
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
+        self.critical = 0.0
         self._threads = [threading.Thread(target=self._work, args=(q,), daemon=True) for q in self._todo]
         for thread in self._threads:
             thread.start()
@@ -79,7 +81,6 @@ class HostBackend:
         for halves, arrays in self._inputs.items():
             self._fill(halves, arrays)
         self._last = [0.0] * len(self._lanes)
-        self.critical = 0.0
         self.played: list[Sequence[Call]] = []
 
     def write(self, slot: str, value: Array) -> None:

@@ -45,7 +45,7 @@ class Candidate(_Strict):
     @property
     def options(self) -> Options:
         """For the sampler."""
-        return Options(k=self.k, drafts=resolve(self.drafts))
+        return Options(k=self.k, drafts=self.drafts)
 
 
 class Drift(_Strict):
@@ -96,8 +96,9 @@ EXACT = Candidate(mode="sequential", k=1, drafts="frozen")
 
 
 def candidates() -> list[Candidate]:
-    """What is measured: both modes of DRiffusion with the drafts and the numbers of drafts that can pay."""
-    return [Candidate(mode=mode, k=k, drafts="auto") for k in (2, 3, 4, 8) for mode in ("conservative", "aggressive")]
+    """What is measured: both modes of DRiffusion with the default drafts and the numbers of drafts that can pay."""
+    kind = resolve("auto")  # by name: if it comes to mean another, that one has never been measured
+    return [Candidate(mode=mode, k=k, drafts=kind) for k in (2, 3, 4, 8) for mode in ("conservative", "aggressive")]
 
 
 def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
@@ -149,7 +150,8 @@ def choose(
         return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), [
             f"mode auto plays sequential: the {missing} was never measured; `python -m runtime.calibrate` does it"
         ]
-    allowed = [(EXACT, 0.0), *((drift.candidate, drift.p90) for drift in drifts if drift.p90 <= tolerance)]
+    wanted = candidates()  # an older file may know others
+    allowed = [(EXACT, 0.0), *((d.candidate, d.p90) for d in drifts if d.p90 <= tolerance and d.candidate in wanted)]
     timed = [
         Choice(
             candidate=candidate,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
 from engines.base import Array, Backend, Call, Half
+from runtime.noise import step_noise
 from runtime.place import place
-from runtime.samplers import SAMPLERS, Combine, Distance, Operation, Options, Predict
+from runtime.samplers import SAMPLERS, STATE, Combine, Distance, Operation, Options, Predict, measures
 from runtime.schedule import Schedule
 
 
@@ -154,3 +155,32 @@ def execute(planned: Plan, backend: Backend, finished: Callable[[int], None]) ->
     except StopIteration as end:
         counts.accepted = end.value
     return counts
+
+
+def denoise(
+    backend: Backend,
+    noise: Array,
+    conditioning: Sequence[Mapping[str, Array]],
+    schedule: Schedule,
+    mode: str,
+    options: Options,
+    guidance_scale: float,
+    seed: int,
+    finished: Callable[[int], None],
+) -> tuple[Array, Counts]:
+    """The finished latents of all images, (images, …) like their noise of unit variance, and what they cost.
+
+    Samplers that decide by what they measure make one image at a time, so that none depends on its neighbours.
+    """
+    batch = 1 if measures(mode, options) else len(noise)
+    counts, parts = Counts(), []
+    for start in range(0, len(noise), batch):
+        rows = slice(start, start + batch)
+        own = [{name: value[rows] for name, value in half.items()} for half in conditioning]
+        backend.bind(noise[rows].shape, schedule.timesteps, own)
+        backend.write(STATE, noise[rows] * np.float32(schedule.init_noise_sigma))
+        for slot, value in step_noise(schedule, options, seed, range(start, start + batch), noise.shape[1:]):
+            backend.write(slot, value)
+        counts += execute(plan(mode, schedule, options, backend.lanes, guidance_scale), backend, finished)
+        parts.append(backend.read(STATE))
+    return np.concatenate(parts), counts

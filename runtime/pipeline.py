@@ -20,11 +20,11 @@ from engines.host import HostBackend
 from engines.ort import Engines
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, choose
-from runtime.execute import Counts, execute, plan
-from runtime.noise import gaussian, step_noise
+from runtime.execute import denoise
+from runtime.noise import gaussian
 from runtime.prompt import PromptTokenizer
 from runtime.report import Report, quantiles
-from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, measures, resolve
+from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, resolve
 from runtime.schedule import Schedule
 from runtime.schedulers import make_schedule
 
@@ -131,10 +131,11 @@ class Pipeline:
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
         _check_choice("mode", mode, MODES)
-        for name, value in (("k", k), ("blocks", blocks), ("iterations", iterations)):
+        _check_choice("drafts", drafts, ("auto", *DRAFTS))
+        given = {"k": k, "blocks": blocks, "iterations": iterations, "drafts": None if drafts == "auto" else drafts}
+        for name, value in given.items():
             if mode == "auto" and value is not None:
                 raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
-        _check_choice("drafts", drafts, ("auto", *DRAFTS))
         trained = int(self.manifest.scheduler.get("num_train_timesteps", 1000))
         _check_whole("num_inference_steps", num_inference_steps, 1, trained)
         _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
@@ -160,12 +161,10 @@ class Pipeline:
         choice: Choice | None = None
         warnings: list[str] = []
         if mode == "auto":
-            setting = Setting(scheduler=schedule.name, eta=eta, steps=schedule.steps, guidance_scale=guidance_scale)
+            setting = self.setting(scheduler, num_inference_steps, guidance_scale, eta)
             known, lanes = Calibration.read(self.calibration_path), len(self.devices)
-            prompts = (
-                len(prompt) if isinstance(prompt, list | tuple) else 1 if prompt_embeds is None else len(prompt_embeds)
-            )
-            count = prompts * num_images_per_prompt
+            several = prompt if isinstance(prompt, list | tuple) else prompt_embeds
+            count = num_images_per_prompt * (1 if several is None else len(several))
             choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, count)
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
@@ -177,15 +176,11 @@ class Pipeline:
             noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
             encoded = time.perf_counter()
             notify = self._notifier(callback_on_step_end, schedule)
-            batch = 1 if measures(mode, options) else len(noise)
-            counts, parts, critical = Counts(), [], 0.0
-            for start in range(0, len(noise), batch):
-                self._bind(noise, conditioning, schedule, options, seed, range(start, start + batch))
-                planned = plan(mode, schedule, options, len(self.devices), float(guidance_scale))
-                counts += execute(planned, self.backend, notify)
-                parts.append(self.backend.read(STATE))
-                critical += self.backend.critical
-            finished = np.concatenate(parts)
+            before = self.backend.critical
+            finished, counts = denoise(
+                self.backend, noise, conditioning, schedule, mode, options, float(guidance_scale), seed, notify
+            )
+            critical = self.backend.critical - before
             denoised = time.perf_counter()
             images = self._decode(finished)
             ended = time.perf_counter()
@@ -205,24 +200,6 @@ class Pipeline:
             warnings=(*warnings, *cut),
         )  # fmt: skip
         return Result(images, finished, report)
-
-    def _bind(
-        self,
-        noise: Array,
-        conditioning: Sequence[Mapping[str, Array]],
-        schedule: Schedule,
-        options: Options,
-        seed: int,
-        images: range,
-    ) -> None:
-        """Starts some of the images: their noise, and that of every step that adds some, goes into the slots."""
-        rows = slice(images.start, images.stop)
-        self.backend.bind(
-            noise[rows].shape, schedule.timesteps, [{n: v[rows] for n, v in half.items()} for half in conditioning]
-        )
-        self.backend.write(STATE, noise[rows] * np.float32(schedule.init_noise_sigma))
-        for slot, value in step_noise(schedule, options, seed, images, noise.shape[1:]):
-            self.backend.write(slot, value)
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         for name, value, exported in (

@@ -10,9 +10,8 @@ import numpy as np
 from engines.base import Array
 from engines.errors import NonFiniteError, ParameterError
 from engines.host import FunctionLane, HostBackend
-from runtime.execute import Counts, execute, plan
-from runtime.noise import step_noise
-from runtime.samplers import SAMPLERS, STATE, Options, check, measures, resolve
+from runtime.execute import Counts, denoise
+from runtime.samplers import SAMPLERS, Options, check, resolve
 from runtime.schedule import Schedule
 
 Model = Callable[[Array, Array], Array]
@@ -36,19 +35,9 @@ def sample(
         raise ParameterError("noise", f"noise must be finite and of shape (images, …), not {noise.shape}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ParameterError("seed", f"seed must be a whole number from 0 to 2⁶⁴ − 1, not {seed!r}")
-    batch = 1 if measures(mode, chosen) else len(noise)  # an image must not depend on its neighbours
     backend = HostBackend([FunctionLane(lambda states, timesteps, _: model(states, timesteps))])
     try:
-        counts, parts = Counts(), []
-        for start in range(0, len(noise), batch):
-            images = range(start, start + batch)
-            backend.bind((batch, *noise.shape[1:]), schedule.timesteps, [{}, {}])
-            backend.write(STATE, noise[start : start + batch] * np.float32(schedule.init_noise_sigma))
-            for slot, value in step_noise(schedule, chosen, seed, images, noise.shape[1:]):
-                backend.write(slot, value)
-            counts += execute(plan(mode, schedule, chosen, 1, 1.0), backend, lambda finished: None)
-            parts.append(backend.read(STATE))
-        result = np.concatenate(parts)
+        result, counts = denoise(backend, noise, [{}, {}], schedule, mode, chosen, 1.0, seed, lambda finished: None)
     finally:
         backend.close()
     if not np.isfinite(result).all():

@@ -22,7 +22,7 @@ LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
 
 
 def drift(mode: str, k: int, p90: float) -> Drift:
-    candidate = Candidate(mode=mode, k=k, drafts="auto")
+    candidate = Candidate(mode=mode, k=k, drafts="corrected")
     return Drift(setting=SETTING, candidate=candidate, pictures=8, median=p90 / 2, p90=p90)
 
 
@@ -44,7 +44,7 @@ def test_the_cost_model_adds_up_the_critical_path(
 ) -> None:
     """A half costs one second on every lane; on 4 lanes guidance is split and drafts run at once."""
     schedule = make_schedule(manifest, "ddim", 50)
-    candidate = Candidate(mode=mode, k=k, drafts="auto")
+    candidate = Candidate(mode=mode, k=k, drafts="corrected")
     assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
 
 
@@ -116,6 +116,8 @@ def test_bad_arguments_are_named(
     pipeline = Pipeline(shapes, "cpu*2")
     with pytest.raises(ParameterError, match="auto chooses k itself"):
         pipeline.generate("a red star", mode="auto", k=2)
+    with pytest.raises(ParameterError, match="auto chooses drafts itself"):
+        pipeline.generate("a red star", mode="auto", drafts="frozen")
     pipeline.close()
     with pytest.raises(ParameterError, match="pictures must be at least 1"):
         calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, again=False)
