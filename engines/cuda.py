@@ -1,0 +1,652 @@
+"""Lanes on NVIDIA GPUs: streams, events, peer copies, and whole rounds as graphs.
+
+The first lane's device is the *home*: it holds every slot and combines. Combinations do not run when they are asked for
+but when the round's model calls are known, because one launch can then write a draft into its slot and into the input
+of every lane that reads it. A round becomes a *program*: launches at home, then on every lane copy in, model, copy out,
+then a join. A program that is met again is replayed as a CUDA graph. Coefficients and timesteps are not part of it:
+they go ahead of it into a table of a few rounds, so that it fits any step of any request with the same shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Array, Call, Rows
+from engines.driver import Device, Driver
+from engines.errors import NonFiniteError
+from engines.kernel import (
+    BLOCK,
+    BYTES,
+    DISTANCE_BLOCK,
+    DISTANCE_GRID,
+    MAX_OUTPUTS,
+    MAX_TARGETS,
+    PARTIALS,
+    Combination,
+    Kernels,
+    combination,
+)
+
+log = logging.getLogger(__name__)
+
+TABLE_ROUNDS = 8  # how far the host may run ahead
+TABLE_FLOATS = 32768  # of one round: coefficients, then timesteps
+STAGING_BYTES = 1 << 22
+PAIRS_AT_ONCE = 16  # distances that the host waits for together
+SLOTS_PER_BLOCK = 32
+PAIR_ROUNDS, PAIR_BYTES = 64, (1, 4 << 10, 32 << 10, (512 << 10) + 3)  # latents of SD 1.5, SDXL and SD 3 among them
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Memory on one device."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Enqueue = Callable[[], None]
+
+
+class Network(Protocol):
+    """One compiled noise predictor on one device, with scratch memory of its own."""
+
+    @property
+    def device(self) -> int:
+        """The number of its device."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether what it enqueues may become part of a graph, after it ran once."""
+
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
+        """What puts one run on a stream: reads `sample`, `timestep` and the conditioning by name, writes `output`."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What one lane reads for one composition of halves. At home it is combined into; elsewhere it is copied to.
+
+    `block` holds the timesteps and then the samples, so that one copy moves both. `outbox` is its image at home.
+    """
+
+    block: int
+    outbox: int
+    size: int
+    sample_offset: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class _Lane:
+    network: Network
+    device: Device
+    stream: Any
+    done: Any  # event: its outputs of this round are written
+    inputs: dict[tuple[int, ...], _Inputs] = field(default_factory=dict)
+    outputs: dict[int, int] = field(default_factory=dict)  # by bytes
+    staging: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+@dataclass
+class _Program:
+    """A round, ready to enqueue: `offsets` say where its launches' coefficients are in the table."""
+
+    launches: list[tuple[Any, int, Combination]]
+    identities: list[Array]
+    calls: list[Callable[[], None]]
+    joins: list[Callable[[], None]]
+    capturable: bool
+    runs: int = 0
+    graph: Any = None
+
+
+Key = tuple[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], tuple[tuple[tuple[int, int, int], ...], ...]]
+
+
+class CudaBackend:
+    """Plays a sampler on lanes of one or several GPUs; see engines.base.Backend.
+
+    dtype: how latents are stored, float16, bfloat16 or float32. graphs: replay rounds as CUDA graphs where the networks
+    allow it. `staged` lists the pairs of devices whose peer copies failed their test and go through host memory.
+    """
+
+    def __init__(
+        self, driver: Driver, networks: Sequence[Network], dtype: str, cache: Path, *, graphs: bool = True
+    ) -> None:
+        self._driver, self._dtype, self._graphs = driver, dtype, graphs
+        devices = {ordinal: driver.device(ordinal) for ordinal in sorted({one.device for one in networks})}
+        self._home = devices[networks[0].device]
+        self._freed: list[Callable[[], None]] = []
+        self._lanes = [self._open(network, devices[network.device]) for network in networks]
+        self._main = self._lanes[0].stream
+        self.staged = self._test_pairs(list(devices.values()))
+        with self._on(self._home):
+            self._uploads = driver.stream()
+            self._uploaded = [driver.event() for _ in range(TABLE_ROUNDS)]
+            self._played = [driver.event() for _ in range(TABLE_ROUNDS)]
+            self._fork, self._idle = driver.event(), driver.event()
+        self._freed += [
+            lambda: driver("cuStreamDestroy", self._uploads),
+            *(
+                lambda event=event: driver("cuEventDestroy", event)
+                for event in (*self._uploaded, *self._played, self._fork, self._idle)
+            ),
+        ]
+        self._kernels = Kernels(driver, self._home, dtype, cache)
+        self._table = self._allocate(self._home, 4 * TABLE_ROUNDS * TABLE_FLOATS)
+        self._round_pointer, self._flag = self._allocate(self._home, 4), self._allocate(self._home, 4)
+        self._partials = self._allocate(self._home, 4 * PARTIALS * PAIRS_AT_ONCE)
+        self._pinned_table = self._pinned(4 * TABLE_ROUNDS * TABLE_FLOATS).view(np.float32).reshape(TABLE_ROUNDS, -1)
+        self._pinned_partials = self._pinned(4 * PARTIALS * PAIRS_AT_ONCE).view(np.float32)
+        self._pinned_flag = self._pinned(4).view(np.uint32)
+        self._staging = self._pinned(STAGING_BYTES)
+        self._shape: tuple[int, ...] = ()
+        self._conditioning: list[dict[str, Array]] = []
+        self._shaped: list[Callable[[], None]] = []
+        self._programs: dict[Key, _Program] = {}
+        self._shared: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}
+        self._blocks: list[int] = []
+        self._index: dict[str, int] = {}
+        self._pending: list[tuple[tuple[int, ...], Array, tuple[int, ...]]] = []
+        self._pending_floats = self._staged_bytes = self._round = 0
+
+    # --- the verbs of a backend ----------------------------------------------------------------------------------
+
+    @property
+    def lanes(self) -> int:
+        """How many calls can run at the same time."""
+        return len(self._lanes)
+
+    def bind(
+        self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
+    ) -> None:
+        """See Backend.bind. Memory, programs and graphs stay for as long as shapes stay the same."""
+        shapes = [{name: np.shape(value) for name, value in one.items()} for one in conditioning]
+        self._settle()
+        if shape != self._shape or shapes != [{n: v.shape for n, v in one.items()} for one in self._conditioning]:
+            self._forget()
+            self._shape, self._elements = shape, int(np.prod(shape))
+            self._bytes = self._elements * BYTES[self._dtype]
+        self._index = {}
+        self._pending, self._pending_floats, self._round = [], 0, 0
+        self._timesteps = [float(t) for t in timesteps]
+        self._conditioning = [dict(one) for one in conditioning]
+        for (device, halves), tensors in self._shared.items():
+            self._fill(device, halves, tensors)
+        with self._on(self._home):
+            for pointer in (self._round_pointer, self._flag):
+                self._driver("cuMemsetD32Async", pointer, 0, 1, self._main)
+
+    def write(self, slot: str, value: Array) -> None:
+        """See Backend.write."""
+        self._flush()
+        self._upload(self._home, self._slot(self._row(slot)), _narrow(value, self._dtype))
+
+    def read(self, slot: str) -> Array:
+        """See Backend.read. NonFiniteError when anything that was combined since `bind` was not finite."""
+        self._flush()
+        raw = self._download(self._slot(self._index[slot]), self._bytes)
+        with self._on(self._home):
+            self._copy_out(self._pinned_flag, self._flag)
+        self._settle()
+        if self._pinned_flag[0]:
+            raise NonFiniteError("a latent became NaN or infinite on the GPU: no picture can be made of it")
+        return _widen(raw, self._dtype).reshape(self._shape)
+
+    def predict(self, calls: Sequence[Call]) -> None:
+        """See Backend.predict. Returns before the calls have run."""
+        self._flush(calls)
+
+    def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
+        """See Backend.combine. More outputs than registers hold become several launches."""
+        table = np.asarray(rows, np.float32)
+        if len(targets) <= MAX_OUTPUTS:
+            self._add(sources, table, targets)
+            return
+        moving = {slot: f"{slot}/moving" for slot in targets if slot in sources}  # still read by later launches
+        for start in range(0, len(targets), MAX_OUTPUTS):
+            part = slice(start, start + MAX_OUTPUTS)
+            self._add(sources, table[part], [moving.get(slot, slot) for slot in targets[part]])
+        aliased = list(moving)
+        for start in range(0, len(aliased), MAX_OUTPUTS):
+            slots = aliased[start : start + MAX_OUTPUTS]
+            self._add([moving[slot] for slot in slots], np.eye(len(slots), dtype=np.float32), slots)
+
+    def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """See Backend.distances; the host waits."""
+        self._flush()
+        function, found = self._kernels.function("distance"), []
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = pairs[start : start + PAIRS_AT_ONCE]
+            with self._on(self._home):
+                for n, pair in enumerate(part):
+                    a, b = (ctypes.c_void_p(self._slot(self._index[slot])) for slot in pair)
+                    partials = ctypes.c_void_p(self._partials + 4 * PARTIALS * n)
+                    parameters = [a, b, ctypes.c_ulonglong(self._elements), partials]
+                    self._driver.launch(function, DISTANCE_GRID, DISTANCE_BLOCK, self._main, parameters)
+                self._copy_out(self._pinned_partials[: PARTIALS * len(part)], self._partials)
+            self._settle()
+            sums = self._pinned_partials.reshape(PAIRS_AT_ONCE, 2, -1)[: len(part)].sum(2, dtype=np.float64)
+            found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
+        return found
+
+    def close(self) -> None:
+        """Waits for the lanes and frees their memory."""
+        self._settle()
+        self._forget()
+        while self._freed:
+            self._freed.pop()()
+
+    # --- programs ------------------------------------------------------------------------------------------------
+
+    def _add(self, sources: Sequence[str], rows: Array, targets: Sequence[str]) -> None:
+        if self._pending_floats + rows.size > TABLE_FLOATS // 2:
+            self._flush()
+        self._pending.append((tuple(self._index[s] for s in sources), rows, tuple(self._row(t) for t in targets)))
+        self._pending_floats += rows.size
+
+    def _flush(self, calls: Sequence[Call] = ()) -> None:
+        """Plays what is pending and then the calls."""
+        if not self._pending and not calls:
+            return
+        pending, self._pending, self._pending_floats = self._pending, [], 0
+        key: Key = (
+            tuple((sources, targets) for sources, _, targets in pending),
+            tuple(
+                tuple((self._index[half.latent], self._row(half.output), half.conditioning) for half in call)
+                for call in calls
+            ),
+        )
+        program = self._programs.get(key) or self._programs.setdefault(key, self._compile(key))
+        images = self._shape[0]
+        times = [np.repeat([self._timesteps[half.step] for half in call], images) for call in calls if call]
+        parts = [rows.T.ravel() for _, rows, _ in pending] + program.identities + times
+        self._play(program, np.concatenate(parts, dtype=np.float32))
+
+    def _play(self, program: _Program, data: Array) -> None:
+        """Sends the round's numbers ahead on a stream of their own, then the program."""
+        driver, entry = self._driver, self._round % TABLE_ROUNDS
+        if self._round >= TABLE_ROUNDS:
+            driver.wait(self._played[entry], f"round {self._round - TABLE_ROUNDS} on {self._home.name}")
+        self._pinned_table[entry, : data.size] = data
+        with self._on(self._home):
+            at = entry * TABLE_FLOATS * 4
+            driver(
+                "cuMemcpyHtoDAsync", self._table + at, self._pinned_table.ctypes.data + at, data.nbytes, self._uploads
+            )
+            driver("cuEventRecord", self._uploaded[entry], self._uploads)
+            driver("cuStreamWaitEvent", self._main, self._uploaded[entry], 0)
+            if program.graph is None and program.runs and self._graphs and program.capturable:
+                program.graph = driver.capture(self._main, lambda: self._enqueue(program))
+            if program.graph is not None:
+                driver("cuGraphLaunch", program.graph, self._main)
+            else:
+                self._enqueue(program)
+            driver("cuEventRecord", self._played[entry], self._main)
+        program.runs += 1
+        self._round += 1
+
+    def _enqueue(self, program: _Program) -> None:
+        """One round: combinations at home, lanes apart, and home again."""
+        driver = self._driver
+        for function, grid, combined in program.launches:
+            driver.launch(function, grid, BLOCK, self._main, [combined])
+        if program.calls:
+            driver("cuEventRecord", self._fork, self._main)
+        for call in program.calls:
+            call()
+        for join in program.joins:
+            join()
+        parameters = [ctypes.c_void_p(self._round_pointer), ctypes.c_uint(TABLE_ROUNDS)]
+        driver.launch(self._kernels.function("advance"), 1, 1, self._main, parameters)
+
+    def _compile(self, key: Key) -> _Program:
+        """Turns slots into addresses, and gives drafts to the lanes that read them in the launch that makes them."""
+        combinations, calls = key
+        busy = [(self._lanes[n], call) for n, call in enumerate(calls) if call]
+        planned: list[tuple[list[int], list[list[int]]]] = []  # addresses of inputs; where each output goes
+        made: dict[int, tuple[int, int]] = {}
+        for sources, targets in combinations:
+            made.update({target: (len(planned), m) for m, target in enumerate(targets)})
+            planned.append(([self._slot(s) for s in sources], [[self._slot(t)] for t in targets]))
+        missing: dict[int, list[int]] = {}
+        for lane, call in busy:
+            bound = self._lane_inputs(lane, tuple(conditioning for _, _, conditioning in call))
+            for row, (latent, _, _) in enumerate(call):
+                pointer = bound.outbox + bound.sample_offset + row * self._bytes
+                number, m = made.get(latent, (-1, 0))
+                if number >= 0 and sum(map(len, planned[number][1])) < MAX_TARGETS:
+                    planned[number][1][m].append(pointer)
+                else:
+                    missing.setdefault(latent, []).append(pointer)
+        identities = []
+        for copies in _groups(missing, MAX_OUTPUTS, MAX_TARGETS):
+            planned.append(([self._slot(latent) for latent, _ in copies], [pointers for _, pointers in copies]))
+            identities.append(np.eye(len(copies), dtype=np.float32).ravel())
+        times = [
+            (self._lane_inputs(lane, tuple(c for _, _, c in call)).outbox, len(call) * self._shape[0])
+            for lane, call in busy
+        ]
+        launches, offset = [], 0
+        for number, (pointers, goals) in enumerate(planned):
+            last = number == len(planned) - 1
+            parameters = combination(pointers, goals, self._elements, times if last else ())
+            parameters.data, parameters.stride, parameters.rows = self._table, TABLE_FLOATS, offset
+            parameters.round, parameters.not_finite = self._round_pointer, self._flag
+            offset += len(pointers) * len(goals)
+            parameters.timesteps = offset
+            launches.append((*self._kernels.combination(parameters, len(goals)), parameters))
+        self._kernels.function("advance")
+        steps = [self._call(lane, call) for lane, call in busy]
+        return _Program(
+            launches, identities, [call for call, _ in steps], [join for _, join in steps],
+            all(lane.network.capturable for lane, _ in busy),
+        )  # fmt: skip
+
+    def _call(self, lane: _Lane, call: Sequence[tuple[int, int, int]]) -> tuple[Enqueue, Enqueue]:
+        """What a lane does in a round, and what home does when it is done."""
+        driver, home, main = self._driver, self._home, self._main
+        bound = self._lane_inputs(lane, tuple(conditioning for _, _, conditioning in call))
+        rows = [output for _, output, _ in call]
+        runs, remote, staged = _runs(rows), lane.device is not home, self._is_staged(lane)
+        size = len(rows) * self._bytes
+        direct = not remote and len(runs) == 1
+        own = self._slot(rows[0]) if direct else self._output(lane, size)
+        shape = (len(rows) * self._shape[0], *self._shape[1:])
+        run = lane.network.bind(bound.tensors, Tensor(own, shape, self._dtype), lane.stream)
+        inbox = self._lane_staging(lane, "in", bound.size) if staged else 0
+        outbox = self._lane_staging(lane, "out", size) if staged else 0
+
+        def enqueue() -> None:
+            if staged:
+                driver("cuMemcpyDtoHAsync", inbox, bound.outbox, bound.size, main)
+                driver("cuEventRecord", self._fork, main)
+            with self._on(lane.device):
+                if lane.stream is not main:
+                    driver("cuStreamWaitEvent", lane.stream, self._fork, 0)
+                if staged:
+                    driver("cuMemcpyHtoDAsync", bound.block, inbox, bound.size, lane.stream)
+                elif remote:
+                    self._peer_copy(lane.device, bound.block, home, bound.outbox, bound.size, lane.stream)
+                run()
+                if staged:
+                    driver("cuMemcpyDtoHAsync", outbox, own, size, lane.stream)
+                elif not direct:
+                    for start, first, count in runs:
+                        source, target = own + start * self._bytes, self._slot(first)
+                        if remote:
+                            self._peer_copy(home, target, lane.device, source, count * self._bytes, lane.stream)
+                        else:
+                            driver("cuMemcpyDtoDAsync", target, source, count * self._bytes, lane.stream)
+                if lane.stream is not main:
+                    driver("cuEventRecord", lane.done, lane.stream)
+
+        def join() -> None:
+            if lane.stream is not main:
+                driver("cuStreamWaitEvent", main, lane.done, 0)
+            if staged:
+                for start, first, count in runs:
+                    target, source = self._slot(first), outbox + start * self._bytes
+                    driver("cuMemcpyHtoDAsync", target, source, count * self._bytes, main)
+
+        return enqueue, join
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Frees what depends on shapes."""
+        for program in self._programs.values():
+            if program.graph is not None:
+                self._driver("cuGraphExecDestroy", program.graph)
+        for release in self._shaped:
+            release()
+        for lane in self._lanes:
+            for memory in (lane.inputs, lane.outputs, lane.staging):
+                memory.clear()
+        self._shaped, self._programs, self._shared, self._blocks = [], {}, {}, []
+
+    def _row(self, slot: str) -> int:
+        row = self._index.setdefault(slot, len(self._index))
+        if row >= len(self._blocks) * SLOTS_PER_BLOCK:
+            self._blocks.append(self._allocate(self._home, SLOTS_PER_BLOCK * self._bytes, shaped=True))
+        return row
+
+    def _slot(self, row: int) -> int:
+        """The address of a slot; slots of one block are neighbours."""
+        return self._blocks[row // SLOTS_PER_BLOCK] + row % SLOTS_PER_BLOCK * self._bytes
+
+    def _lane_inputs(self, lane: _Lane, halves: tuple[int, ...]) -> _Inputs:
+        if halves not in lane.inputs:
+            batch = len(halves) * self._shape[0]
+            offset = -(-4 * batch // 256) * 256
+            size = offset + len(halves) * self._bytes
+            block = self._allocate(lane.device, size, shaped=True)
+            outbox = block if lane.device is self._home else self._allocate(self._home, size, shaped=True)
+            shared = (lane.device.ordinal, halves)
+            if shared not in self._shared:
+                self._shared[shared] = {
+                    name: self._conditioning_tensor(lane.device, batch, value)
+                    for name, value in self._conditioning[halves[0]].items()
+                }
+                self._fill(*shared, self._shared[shared])
+            tensors = {
+                "sample": Tensor(block + offset, (batch, *self._shape[1:]), self._dtype),
+                "timestep": Tensor(block, (batch,), "float32"),
+                **self._shared[shared],
+            }
+            lane.inputs[halves] = _Inputs(block, outbox, size, offset, tensors)
+        return lane.inputs[halves]
+
+    def _conditioning_tensor(self, device: Device, batch: int, value: Array) -> Tensor:
+        shape = (batch, *value.shape[1:])
+        return Tensor(self._allocate(device, int(np.prod(shape)) * BYTES[self._dtype], shaped=True), shape, self._dtype)
+
+    def _fill(self, ordinal: int, halves: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Sets the conditioning of a batch: one block of images per half."""
+        device = next(lane.device for lane in self._lanes if lane.device.ordinal == ordinal)
+        for name, tensor in tensors.items():
+            value = np.concatenate([self._conditioning[half][name] for half in halves])
+            self._upload(device, tensor.pointer, _narrow(value, self._dtype))
+
+    def _output(self, lane: _Lane, size: int) -> int:
+        if size not in lane.outputs:
+            lane.outputs[size] = self._allocate(lane.device, size, shaped=True)
+        return lane.outputs[size]
+
+    def _lane_staging(self, lane: _Lane, way: str, size: int) -> int:
+        if (way, size) not in lane.staging:
+            lane.staging[way, size] = self._pinned(size, shaped=True).ctypes.data
+        return lane.staging[way, size]
+
+    def _allocate(self, device: Device, size: int, *, shaped: bool = False) -> int:
+        """Plain device memory: pooled memory breaks peer copies on some systems."""
+        driver = self._driver
+        with self._on(device):
+            pointer = int(driver("cuMemAlloc", max(size, 256)))
+
+        def release() -> None:
+            with self._on(device):
+                driver("cuMemFree", pointer)
+
+        (self._shaped if shaped else self._freed).append(release)
+        return pointer
+
+    def _pinned(self, size: int, *, shaped: bool = False) -> NDArray[np.uint8]:
+        """Host memory that every device copies to and from without waiting."""
+        driver = self._driver
+        with self._on(self._home):
+            pointer = int(driver("cuMemHostAlloc", size, driver.api.CU_MEMHOSTALLOC_PORTABLE))
+        (self._shaped if shaped else self._freed).append(lambda: driver("cuMemFreeHost", pointer))
+        memory: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+        return memory
+
+    # --- copies --------------------------------------------------------------------------------------------------
+
+    def _upload(self, device: Device, pointer: int, value: NDArray[Any]) -> None:
+        """Host memory to a device, in order with what home does; the value may change after this returns."""
+        raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        for start in range(0, raw.size, STAGING_BYTES):
+            part = raw[start : start + STAGING_BYTES]
+            if self._staged_bytes + part.size > STAGING_BYTES:
+                self._settle()
+            at = self._staged_bytes
+            self._staging[at : at + part.size] = part
+            self._staged_bytes = -(-(at + part.size) // 256) * 256
+            source = self._staging.ctypes.data + at
+            with self._on(self._home):
+                self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, self._main)
+
+    def _download(self, pointer: int, size: int) -> NDArray[np.uint8]:
+        self._settle()
+        parts = []
+        for start in range(0, size, STAGING_BYTES):
+            count = min(size - start, STAGING_BYTES)
+            with self._on(self._home):
+                self._copy_out(self._staging[:count], pointer + start)
+            self._settle()
+            parts.append(self._staging[:count].copy())
+        return np.concatenate(parts)
+
+    def _copy_out(self, target: NDArray[Any], pointer: int) -> None:
+        self._driver("cuMemcpyDtoHAsync", target.ctypes.data, pointer, target.nbytes, self._main)
+
+    def _peer_copy(self, to: Device, target: int, of: Device, source: int, size: int, stream: Any) -> None:
+        self._driver("cuMemcpyPeerAsync", target, to.context, source, of.context, size, stream)
+
+    def _settle(self) -> None:
+        """Waits until home has done everything; lanes have then, too."""
+        with self._on(self._home):
+            self._driver("cuEventRecord", self._idle, self._main)
+        self._driver.wait(self._idle, f"the work on {self._home.name}")
+        self._staged_bytes = 0
+
+    # --- devices -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _on(self, device: Device) -> Iterator[None]:
+        """Makes a device current, which is a property of the calling thread, and afterwards home again."""
+        self._driver("cuCtxSetCurrent", device.context)
+        try:
+            yield
+        finally:
+            if device is not self._home:
+                self._driver("cuCtxSetCurrent", self._home.context)
+
+    def _open(self, network: Network, device: Device) -> _Lane:
+        with self._on(device):
+            lane = _Lane(network, device, self._driver.stream(), self._driver.event())
+        self._freed += [
+            lambda: self._driver("cuEventDestroy", lane.done),
+            lambda: self._driver("cuStreamDestroy", lane.stream),
+        ]
+        return lane
+
+    def _is_staged(self, lane: _Lane) -> bool:
+        pairs = {(self._home.ordinal, lane.device.ordinal), (lane.device.ordinal, self._home.ordinal)}
+        return bool(pairs & set(self.staged))
+
+    def _test_pairs(self, devices: Sequence[Device]) -> tuple[tuple[int, int], ...]:
+        """Copies patterns between every ordered pair of devices and reads them back; the pairs that cannot or lie.
+
+        Peer copies have been seen to return success and to change nothing, or to change data.
+        """
+        failed = []
+        for of, to in product(devices, devices):
+            if of is to:
+                continue
+            reason = self._pair_fault(of, to)
+            if reason:
+                failed.append((of.ordinal, to.ordinal))
+                log.warning(
+                    "peer copies from cuda:%d to cuda:%d %s: latents go through host memory",
+                    of.ordinal, to.ordinal, reason,
+                )  # fmt: skip
+        return tuple(failed)
+
+    def _pair_fault(self, of: Device, to: Device) -> str | None:
+        driver = self._driver
+        with self._on(to):
+            can = driver("cuDeviceCanAccessPeer", driver("cuDeviceGet", to.ordinal), driver("cuDeviceGet", of.ordinal))
+            if can:
+                status = driver.api.cuCtxEnablePeerAccess(of.context, 0)[0]
+                if status and status != driver.api.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+                    return f"cannot be enabled ({status.name})"
+        kept = len(self._freed)
+        largest = max(PAIR_BYTES)
+        source, target = self._allocate(of, largest), self._allocate(to, largest)
+        pinned = self._pinned(largest)
+        with self._on(to):
+            stream, done = driver.stream(), driver.event()
+            self._freed += [lambda: driver("cuEventDestroy", done), lambda: driver("cuStreamDestroy", stream)]
+            random = np.random.default_rng(0)
+            for number in range(PAIR_ROUNDS):
+                size = PAIR_BYTES[number % len(PAIR_BYTES)]
+                pattern = random.integers(0, 256, size, np.uint8)
+                pinned[:size] = pattern
+                driver("cuMemcpyHtoDAsync", source, pinned.ctypes.data, size, stream)
+                driver("cuMemsetD8Async", target, int(~pattern[0]) & 255, size, stream)
+                self._peer_copy(to, target, of, source, size, stream)
+                driver("cuMemsetD8Async", source, 0, size, stream)
+                driver("cuMemcpyDtoHAsync", pinned.ctypes.data, target, size, stream)
+                driver("cuEventRecord", done, stream)
+                driver.wait(done, f"a peer copy from cuda:{of.ordinal} to cuda:{to.ordinal}")
+                if not np.array_equal(pinned[:size], pattern):
+                    break
+            else:
+                number = PAIR_ROUNDS
+        while len(self._freed) > kept:
+            self._freed.pop()()
+        return None if number == PAIR_ROUNDS else f"changed data (round {number}, {size} bytes)"
+
+
+def _groups(missing: Mapping[int, list[int]], outputs: int, targets: int) -> Iterable[list[tuple[int, list[int]]]]:
+    """Slots and where copies of them go, in launches of a limited size."""
+    group: list[tuple[int, list[int]]] = []
+    for latent, pointers in missing.items():
+        for start in range(0, len(pointers), targets):
+            part = pointers[start : start + targets]
+            if len(group) == outputs or sum(len(p) for _, p in group) + len(part) > targets:
+                yield group
+                group = []
+            group.append((latent, part))
+    if group:
+        yield group
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(position, first row, count) of the longest stretches of neighbouring rows within a block."""
+    runs: list[tuple[int, int, int]] = []
+    for position, row in enumerate(rows):
+        if runs and runs[-1][1] + runs[-1][2] == row and row % SLOTS_PER_BLOCK:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((position, row, 1))
+    return runs
+
+
+def _narrow(value: Array, dtype: str) -> NDArray[Any]:
+    """float32 as it is stored, to nearest, ties to even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(value, dtype)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(value), np.uint16(0x7FC0), rounded)
+
+
+def _widen(raw: NDArray[np.uint8], dtype: str) -> Array:
+    """Stored values as float32."""
+    if dtype != "bfloat16":
+        return raw.view(dtype).astype(np.float32)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
