@@ -24,7 +24,7 @@ help: ## this list
 	@touch $@
 
 engines: .venv/.export ## export MODEL and compile it for DEVICES; a second run does nothing
-	@$(RUN) -m export "$(MODEL)"
+	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)"
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bench.floor import replay
 from engines.base import Array
 from engines.errors import ParameterError
+from engines.host import HostBackend
 from export.shapes.data import Scene, random_scene
 from runtime.pipeline import Pipeline, Result
 from runtime.report import load_average
@@ -50,9 +51,11 @@ class Configuration:
             seed=seed,
         )  # fmt: skip
         time.sleep(PAUSE)
-        self.floor_seconds.append(replay(self.pipeline.backend))
+        backend = self.pipeline.backend
+        assert isinstance(backend, HostBackend), "the replay is of lanes in host memory"
+        self.floor_seconds.append(replay(backend))
         self.seconds.append(result.report.seconds["denoise"])
-        self.overhead_us.append(result.report.overhead_us_per_round)
+        self.overhead_us.append(result.report.overhead_us_per_round or 0.0)
         if reference is not None:
             self.drift.append(drift(result.latents, reference.latents))
             self.psnr.append(psnr(result.images, reference.images))

@@ -7,18 +7,46 @@ import shutil
 import sys
 from pathlib import Path
 
-from engines import ort
-from engines.devices import parse_devices
+from tqdm import tqdm
+
+from engines.devices import parse_devices, precision
 from engines.errors import BundleError, EngineError
+from engines.load import build_missing, wanted
 from engines.manifest import MANIFEST
-from engines.store import BUILD, Bundle, delete_leftovers, locked, plan_key
+from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
+
+PRECISIONS = ("fp32", "fp16")
+
+
+class Bars:
+    """The phases of a TensorRT build as progress bars."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def __call__(self, phase: str, done: int, steps: int) -> None:
+        """`done` of the steps of a phase."""
+        bar = self._bars.get(phase) or self._bars.setdefault(phase, tqdm(total=steps, desc=phase, leave=False))
+        bar.update(done - bar.n)
+        if done >= steps:
+            self._bars.pop(phase).close()
 
 
 def bundles(options: argparse.Namespace) -> list[Bundle]:
     """The named bundle, or every bundle."""
     if options.model:
-        return [Bundle.open(options.model, options.build)]
-    return [Bundle.open(path.parent.name, options.build) for path in sorted(options.build.glob(f"[!.]*/{MANIFEST}"))]
+        found = [options.build / bundle_name(options.model, one) for one in PRECISIONS]
+        return [Bundle.open(str(folder)) for folder in found if (folder / MANIFEST).is_file()] or [
+            Bundle.open(options.model, options.build)
+        ]
+    return [Bundle.open(str(path.parent)) for path in sorted(options.build.glob(f"[!.]*/{MANIFEST}"))]
 
 
 def list_(options: argparse.Namespace) -> int:
@@ -29,7 +57,7 @@ def list_(options: argparse.Namespace) -> int:
     for bundle in found:
         manifest = bundle.manifest
         print(f"{manifest.model}  {manifest.family}  {manifest.precision}  {manifest.width}x{manifest.height}")
-        current = {plan_key(ort.plan_fields(bundle, network)) for network in manifest.networks}
+        current = {plan_key(fields) for several in wanted(bundle).values() for fields in several}
         for key, plan in bundle.plans().items():
             fits = "fits this machine" if key in current else "for another machine, version or export"
             print(f"  {key}  {plan.network:<12}  {plan.bytes / 1e6:6.1f} MB  {plan.fields['runtime']}  {fits}")
@@ -38,12 +66,14 @@ def list_(options: argparse.Namespace) -> int:
 
 def build(options: argparse.Namespace) -> int:
     """Compiles what is missing or damaged."""
-    parse_devices(options.devices)  # refuses unknown devices before any work
-    bundle = Bundle.open(options.model, options.build)
+    lanes = parse_devices(options.devices)  # refuses unknown devices before any work
+    bundle = Bundle.open(options.model, options.build, precision(lanes))
     damaged = bundle.damaged_sources()
     if damaged:
         raise BundleError(damaged[0])
-    for network, plan in ort.build_missing(bundle).items():
+    with Bars() as bars:
+        built = build_missing(bundle, lanes, bars)
+    for network, plan in built.items():
         state = f"compiled in {plan.build_seconds:.1f} s" if plan else "is up to date"
         print(f"{bundle.manifest.model}: {network} {state}")
     return 0
@@ -60,16 +90,18 @@ def explain(options: argparse.Namespace) -> int:
     """Per network, which plan is used here, or why none fits."""
     missing = 0
     for bundle in bundles(options):
-        for network in bundle.manifest.networks:
-            fields = ort.plan_fields(bundle, network)
-            reasons = bundle.explain(network, fields)
-            missing += bool(reasons)
-            name = f"{bundle.manifest.model}/{network}"
-            print(f"{name}: {'; '.join(reasons) if reasons else 'uses plan ' + plan_key(fields)}")
+        for network, several in wanted(bundle).items():
+            name = f"{bundle.folder.name}/{network}"
             parity = bundle.manifest.networks[network].parity
-            print(f"  ONNX Runtime against torch: {parity.relative_error:.1e} of the output's scale")
-            for field, value in fields.items():
-                print(f"  {field:<13} {value}")
+            if not several:
+                print(f"{name}: no GPU here that a plan could be for")
+            for fields in several:
+                reasons = bundle.explain(network, fields)
+                missing += bool(reasons)
+                print(f"{name}: {'; '.join(reasons) if reasons else 'uses plan ' + plan_key(fields)}")
+                print(f"  ONNX Runtime against torch: {parity.relative_error:.1e} of the output's scale")
+                for field, value in fields.items():
+                    print(f"  {field:<13} {value}")
     return 1 if missing else 0
 
 
@@ -78,8 +110,8 @@ def gc(options: argparse.Namespace) -> int:
     found = bundles(options)
     for bundle in found:
         with locked(bundle.folder):
-            wanted = {plan_key(ort.plan_fields(bundle, network)) for network in bundle.manifest.networks}
-            for path in bundle.garbage(wanted):
+            used = {plan_key(fields) for several in wanted(bundle).values() for fields in several}
+            for path in bundle.garbage(used):
                 shutil.rmtree(path)
                 print(f"deleted {path}")
     for build in sorted({options.build, *(bundle.folder.parent for bundle in found)}):
@@ -100,7 +132,7 @@ def main() -> int:
         sub.add_argument("model", nargs="?", default="shapes" if name == "build" else None, help="default: all")
         sub.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
         if name == "build":
-            sub.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
+            sub.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     options = parser.parse_args()
     try:
         return COMMANDS[options.command](options)

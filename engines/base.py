@@ -6,7 +6,7 @@ guidance it has two *halves* (unconditional and conditional). A *call* is one ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 Rows = Sequence[Sequence[float]] | Array
+Progress = Callable[[str, int, int], None]  # of long work: phase, steps done, steps in all
 
 
 class Half(NamedTuple):
@@ -58,6 +59,13 @@ class Backend(Protocol):
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """‖a − b‖ / ‖b‖ of pairs of slots in float32, summed in a fixed order; the host waits for it."""
+
+    def timed(self, calls: Sequence[Call]) -> float:
+        """Runs the calls like `predict`, waits, and says how many seconds the longest took."""
+
+    @property
+    def critical(self) -> float | None:
+        """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
 
     def close(self) -> None:
         """Stops the lanes."""

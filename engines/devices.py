@@ -1,26 +1,38 @@
-"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`."""
+"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@onnxruntime`."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engines.driver import available
 from engines.errors import DeviceError
 
 MAX_AUTO_LANES = 8
+MAX_LANES = 64
+FORMS = "use auto, cpu, cpu@THREADS, cpu*LANES, or GPUs like cuda:0,cuda:1 or cuda:0*LANES"
 
 
 @dataclass(frozen=True)
 class LaneSpec:
-    """One lane: its device, its number on that device, and the threads it may use."""
+    """One lane: its device, its number on that device, the processor threads it may use, and what runs its model."""
 
     device: str
     index: int
-    threads: int
+    threads: int = 0
+    runtime: str = "onnxruntime"
 
     def __str__(self) -> str:
         return f"{self.device}/{self.index}"
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of its GPU; None for processor cores."""
+        return int(self.device.removeprefix("cuda:")) if self.device.startswith("cuda:") else None
 
 
 def cores() -> int:
@@ -31,22 +43,54 @@ def cores() -> int:
 def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     """The lanes of a device string.
 
-    `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores,
-    `auto` one lane per core. DeviceError for anything else.
+    `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores;
+    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one; `cuda:0@onnxruntime` runs the model on
+    ONNX Runtime instead of TensorRT. `auto` is every GPU where there are some and TensorRT is installed, else one lane
+    per core. DeviceError for anything else. Whether a GPU exists is found out when it is opened.
     """
-    available = cores()
     if text == "auto":
-        text = f"cpu*{min(available, MAX_AUTO_LANES)}"
-    if text.startswith("cuda"):
-        raise DeviceError(f"{text}: CUDA lanes are not part of this version: use auto, cpu, cpu@THREADS or cpu*LANES")
+        text = _auto()
+    return _gpus(text) if text.startswith("cuda") else _cpu(text)
+
+
+def precision(lanes: Sequence[LaneSpec]) -> str:
+    """What a model is exported in for these lanes."""
+    return "fp32" if lanes[0].gpu is None else "fp16"
+
+
+def _auto() -> str:
+    if not available() and any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        from engines.driver import Driver
+
+        return ",".join(f"cuda:{n}" for n in range(min(Driver().count, MAX_AUTO_LANES)))
+    return f"cpu*{min(cores(), MAX_AUTO_LANES)}"
+
+
+def _cpu(text: str) -> tuple[LaneSpec, ...]:
+    count = cores()
     match = re.fullmatch(r"cpu(?:@(\d+)|\*(\d+))?", text)
     if not match:
-        raise DeviceError(f"unknown device {text!r}: use auto, cpu, cpu@THREADS or cpu*LANES")
+        raise DeviceError(f"unknown device {text!r}: {FORMS}")
     threads, lanes = (int(group) if group else None for group in match.groups())
     if threads == 0 or lanes == 0:
         raise DeviceError(f"{text}: at least one lane with one thread is needed")
-    if (threads or 0) > available or (lanes or 0) > 64:
-        raise DeviceError(f"{text}: this process may use {available} cores; lanes end at 64")
+    if (threads or 0) > count or (lanes or 0) > MAX_LANES:
+        raise DeviceError(f"{text}: this process may use {count} cores; lanes end at {MAX_LANES}")
     if lanes is None:
-        return (LaneSpec("cpu", 0, threads or available),)
-    return tuple(LaneSpec("cpu", n, max(1, available // lanes)) for n in range(lanes))
+        return (LaneSpec("cpu", 0, threads or count),)
+    return tuple(LaneSpec("cpu", n, max(1, count // lanes)) for n in range(lanes))
+
+
+def _gpus(text: str) -> tuple[LaneSpec, ...]:
+    found: list[LaneSpec] = []
+    used: Counter[str] = Counter()
+    for part in text.split(","):
+        match = re.fullmatch(r"(cuda:\d{1,3})(?:@(onnxruntime|tensorrt))?(?:\*(\d+))?", part)
+        if not match:
+            raise DeviceError(f"unknown device {part!r}: {FORMS}")
+        device, runtime, lanes = match[1], match[2] or "tensorrt", int(match[3] or 1)
+        if not 0 < lanes <= MAX_LANES - len(found):
+            raise DeviceError(f"{text}: between 1 and {MAX_LANES} lanes in all")
+        found += [LaneSpec(device, used[device] + n, 0, runtime) for n in range(lanes)]
+        used[device] += lanes
+    return tuple(found)

@@ -17,6 +17,7 @@ import numpy as np
 from engines.driver import Device, Driver
 from engines.errors import DeviceError
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "driffusion-engine"
 SOURCE = Path(__file__).resolve().parent.parent / "kernels" / "combine.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 STORAGE = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float"}

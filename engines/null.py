@@ -74,5 +74,16 @@ class NullBackend:
                 self.read(slot)
         return [0.0] * len(pairs)
 
+    def timed(self, calls: Sequence[Call]) -> float:
+        """The virtual seconds of one round."""
+        before = self.seconds
+        self.predict(calls)
+        return self.seconds - before
+
+    @property
+    def critical(self) -> float:
+        """The virtual seconds since the image began."""
+        return self.seconds
+
     def close(self) -> None:
         """Nothing to stop."""

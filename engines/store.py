@@ -45,6 +45,11 @@ class Plan(BaseModel):
     build_seconds: float
 
 
+def bundle_name(model: str, precision: str) -> str:
+    """The folder of a model below `build`: one bundle per precision."""
+    return model if precision == "fp32" else f"{model}-{precision}"
+
+
 def plan_key(fields: Mapping[str, str]) -> str:
     """The key of a plan: a hash of everything that a plan depends on."""
     return hashlib.sha256(json.dumps(dict(sorted(fields.items()))).encode()).hexdigest()[:16]
@@ -108,20 +113,21 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, model: str, build: Path = BUILD) -> Bundle:
+    def open(cls, model: str, build: Path = BUILD, precision: str = "fp32") -> Bundle:
         """The bundle of a model's name below `build`, or of a path to a bundle; BundleError when there is none."""
-        folder = Path(model) if Path(model, MANIFEST).is_file() else build / model
+        folder = Path(model) if Path(model, MANIFEST).is_file() else build / bundle_name(model, precision)
         if not (folder / MANIFEST).is_file():
             known = ", ".join(path.parent.name for path in sorted(build.glob(f"[!.]*/{MANIFEST}"))) or "none yet"
             raise BundleError(
-                f"there is no exported model {model!r} (exported: {known}): make it with `make engines MODEL={model}`"
+                f"there is no exported model {model!r} (exported: {known}): make it with "
+                f"`make engines MODEL={model}{_devices(precision)}`"
             )
         return cls(folder, Manifest.read(folder))
 
     @property
     def command(self) -> str:
         """The command that exports and compiles this model."""
-        return f"`make engines MODEL={self.manifest.origin}`"
+        return f"`make engines MODEL={self.manifest.origin}{_devices(self.manifest.precision)}`"
 
     @property
     def repair(self) -> str:
@@ -211,6 +217,10 @@ class Bundle:
     def garbage(self, wanted: set[str]) -> list[Path]:
         """Plan folders with other keys than the wanted ones, and leftovers of killed builds of plans."""
         return [p for p in (self.folder / "plans").glob("*") if p.is_dir() and p.name not in wanted]
+
+
+def _devices(precision: str) -> str:
+    return "" if precision == "fp32" else " DEVICES=cuda:0"
 
 
 def _damaged(files: Iterable[tuple[Path, str]], repair: str) -> list[str]:

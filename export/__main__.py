@@ -9,9 +9,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from engines.devices import parse_devices, precision
 from engines.errors import BundleError, EngineError, ExportError
 from engines.manifest import Manifest, Tokenizer, sha256_file, sha256_files
-from engines.store import BUILD, Bundle, locked, replacing
+from engines.store import BUILD, Bundle, bundle_name, locked, replacing
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
@@ -55,7 +56,7 @@ def up_to_date(target: Path, source: str) -> bool:
     return manifest.source == source and not Bundle(target, manifest).damaged_sources()
 
 
-def export(name: str, folder: Path, target: Path, source: str) -> None:
+def export(name: str, folder: Path, target: Path, source: str, precision: str) -> None:
     """Exports every network and writes the bundle; the manifest is written last and the folder appears whole."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it talks about optional packages while it is imported
 
@@ -64,13 +65,13 @@ def export(name: str, folder: Path, target: Path, source: str) -> None:
     from export.models import FAMILIES, load_pipeline
     from export.to_onnx import export_network
 
-    pipeline = load_pipeline(folder)
+    pipeline = load_pipeline(folder, precision)
     family = type(pipeline).__name__
     with replacing(target) as partial:
         networks = {}
         for network, spec in (bar := tqdm(FAMILIES[family](pipeline).items(), desc="export", unit="network")):
             bar.set_postfix_str(network)
-            networks[network] = export_network(network, spec, partial)
+            networks[network] = export_network(network, spec, partial, precision)
         tokenizer = pipeline.tokenizer
         (partial / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
         scheduler, vae = pipeline.scheduler, pipeline.vae.config
@@ -82,7 +83,7 @@ def export(name: str, folder: Path, target: Path, source: str) -> None:
             origin=name if name in EMBEDDED else str(folder.resolve()),
             source=source,
             versions={package: version(package) for package in PACKAGES},
-            precision="fp32",
+            precision="fp16" if precision == "fp16" else "fp32",
             networks=networks,
             tokenizer=Tokenizer(
                 file="tokenizer.json",
@@ -108,16 +109,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
     parser.add_argument("model", help="shapes, or the folder of a diffusers model")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
+    parser.add_argument("--devices", default="auto", help="where it will run: GPUs get fp16, processor cores fp32")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="instead of what the devices suggest")
     options = parser.parse_args()
     try:
+        options.precision = options.precision or precision(parse_devices(options.devices))
         name, folder = resolve(options.model)
-        target = options.build / name
+        target = options.build / bundle_name(name, options.precision)
         with locked(target):
             source = source_identity(folder)
             if up_to_date(target, source):
                 print(f"{name}: the export in {target} is up to date")
                 return 0
-            export(name, folder, target, source)
+            export(name, folder, target, source, options.precision)
         print(f"{name}: exported to {target}")
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from engines.errors import ExportError
 
 MAX_BATCH = 64
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class LatentDecoder(nn.Module):
         return output
 
 
-def load_pipeline(folder: Path) -> Any:
-    """The diffusers pipeline in a folder, float32; ExportError when it is none, or of a family we cannot export."""
+def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
+    """The diffusers pipeline in a folder; ExportError when it is none, or of a family we cannot export."""
     diffusers_logging.set_verbosity_error()  # both libraries chat about optional packages
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -89,7 +90,7 @@ def load_pipeline(folder: Path) -> Any:
         if family not in FAMILIES:
             raise ExportError(f"{folder} holds a {family}; this version exports {', '.join(FAMILIES)}")
         return StableDiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision]
         )
     except (OSError, ValueError, SafetensorError) as error:  # missing or truncated files, an index that is no JSON
         raise ExportError(f"{folder} cannot be loaded by diffusers: {error}") from error
@@ -104,11 +105,13 @@ def stable_diffusion(pipeline: Any) -> dict[str, NetworkExport]:
     def ids(batch: int) -> tuple[Tensor, ...]:
         return (torch.randint(vocabulary, (batch, tokens)),)
 
+    dtype = pipeline.unet.dtype
+
     def latents(batch: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, unet.in_channels, side, side),)
+        return (torch.randn(batch, unet.in_channels, side, side).to(dtype),)
 
     def noisy(batch: int) -> tuple[Tensor, ...]:
-        words = torch.randn(batch, tokens, unet.cross_attention_dim)
+        words = torch.randn(batch, tokens, unet.cross_attention_dim).to(dtype)
         return (*latents(batch), torch.randint(trained, (batch,)).float(), words)
 
     return {

@@ -25,7 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument("prompt")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
-    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--mode", default="auto", help=", ".join(MODES))
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
     parser.add_argument("--drafts", default="auto", help=", ".join(("auto", *DRAFTS)))

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.base import Array
-from engines.devices import parse_devices
+from engines.base import Array, Backend
+from engines.devices import parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
-from engines.host import HostBackend
-from engines.ort import Engines
+from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, choose
 from runtime.execute import denoise
@@ -51,7 +50,7 @@ class Pipeline:
         self.device_names = ",".join(map(str, self.devices))
         self.calibration_key = ",".join(f"{lane}@{lane.threads}" for lane in self.devices)
         self._tokenizer = PromptTokenizer(bundle)
-        self._engines = Engines(bundle, self.devices)
+        self._engines = load(bundle, self.devices)
         self._lock = threading.Lock()
 
     @classmethod
@@ -60,10 +59,10 @@ class Pipeline:
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
-        return cls(Bundle.open(model, build), devices)
+        return cls(Bundle.open(model, build, precision(parse_devices(devices))), devices)
 
     @property
-    def backend(self) -> HostBackend:
+    def backend(self) -> Backend:
         """The lanes, for benchmarks."""
         return self._engines.backend
 
@@ -180,7 +179,8 @@ class Pipeline:
             finished, counts = denoise(
                 self.backend, noise, conditioning, schedule, mode, options, float(guidance_scale), seed, notify
             )
-            critical = self.backend.critical - before
+            after = self.backend.critical
+            critical = None if before is None or after is None else after - before
             denoised = time.perf_counter()
             images = self._decode(finished)
             ended = time.perf_counter()
@@ -194,7 +194,7 @@ class Pipeline:
                 "total": ended - started,
             },
             critical_seconds=critical,
-            overhead_us_per_round=(denoised - encoded - critical) / counts.rounds * 1e6,
+            overhead_us_per_round=None if critical is None else (denoised - encoded - critical) / counts.rounds * 1e6,
             accepted=quantiles(counts.accepted),
             auto=choice.model_dump(mode="json") if choice else None,
             warnings=(*warnings, *cut),

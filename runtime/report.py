@@ -25,6 +25,7 @@ class Report:
     """What one call of `Pipeline.generate` did. Seconds are wall time; `denoise` is the whole denoising loop.
 
     `critical_seconds` adds up the longest model call of every round: denoise minus that is this engine's overhead.
+    Both are None on GPUs, where the host does not wait for rounds.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
     `auto` is what mode auto chose and expected.
@@ -46,8 +47,8 @@ class Report:
     evaluations: int
     calls: int
     seconds: dict[str, float]
-    critical_seconds: float
-    overhead_us_per_round: float
+    critical_seconds: float | None
+    overhead_us_per_round: float | None
     accepted: dict[str, float] | None = None
     auto: dict[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())

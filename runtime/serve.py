@@ -231,7 +231,7 @@ def main() -> int:
     """The command line; exit code 1 with one message when it cannot serve, 0 after Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=__doc__)
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
-    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu@THREADS or cpu*LANES")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")

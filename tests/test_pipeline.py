@@ -121,6 +121,7 @@ def test_the_report_says_what_happened(pipeline: Pipeline) -> None:
     assert (report.mode, report.k, report.lanes, report.steps) == ("aggressive", 2, 2, 7)
     assert (report.rounds, report.evaluations, report.calls) == (4, 7, 8)
     assert report.guidance_split and report.devices == "cpu/0,cpu/1" and report.scheduler == "ddim"
+    assert report.critical_seconds
     assert 0 < report.critical_seconds <= report.seconds["denoise"] <= report.seconds["total"]
     assert set(report.seconds) == {"text", "denoise", "decode", "total"}
 

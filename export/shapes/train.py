@@ -38,9 +38,9 @@ OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mea
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
 # Where a shape goes is decided at high noise, where ε hardly depends on it, and only if the place words can be told
 # apart. On a plain ε loss colours and kinds were right after 2,000 steps and places still chance after 4,000; by then
-# "left" and "right" had become the same to 1.6 %. So word embeddings start long, and in the first steps the text encoder
-# learns slowly, half of the noise levels are high, and there the loss also looks at the layout of x̂_0. Places are right
-# after 1,500 such steps; kinds never become so with them, which is why they end.
+# "left" and "right" had become the same to 1.6 %. So word embeddings start long, and in the first steps the text
+# encoder learns slowly, half of the noise levels are high, and there the loss also looks at the layout of x̂_0. Places
+# are right after 1,500 such steps; kinds never become so with them, which is why they end.
 LAYOUT_STEPS = 2200
 HIGH_NOISE = 0.65  # of the timesteps; half of the batch is drawn above it
 LAYOUT_NOISE = 0.7  # of the timesteps; the layout counts above it
@@ -300,7 +300,7 @@ def encode_pictures(recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, list[Sc
 
 
 def draw_timesteps(batch: int, count: int, layout: bool, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `batch` equal strata, less noisy than independent draws; for the layout half are high."""
+    """One timestep from each of `batch` equal strata, less noisy than independent draws; for layouts half are high."""
     strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     if layout:
         strata = torch.where(strata < 0.5, 2 * strata, HIGH_NOISE + (1 - HIGH_NOISE) * (2 * strata - 1))
@@ -308,7 +308,7 @@ def draw_timesteps(batch: int, count: int, layout: bool, generator: torch.Genera
 
 
 def noise_loss(difference: Tensor, snr: Tensor) -> Tensor:
-    """The min-SNR-weighted loss of ε predictions that differ from the noise by `difference`, (batch, channels, h, w)."""
+    """The min-SNR-weighted loss of ε predictions, (batch, channels, height, width), that are off by `difference`."""
     weight = torch.clamp(snr, max=SNR_GAMMA) / snr
     return torch.mean(weight * difference.square().mean((1, 2, 3)))
 

@@ -1,0 +1,96 @@
+"""Which file serves which lanes: ONNX Runtime on processor cores, TensorRT or ONNX Runtime on GPUs, imported late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engines.base import Array, Backend, Progress
+from engines.devices import LaneSpec
+from engines.errors import DeviceError
+from engines.store import Bundle, Plan
+
+
+class Runner(Protocol):
+    """A network that runs once per image."""
+
+    def run(self, **inputs: np.ndarray) -> Array:
+        """Its first output, of inputs by name with the batch first."""
+
+
+class Engines(Protocol):
+    """A loaded model. `plan_folder` belongs to the compiled noise predictor on these lanes."""
+
+    @property
+    def text_encoder(self) -> Runner:
+        """Token ids to embeddings."""
+
+    @property
+    def vae_decoder(self) -> Runner:
+        """Latents to pixels."""
+
+    @property
+    def backend(self) -> Backend:
+        """The lanes of the noise predictor."""
+
+    @property
+    def plan_folder(self) -> Path:
+        """Where what was measured on these lanes is kept."""
+
+    def close(self) -> None:
+        """Stops the lanes."""
+
+
+def _runtime(lanes: Sequence[LaneSpec]) -> str:
+    runtimes = {lane.runtime if lane.gpu is not None else "cpu" for lane in lanes}
+    if len(runtimes) > 1:
+        raise DeviceError("all GPU lanes of a model run on the same runtime: name it for all of them or for none")
+    return runtimes.pop()
+
+
+def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
+    """Opens a model on lanes; BundleError when it is not compiled for them, DeviceError when they are not there."""
+    runtime = _runtime(lanes)
+    if runtime == "cpu":
+        from engines import ort
+
+        return ort.Engines(bundle, lanes)
+    if runtime == "tensorrt":
+        from engines import trt
+
+        return trt.Engines(bundle, lanes)
+    from engines import ort_cuda
+
+    return ort_cuda.Engines(bundle, lanes)
+
+
+def build_missing(
+    bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
+) -> dict[str, Plan | None]:
+    """Compiles what is missing or damaged for these lanes: the new plans by name, None for those that were there."""
+    runtime = _runtime(lanes)
+    if runtime == "cpu":
+        from engines import ort
+
+        return ort.build_missing(bundle)
+    if runtime == "tensorrt":
+        from engines import trt
+
+        return trt.build_missing(bundle, lanes, progress)
+    return {}  # ONNX Runtime compiles for a GPU when it opens a model
+
+
+def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
+    """Per network, the fields of the plans that this machine would use of a bundle."""
+    networks = bundle.manifest.networks
+    if bundle.manifest.precision == "fp32":
+        from engines import ort
+
+        return {network: [ort.plan_fields(bundle, network)] for network in networks}
+    from engines import trt
+
+    kinds = list(dict.fromkeys(trt.visible_gpus()))
+    return {network: [trt.plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}

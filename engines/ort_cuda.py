@@ -1,0 +1,114 @@
+"""ONNX Runtime's CUDA provider as lanes: for machines without TensorRT, and only where it is asked for by name.
+
+Weights are loaded once per lane, and what a session enqueues cannot become part of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from engines.base import Array
+from engines.cuda import CudaBackend, Enqueue, Tensor
+from engines.devices import LaneSpec
+from engines.driver import Driver
+from engines.errors import DeviceError
+from engines.kernel import CACHE
+from engines.store import Bundle
+
+PROVIDER = "CUDAExecutionProvider"
+
+
+def open_session(model: bytes, name: str, device: int, stream: Any = None) -> onnxruntime.InferenceSession:
+    """A session that really runs on the GPU: by itself ONNX Runtime would fall back to the processor in silence."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    settings: dict[str, Any] = {"device_id": device}
+    if stream is not None:
+        settings["user_compute_stream"] = str(int(stream))
+    session = None
+    if PROVIDER in onnxruntime.get_available_providers():
+        try:
+            session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDER, settings)])
+        except Exception as error:  # the library raises many types of its own
+            raise DeviceError(f"{name} cannot be loaded on cuda:{device} by ONNX Runtime: {error}") from error
+    if session is None or session.get_providers()[0] != PROVIDER:
+        raise DeviceError(
+            f"{name}: ONNX Runtime has no working CUDA provider here: install the extra `gpu` in place of `cpu` "
+            "(pip uninstall onnxruntime, then pip install --editable '.[gpu]'), or use --devices cpu"
+        )
+    return session
+
+
+class ProviderNetwork:
+    """The noise predictor of one lane."""
+
+    capturable = False
+
+    def __init__(self, model: bytes, name: str, output: str, device: int) -> None:
+        self.device = device
+        self._model, self._name, self._output = model, name, output
+        self._session: onnxruntime.InferenceSession | None = None
+
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
+        """See cuda.Network. The session is opened here, on the lane's stream."""
+        session = self._session = self._session or open_session(self._model, self._name, self.device, stream)
+        binding = session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, "cuda", self.device, np.dtype(tensor.dtype), tensor.shape, tensor.pointer)
+        dtype = np.dtype(output.dtype)
+        binding.bind_output(self._output, "cuda", self.device, dtype, output.shape, output.pointer)
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def enqueue() -> None:
+            try:
+                session.run_with_iobinding(binding, options)
+            except Exception as error:  # the library raises many types of its own
+                raise DeviceError(f"{self._name} failed in ONNX Runtime: {error}") from error
+
+        return enqueue
+
+
+class ProviderSession:
+    """A network that runs once per image, from host memory to host memory."""
+
+    def __init__(self, model: bytes, name: str, device: int, dtypes: Mapping[str, str]) -> None:
+        self._session, self._name, self._dtypes = open_session(model, name, device), name, dtypes
+
+    def run(self, **inputs: np.ndarray) -> Array:
+        """The network's first output as float32."""
+        feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
+        try:
+            return np.asarray(self._session.run(None, feeds)[0], np.float32)
+        except Exception as error:  # the library raises many types of its own
+            raise DeviceError(f"{self._name} failed in ONNX Runtime: {error}") from error
+
+
+class Engines:
+    """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
+
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
+        driver = driver or Driver()
+        ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
+        devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}
+        models = {network: bundle.onnx(network).read_bytes() for network in bundle.manifest.networks}
+
+        def once(network: str) -> ProviderSession:
+            dtypes = {one.name: one.dtype for one in bundle.manifest.networks[network].inputs}
+            return ProviderSession(models[network], network, ordinals[0], dtypes)
+
+        self.text_encoder, self.vae_decoder = once("text_encoder"), once("vae_decoder")
+        output = bundle.manifest.networks["unet"].outputs[0]
+        networks = [ProviderNetwork(models["unet"], "unet", output.name, ordinal) for ordinal in ordinals]
+        name = devices[ordinals[0]].name.replace(" ", "-")
+        self.plan_folder = bundle.folder / f"onnxruntime-{onnxruntime.__version__}-{name}"
+        self.plan_folder.mkdir(exist_ok=True)
+        self.backend = CudaBackend(driver, networks, output.dtype, CACHE / "kernels")
+
+    def close(self) -> None:
+        """Waits for the lanes and frees their memory."""
+        self.backend.close()

@@ -1,0 +1,443 @@
+"""TensorRT: plans per kind of GPU, and lanes that run them.
+
+One path for two packages with one API: `tensorrt` on data-centre cards, `tensorrt_rtx` on RTX cards. The second builds
+plans for a named compute capability without a GPU, which is how they are built where there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Array, Progress
+from engines.cuda import CudaBackend, Enqueue, Network, Tensor
+from engines.devices import LaneSpec
+from engines.driver import Device, Driver
+from engines.errors import DeviceError
+from engines.kernel import BYTES, CACHE
+from engines.store import Bundle, Plan, locked, plan_key
+
+log = logging.getLogger(__name__)
+
+
+BATCHES = (1, 4, 16)  # smallest, the one that kernels are chosen for, largest; larger calls run in parts
+HOST_BYTES_PER_ONNX_BYTE = 3.5  # peak of a build: Stable Diffusion 1.5's UNet, 1.7 GB, takes 5.8 GB
+HOST_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU, as far as plans depend on it."""
+
+    name: str
+    capability: tuple[int, int]
+    driver: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.capability[0]}.{self.capability[1]})"
+
+
+def package() -> Any:
+    """`tensorrt`, or `tensorrt_rtx` where that is what is installed."""
+    try:
+        import tensorrt as trt
+    except ImportError:
+        try:
+            import tensorrt_rtx as trt
+        except ImportError:
+            raise DeviceError(
+                "TensorRT is missing: pip install --editable '.[trt]' on data-centre cards, '.[rtx]' on RTX cards, "
+                "or use --devices cuda:0@onnxruntime"
+            ) from None
+    return trt
+
+
+def runtime_name(trt: Any) -> str:
+    """The package and its version, as plans record it."""
+    return f"{trt.__name__} {trt.__version__}"
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs of this machine in CUDA's default order, through NVML, which opens no context; empty without one."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        version = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(pynvml.nvmlDeviceGetName(h), tuple(pynvml.nvmlDeviceGetCudaComputeCapability(h)), version)
+            for h in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs by their CUDA numbers: CUDA_VISIBLE_DEVICES may hide or reorder them."""
+    found, visible = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    try:
+        return [found[int(number)] for number in visible.split(",") if number.strip()]
+    except (ValueError, IndexError):
+        raise DeviceError(
+            f"CUDA_VISIBLE_DEVICES={visible} does not name GPUs by the numbers of the {len(found)} that are here"
+        ) from None
+
+
+def gpus_of(lanes: Sequence[LaneSpec]) -> list[Gpu]:
+    """The distinct kinds of GPU that lanes run on; DeviceError for a GPU that is not there."""
+    there = visible_gpus()
+    for lane in lanes:
+        if lane.gpu is None or lane.gpu >= len(there):
+            number = len(there)
+            has = f"this machine has cuda:0 … cuda:{number - 1}" if number else "this machine has no usable NVIDIA GPU"
+            raise DeviceError(f"there is no {lane.device}: {has}; without one, use --devices cpu")
+    return list(dict.fromkeys(there[lane.gpu] for lane in lanes if lane.gpu is not None))
+
+
+def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
+    """Everything that the compiled form of a network depends on."""
+    return {
+        "network": network,
+        "onnx_sha256": bundle.manifest.networks[network].sha256,
+        "precision": bundle.manifest.precision,
+        "runtime": runtime_name(package()),
+        "gpu": gpu.name,
+        "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
+        "driver": gpu.driver,
+        "batches": "-".join(map(str, BATCHES)),
+        "flags": "strongly typed",
+    }
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build(onnx: Path, gpu: Gpu, progress: Progress | None = None, timing: Path | None = None) -> bytes:
+    """A plan of an ONNX file, whose types it keeps, for one kind of GPU.
+
+    With tensorrt_rtx no GPU is needed. `timing` keeps measured kernel times between builds. DeviceError when the
+    network cannot be built, or when this machine has too little memory for it.
+    """
+    trt = package()
+    _check_memory(onnx)
+    messages: list[str] = []
+    logger = _logger(trt, messages)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
+        raise DeviceError(f"TensorRT cannot read {onnx}: {errors}")
+    config = builder.create_builder_config()
+    _target(trt, config, gpu)
+    config.add_optimization_profile(_profile(builder, network))
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
+    cache = _timing_cache(trt, config, timing)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise DeviceError(
+            f"TensorRT cannot build {onnx.name} for {gpu}: {'; '.join(messages[-3:]) or 'it says no more'}"
+        )
+    if timing is not None and cache is not None:
+        _replace(timing, bytes(cache.serialize()))
+    return bytes(plan)
+
+
+def _logger(trt: Any, messages: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                messages.append(message)
+            log.debug("%s", message)
+
+    return Logger()
+
+
+def _target(trt: Any, config: Any, gpu: Gpu) -> None:
+    """Which GPU to build for, where the package can build for others than the one that is here."""
+    if not hasattr(trt, "ComputeCapability"):
+        return
+    capability = getattr(trt.ComputeCapability, f"SM{gpu.capability[0]}{gpu.capability[1]}", None)
+    if capability is None:
+        raise DeviceError(f"{runtime_name(trt)} builds no plans for {gpu}: install tensorrt instead of tensorrt_rtx")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(capability, 0)
+
+
+def _profile(builder: Any, network: Any) -> Any:
+    """Every input has the batch as its first axis, and only that is dynamic."""
+    profile = builder.create_optimization_profile()
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        rest = tuple(tensor.shape)[1:]
+        if any(axis < 0 for axis in rest):
+            raise DeviceError(f"input {tensor.name} has more dynamic axes than the batch: {tuple(tensor.shape)}")
+        profile.set_shape(tensor.name, *((batch, *rest) for batch in BATCHES))
+    return profile
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            progress(name, 0, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            progress(name, step + 1, self.steps[name])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            progress(name, self.steps[name], self.steps.pop(name))
+
+    return Monitor()
+
+
+def _timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
+    if path is None or hasattr(trt, "ComputeCapability"):  # tensorrt_rtx chooses kernels without timing them
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    return cache if config.set_timing_cache(cache, False) else None
+
+
+def _check_memory(onnx: Path) -> None:
+    needed = int(onnx.stat().st_size * HOST_BYTES_PER_ONNX_BYTE + HOST_BYTES)
+    facts = Path("/proc/meminfo")
+    if not facts.is_file():
+        return
+    line = next(line for line in facts.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = int(line.split()[1]) * 1024
+    if free < needed:
+        raise DeviceError(
+            f"building {onnx.name} needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+            "close other programs, or build on a larger machine of the same GPU and copy build/"
+        )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+        partial.write(content)
+    os.replace(partial.name, path)
+
+
+def build_missing(
+    bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
+) -> dict[str, Plan | None]:
+    """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
+    found: dict[str, Plan | None] = {}
+    with locked(bundle.folder):
+        for gpu in gpus_of(lanes):
+            for network in bundle.manifest.networks:
+                fields = plan_fields(bundle, network, gpu)
+                name = f"{network} for {gpu}"
+                found[name] = None if bundle.has_intact_plan(fields) else _build_plan(bundle, network, gpu, progress)
+    return found
+
+
+def _build_plan(bundle: Bundle, network: str, gpu: Gpu, progress: Progress | None) -> Plan:
+    start = time.perf_counter()
+    fields = plan_fields(bundle, network, gpu)
+    timing = CACHE / "timing" / f"{plan_key({name: fields[name] for name in ('runtime', 'gpu', 'driver')})}.cache"
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.folder.parent) as scratch:
+        target = Path(scratch) / f"{network}.plan"
+        target.write_bytes(build(bundle.onnx(network), gpu, progress, timing))
+        return bundle.add_plan(network, fields, target, time.perf_counter() - start)
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A plan on one device. Its weights are there once, however many lanes use it."""
+
+    def __init__(self, driver: Driver, device: Device, plan: bytes, name: str) -> None:
+        self.driver, self.device, self.name = driver, device, name
+        self._trt = package()
+        self._messages: list[str] = []
+        driver("cuCtxSetCurrent", device.context)
+        self._runtime = self._trt.Runtime(_logger(self._trt, self._messages))
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise DeviceError(
+                f"TensorRT cannot load the plan of {name} on {device.name}: "
+                f"{'; '.join(self._messages[-3:]) or 'it is for another GPU or version'}: "
+                "free memory on the device, or build it again with `make engines`"
+            )
+
+    def context(self, scratch: int, size: int) -> Any:
+        """An execution context that works in the caller's memory."""
+        context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise DeviceError(f"{self.name}: TensorRT made no execution context: {'; '.join(self._messages[-3:])}")
+        context.set_device_memory(scratch, size)
+        return context
+
+    def bind(
+        self, scratch: int, size: int, inputs: Mapping[str, Tensor], output: tuple[str, Tensor], stream: Any
+    ) -> tuple[Enqueue, Any]:
+        """What runs the engine on these addresses, which are set once, and its context."""
+        context = self.context(scratch, size)
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tensor.shape):
+                raise DeviceError(f"{self.name}: {name} cannot be of shape {tensor.shape} in this plan: build it again")
+            context.set_tensor_address(name, tensor.pointer)
+        context.set_tensor_address(output[0], output[1].pointer)
+        handle, execute = int(stream), context.execute_async_v3
+
+        def enqueue() -> None:
+            if not execute(handle):
+                raise DeviceError(f"{self.name} failed in TensorRT: {'; '.join(self._messages[-3:])}")
+
+        return enqueue, context
+
+    @property
+    def scratch_bytes(self) -> int:
+        """How much memory one running context needs."""
+        return max(int(self.engine.device_memory_size_v2), 256)
+
+
+class EngineNetwork:
+    """The noise predictor of one lane: the device's engine with scratch memory of this lane's own."""
+
+    def __init__(self, engine: Engine, output: str) -> None:
+        self._engine, self._output = engine, output
+        self.device = engine.device.ordinal
+        engine.driver("cuCtxSetCurrent", engine.device.context)
+        self._scratch = int(engine.driver("cuMemAlloc", engine.scratch_bytes))
+        self.capturable = True
+
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
+        """See cuda.Network. Calls beyond the plan's largest batch run in parts, one after the other."""
+        batch, largest = output.shape[0], BATCHES[-1]
+        parts = []
+        for start in range(0, batch, largest):
+            rows = slice(start, min(start + largest, batch))
+            own = {name: _rows(tensor, rows) for name, tensor in inputs.items()}
+            enqueue, context = self._engine.bind(
+                self._scratch, self._engine.scratch_bytes, own, (self._output, _rows(output, rows)), stream
+            )
+            if hasattr(context, "is_stream_capturable"):
+                self.capturable = self.capturable and bool(context.is_stream_capturable(int(stream)))
+            parts.append(enqueue)
+        if len(parts) == 1:
+            return parts[0]
+
+        def run() -> None:
+            for part in parts:
+                part()
+
+        return run
+
+    def close(self) -> None:
+        """Frees the scratch memory."""
+        self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
+        self._engine.driver("cuMemFree", self._scratch)
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    size = BYTES[tensor.dtype] * int(np.prod(tensor.shape[1:], dtype=np.int64))
+    return Tensor(tensor.pointer + rows.start * size, (rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
+
+
+class EngineSession:
+    """A network that runs once per image, from host memory to host memory: the text encoder, the VAE decoder."""
+
+    def __init__(self, engine: Engine, bundle: Bundle, network: str) -> None:
+        self._engine, self._spec = engine, bundle.manifest.networks[network]
+        driver = engine.driver
+        driver("cuCtxSetCurrent", engine.device.context)
+        self._stream, self._done = driver.stream(), driver.event()
+
+    def run(self, **inputs: np.ndarray) -> Array:
+        """The network's first output as float32."""
+        batch = len(next(iter(inputs.values())))
+        largest = BATCHES[-1]
+        return np.concatenate(
+            [
+                self._run({name: value[start : start + largest] for name, value in inputs.items()})
+                for start in range(0, batch, largest)
+            ]
+        )
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> Array:
+        engine, driver = self._engine, self._engine.driver
+        driver("cuCtxSetCurrent", engine.device.context)
+        batch, spec = len(next(iter(inputs.values()))), self._spec.outputs[0]
+        allocated: list[int] = []
+
+        def allocate(size: int) -> int:
+            allocated.append(int(driver("cuMemAlloc", max(size, 256))))
+            return allocated[-1]
+
+        dtypes = {one.name: one.dtype for one in self._spec.inputs}
+        values = {name: np.ascontiguousarray(value, dtypes[name]) for name, value in inputs.items()}
+        shape = (batch, *(int(axis) for axis in spec.shape[1:]))
+        result = np.empty(shape, spec.dtype)
+        try:
+            tensors = {name: Tensor(allocate(v.nbytes), v.shape, dtypes[name]) for name, v in values.items()}
+            goal = Tensor(allocate(result.nbytes), shape, spec.dtype)
+            size = engine.scratch_bytes
+            enqueue, _ = engine.bind(allocate(size), size, tensors, (spec.name, goal), self._stream)
+            for name, value in values.items():
+                driver("cuMemcpyHtoDAsync", tensors[name].pointer, value.ctypes.data, value.nbytes, self._stream)
+            enqueue()
+            driver("cuMemcpyDtoHAsync", result.ctypes.data, goal.pointer, result.nbytes, self._stream)
+            driver("cuEventRecord", self._done, self._stream)
+            driver.wait(self._done, f"{engine.name} on {engine.device.name}")
+        finally:
+            for pointer in allocated:
+                driver("cuMemFree", pointer)
+        return result.astype(np.float32)
+
+
+class Engines:
+    """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
+
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
+        driver = driver or Driver()
+        gpus_of(lanes)
+        there = visible_gpus()
+        fields = {lane.gpu: there[lane.gpu] for lane in lanes if lane.gpu is not None}
+        devices = {ordinal: driver.device(ordinal) for ordinal in fields}
+        home = next(iter(devices))
+
+        def engine(network: str, ordinal: int) -> Engine:
+            content = bundle.plan_content(network, plan_fields(bundle, network, fields[ordinal]))
+            return Engine(driver, devices[ordinal], content, network)
+
+        self.text_encoder = EngineSession(engine("text_encoder", home), bundle, "text_encoder")
+        self.vae_decoder = EngineSession(engine("vae_decoder", home), bundle, "vae_decoder")
+        unets = {ordinal: engine("unet", ordinal) for ordinal in devices}
+        output = bundle.manifest.networks["unet"].outputs[0].name
+        self._networks = [EngineNetwork(unets[lane.gpu], output) for lane in lanes if lane.gpu is not None]
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet", fields[home])))
+        dtype = bundle.manifest.networks["unet"].outputs[0].dtype
+        networks: Sequence[Network] = self._networks
+        self.backend = CudaBackend(driver, networks, dtype, CACHE / "kernels")
+
+    def close(self) -> None:
+        """Waits for the lanes and frees their memory."""
+        self.backend.close()
+        for network in self._networks:
+            network.close()
