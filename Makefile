@@ -6,9 +6,12 @@ NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
+# GPUs need CUDA's Python packages and TensorRT: `trt` for data-centre cards, TENSORRT=rtx for RTX cards
+TENSORRT ?= trt
+SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
 
 .DEFAULT_GOAL := help
-.PHONY: help engines serve test test-all lint bench train clean-engines clean
+.PHONY: help engines serve test test-all lint bench gpu-check train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,10 +23,19 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,export,train,bench,dev]'
+	@$(PIP) --editable '.[cpu,export,train,bench,dev,cuda,rtx]'
 	@touch $@
 
-engines: .venv/.export ## export MODEL and compile it for DEVICES; a second run does nothing
+.venv/.trt .venv/.rtx: .venv/.export
+	@$(PIP) --editable '.[cpu,export,cuda,$(patsubst .venv/.%,%,$@)]'
+	@touch $@
+
+.venv/.gpu: .venv/.export
+	@$(RUN) -m pip uninstall --quiet --yes onnxruntime # both builds install the same files
+	@$(PIP) --editable '.[export,cuda,gpu]'
+	@touch $@
+
+engines: $(SETUP) ## export MODEL and compile it for DEVICES; a second run does nothing
 	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)"
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
@@ -47,6 +59,10 @@ bench: .venv/.dev engines ## measure this machine; results go to bench/results
 	@$(RUN) -m bench quality --full --json bench/results/quality.json --plot bench/results/quality.png \
 	  --pictures bench/results/pictures.png
 	@$(RUN) -m bench report
+
+gpu-check: ## test and measure everything that this machine's GPUs can do, without network; says what cannot be done
+	@test -x .venv/bin/python || $(PYTHON) -m venv --system-site-packages .venv
+	@$(RUN) -m bench gpu --json bench/results/gpu.json
 
 train: .venv/.dev ## train the embedded model again: two hours on two cores
 	@$(RUN) -m export.shapes.train

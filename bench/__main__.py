@@ -1,4 +1,4 @@
-"""`python -m bench run|quality|drafts|report`."""
+"""`python -m bench run|quality|drafts|gpu|report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import quality, report, run
+from bench import gpu, quality, report, run
 from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.report import result_file
@@ -40,6 +40,9 @@ def arguments() -> argparse.ArgumentParser:
     sub = commands.choices["drafts"]
     sub.add_argument("--images", type=int, default=16, help="captions per row")
     sub.add_argument("--seed", type=int, default=0, help="which captions: choose by some, report others")
+    sub = commands.add_parser("gpu", help=(gpu.__doc__ or "").splitlines()[0])
+    sub.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4], help="numbers of lanes on the first GPU")
+    sub.add_argument("--json", type=Path, help="where the result file goes")
     commands.add_parser("report", help=(report.__doc__ or "").splitlines()[0])
     return parser
 
@@ -49,6 +52,9 @@ def measure(command: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     if command == "run":
         rows = run.run(**options)
         print(run.table(rows))
+    elif command == "gpu":
+        rows = gpu.gpu(options["lanes"], lambda line: print(line, flush=True))
+        print(gpu.table(rows))
     elif command == "drafts":
         rows = quality.drafts(**options)
         print(quality.table_of_drafts(rows))
@@ -77,6 +83,8 @@ def main() -> int:
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(result_file(rows), indent=1) + "\n")
+        if any(row.get("status") == "failed" for row in rows):
+            return 1
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -193,7 +193,7 @@ class CudaBackend:
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
         self._flush()
-        self._upload(self._home, self._slot(self._row(slot)), _narrow(value, self._dtype))
+        self._upload(self._home, self._slot(self._row(slot)), narrow(value, self._dtype))
 
     def read(self, slot: str) -> Array:
         """See Backend.read. NonFiniteError when anything that was combined since `bind` was not finite."""
@@ -204,7 +204,7 @@ class CudaBackend:
         self._settle()
         if self._pinned_flag[0]:
             raise NonFiniteError("a latent became NaN or infinite on the GPU: no picture can be made of it")
-        return _widen(raw, self._dtype).reshape(self._shape)
+        return widen(raw, self._dtype).reshape(self._shape)
 
     def predict(self, calls: Sequence[Call]) -> None:
         """See Backend.predict. Returns before the calls have run."""
@@ -473,7 +473,7 @@ class CudaBackend:
         device = next(lane.device for lane in self._lanes if lane.device.ordinal == ordinal)
         for name, tensor in tensors.items():
             value = np.concatenate([self._conditioning[half][name] for half in halves])
-            self._upload(device, tensor.pointer, _narrow(value, self._dtype))
+            self._upload(device, tensor.pointer, narrow(value, self._dtype))
 
     def _output(self, lane: _Lane, size: int) -> int:
         if size not in lane.outputs:
@@ -499,12 +499,9 @@ class CudaBackend:
         return pointer
 
     def _pinned(self, size: int, *, shaped: bool = False) -> NDArray[np.uint8]:
-        """Host memory that every device copies to and from without waiting."""
-        driver = self._driver
         with self._on(self._home):
-            pointer = int(driver("cuMemHostAlloc", size, driver.api.CU_MEMHOSTALLOC_PORTABLE))
-        (self._shaped if shaped else self._freed).append(lambda: driver("cuMemFreeHost", pointer))
-        memory: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+            memory, release = pinned(self._driver, size)
+        (self._shaped if shaped else self._freed).append(release)
         return memory
 
     # --- copies --------------------------------------------------------------------------------------------------
@@ -626,6 +623,13 @@ class CudaBackend:
         return None if number == PAIR_ROUNDS else f"changed data (round {number}, {size} bytes)"
 
 
+def pinned(driver: Driver, size: int) -> tuple[NDArray[np.uint8], Callable[[], None]]:
+    """Host memory that every device copies to and from without waiting, and what frees it."""
+    pointer = int(driver("cuMemHostAlloc", size, driver.api.CU_MEMHOSTALLOC_PORTABLE))
+    memory: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+    return memory, lambda: driver("cuMemFreeHost", pointer)
+
+
 def _groups(missing: Mapping[int, list[int]], outputs: int, targets: int) -> Iterable[list[tuple[int, list[int]]]]:
     """Slots and where copies of them go, in launches of a limited size."""
     group: list[tuple[int, list[int]]] = []
@@ -651,7 +655,7 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _narrow(value: Array, dtype: str) -> NDArray[Any]:
+def narrow(value: Array, dtype: str) -> NDArray[Any]:
     """float32 as it is stored, to nearest, ties to even."""
     if dtype != "bfloat16":
         return np.ascontiguousarray(value, dtype)
@@ -660,7 +664,7 @@ def _narrow(value: Array, dtype: str) -> NDArray[Any]:
     return np.where(np.isnan(value), np.uint16(0x7FC0), rounded)
 
 
-def _widen(raw: NDArray[np.uint8], dtype: str) -> Array:
+def widen(raw: NDArray[np.uint8], dtype: str) -> Array:
     """Stored values as float32."""
     if dtype != "bfloat16":
         return raw.view(dtype).astype(np.float32)

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import Array, Progress
-from engines.cuda import CudaBackend, Enqueue, Network, Tensor
+from engines.cuda import CudaBackend, Enqueue, Network, Tensor, pinned
 from engines.devices import LaneSpec
 from engines.driver import Device, Driver
 from engines.errors import DeviceError
@@ -361,54 +361,70 @@ def _rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 class EngineSession:
-    """A network that runs once per image, from host memory to host memory: the text encoder, the VAE decoder."""
+    """A network that runs once per image, from host memory to host memory: the text encoder, the VAE decoder.
+
+    Memory and bindings of every batch size that was met are kept.
+    """
 
     def __init__(self, engine: Engine, bundle: Bundle, network: str) -> None:
         self._engine, self._spec = engine, bundle.manifest.networks[network]
+        self._freed: list[Callable[[], None]] = []
+        self._bound: dict[int, tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]] = {}
         driver = engine.driver
         driver("cuCtxSetCurrent", engine.device.context)
         self._stream, self._done = driver.stream(), driver.event()
+        self._freed += [
+            lambda: driver("cuEventDestroy", self._done),
+            lambda: driver("cuStreamDestroy", self._stream),
+        ]
+        self._scratch = self._allocate(engine.scratch_bytes)
 
     def run(self, **inputs: np.ndarray) -> Array:
         """The network's first output as float32."""
-        batch = len(next(iter(inputs.values())))
-        largest = BATCHES[-1]
-        return np.concatenate(
-            [
-                self._run({name: value[start : start + largest] for name, value in inputs.items()})
-                for start in range(0, batch, largest)
-            ]
-        )
+        batch, largest = len(next(iter(inputs.values()))), BATCHES[-1]
+        parts = (slice(start, start + largest) for start in range(0, batch, largest))
+        return np.concatenate([self._run({name: value[part] for name, value in inputs.items()}) for part in parts])
+
+    def close(self) -> None:
+        """Frees the memory."""
+        self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
+        while self._freed:
+            self._freed.pop()()
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> Array:
         engine, driver = self._engine, self._engine.driver
         driver("cuCtxSetCurrent", engine.device.context)
-        batch, spec = len(next(iter(inputs.values()))), self._spec.outputs[0]
-        allocated: list[int] = []
+        batch = len(next(iter(inputs.values())))
+        enqueue, memory = self._bound.get(batch) or self._bound.setdefault(batch, self._bind(batch))
+        for name, value in inputs.items():
+            pointer, host = memory[name]
+            host[...] = value
+            driver("cuMemcpyHtoDAsync", pointer, host.ctypes.data, host.nbytes, self._stream)
+        enqueue()
+        pointer, host = memory[self._spec.outputs[0].name]
+        driver("cuMemcpyDtoHAsync", host.ctypes.data, pointer, host.nbytes, self._stream)
+        driver("cuEventRecord", self._done, self._stream)
+        driver.wait(self._done, f"{engine.name} on {engine.device.name}")
+        return host.astype(np.float32)
 
-        def allocate(size: int) -> int:
-            allocated.append(int(driver("cuMemAlloc", max(size, 256))))
-            return allocated[-1]
+    def _bind(self, batch: int) -> tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]:
+        memory, tensors = {}, {}
+        for one in (*self._spec.inputs, *self._spec.outputs[:1]):
+            shape, dtype = (batch, *(int(axis) for axis in one.shape[1:])), np.dtype(one.dtype)
+            size = int(np.prod(shape)) * dtype.itemsize
+            host, release = pinned(self._engine.driver, size)
+            self._freed.append(release)
+            tensors[one.name] = Tensor(self._allocate(size), shape, one.dtype)
+            memory[one.name] = tensors[one.name].pointer, host.view(dtype).reshape(shape)
+        output = self._spec.outputs[0].name
+        goal = output, tensors.pop(output)
+        enqueue, _ = self._engine.bind(self._scratch, self._engine.scratch_bytes, tensors, goal, self._stream)
+        return enqueue, memory
 
-        dtypes = {one.name: one.dtype for one in self._spec.inputs}
-        values = {name: np.ascontiguousarray(value, dtypes[name]) for name, value in inputs.items()}
-        shape = (batch, *(int(axis) for axis in spec.shape[1:]))
-        result = np.empty(shape, spec.dtype)
-        try:
-            tensors = {name: Tensor(allocate(v.nbytes), v.shape, dtypes[name]) for name, v in values.items()}
-            goal = Tensor(allocate(result.nbytes), shape, spec.dtype)
-            size = engine.scratch_bytes
-            enqueue, _ = engine.bind(allocate(size), size, tensors, (spec.name, goal), self._stream)
-            for name, value in values.items():
-                driver("cuMemcpyHtoDAsync", tensors[name].pointer, value.ctypes.data, value.nbytes, self._stream)
-            enqueue()
-            driver("cuMemcpyDtoHAsync", result.ctypes.data, goal.pointer, result.nbytes, self._stream)
-            driver("cuEventRecord", self._done, self._stream)
-            driver.wait(self._done, f"{engine.name} on {engine.device.name}")
-        finally:
-            for pointer in allocated:
-                driver("cuMemFree", pointer)
-        return result.astype(np.float32)
+    def _allocate(self, size: int) -> int:
+        pointer = int(self._engine.driver("cuMemAlloc", max(size, 256)))
+        self._freed.append(lambda: self._engine.driver("cuMemFree", pointer))
+        return pointer
 
 
 class Engines:
@@ -441,3 +457,5 @@ class Engines:
         self.backend.close()
         for network in self._networks:
             network.close()
+        for session in (self.text_encoder, self.vae_decoder):
+            session.close()

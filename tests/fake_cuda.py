@@ -35,6 +35,9 @@ class Stream:
     graph: Graph | None = None  # while it is captured
     last: set[int] = field(default_factory=set)  # nodes that its next one depends on
 
+    def __int__(self) -> int:
+        return id(self)
+
 
 @dataclass(eq=False)
 class Event:

@@ -7,10 +7,10 @@ import os
 import pytest
 
 from engines import devices
-from engines.devices import LaneSpec, parse_devices
+from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import DeviceError
 
-FORMS = r"use auto, cpu, cpu@THREADS or cpu\*LANES"
+FORMS = r"use auto, cpu, cpu@THREADS, cpu\*LANES"
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,35 @@ def test_an_unknown_device_is_refused_with_the_forms_that_exist(text: str) -> No
         parse_devices(text)
 
 
-@pytest.mark.parametrize("text", ["cuda", "cuda:0", "cuda*2"])
-def test_cuda_is_refused_with_what_to_use_instead(text: str) -> None:
-    with pytest.raises(DeviceError, match=f"{text.replace('*', '.')}: CUDA.*{FORMS}"):
+@pytest.mark.parametrize(
+    ("text", "lanes"),
+    [
+        ("cuda:0", ["cuda:0/0"]), ("cuda:1,cuda:0", ["cuda:1/0", "cuda:0/0"]), ("cuda:0*2", ["cuda:0/0", "cuda:0/1"]),
+        ("cuda:3,cuda:0*2,cuda:3", ["cuda:3/0", "cuda:0/0", "cuda:0/1", "cuda:3/1"]),
+    ],
+)  # fmt: skip
+def test_gpus_have_lanes_of_their_own(text: str, lanes: list[str]) -> None:
+    found = parse_devices(text)
+    assert [str(lane) for lane in found] == lanes
+    assert {lane.runtime for lane in found} == {"tensorrt"}
+    assert precision(found) == "fp16"
+
+
+def test_onnx_runtime_is_asked_for_by_name() -> None:
+    assert [lane.runtime for lane in parse_devices("cuda:0@onnxruntime*2")] == ["onnxruntime"] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["cuda", "cuda*2", "cuda:", "cuda:a", "cuda:0@", "cuda:0@torch", "cuda:0,cpu", "cuda:0,"]
+)
+def test_an_unknown_gpu_is_refused_with_the_forms_that_exist(text: str) -> None:
+    with pytest.raises(DeviceError, match=r"unknown device .*: use auto, .*cuda:0\*LANES"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize("text", ["cuda:0*0", "cuda:0*65", "cuda:0*40,cuda:1*40"])
+def test_the_number_of_gpu_lanes_is_limited(text: str) -> None:
+    with pytest.raises(DeviceError, match="between 1 and 64 lanes"):
         parse_devices(text)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.cuda import _narrow, _widen
+from engines.cuda import narrow, widen
 from engines.errors import DeviceError
 from engines.kernel import (
     ARCHITECTURES,
@@ -80,12 +80,12 @@ def test_equal_to_float64(
     memory = [aligned(count, dtype, misaligned=misaligned) for _ in range(inputs)]
     values = rng.standard_normal((inputs, count), np.float32)
     for raw, value in zip(memory, values, strict=True):
-        raw[:] = _narrow(value, dtype).view(np.uint8)
-    stored = np.stack([_widen(raw, dtype) for raw in memory])
+        raw[:] = narrow(value, dtype).view(np.uint8)
+    stored = np.stack([widen(raw, dtype) for raw in memory])
     rows = rng.standard_normal((outputs, inputs)).astype(np.float32)
     goals = [[aligned(count, dtype) for _ in range(1 + m % 2)] for m in range(outputs)]
     flag, _ = launch(memory, goals, rows, dtype, count)
-    got = np.stack([_widen(copies[0], dtype) for copies in goals])
+    got = np.stack([widen(copies[0], dtype) for copies in goals])
     check(stored, rows, dtype, got)
     assert flag == 0
     for copies in goals:
@@ -99,12 +99,12 @@ def test_in_place(dtype: str, inputs: int, rng: np.random.Generator) -> None:
     count, outputs = int(rng.integers(1, 700)), min(inputs, 33)
     memory = [aligned(count, dtype) for _ in range(inputs)]
     for raw in memory:
-        raw[:] = _narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
-    stored = np.stack([_widen(raw.copy(), dtype) for raw in memory])
+        raw[:] = narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
+    stored = np.stack([widen(raw.copy(), dtype) for raw in memory])
     rows = rng.standard_normal((outputs, inputs)).astype(np.float32)
     order = rng.permutation(inputs)[:outputs]
     launch(memory, [[memory[n]] for n in order], rows, dtype, count)
-    check(stored, rows, dtype, np.stack([_widen(memory[n], dtype) for n in order]))
+    check(stored, rows, dtype, np.stack([widen(memory[n], dtype) for n in order]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,12 +113,12 @@ def test_any_number_of_inputs_and_outputs(dtype: str, rng: np.random.Generator) 
         inputs, count = int(rng.integers(1, 68)), int(rng.integers(1, 300))
         memory = [aligned(count, dtype) for _ in range(inputs)]
         for raw in memory:
-            raw[:] = _narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
+            raw[:] = narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
         rows = rng.standard_normal((outputs, inputs)).astype(np.float32)
         goals = [[aligned(count, dtype)] for _ in range(outputs)]
         launch(memory, goals, rows, dtype, count, grid=int(rng.integers(1, 5)))
-        stored = np.stack([_widen(raw, dtype) for raw in memory])
-        check(stored, rows, dtype, np.stack([_widen(one[0], dtype) for one in goals]))
+        stored = np.stack([widen(raw, dtype) for raw in memory])
+        check(stored, rows, dtype, np.stack([widen(one[0], dtype) for one in goals]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,13 +128,13 @@ def test_what_is_not_finite_raises_the_flag(dtype: str, bad: float | str) -> Non
     largest = {"float16": 6e4, "bfloat16": 3e38, "float32": 3e38}[dtype]
     memory = [aligned(1000, dtype) for _ in range(2)]
     for raw in memory:
-        raw[:] = _narrow(np.ones(1000, np.float32), dtype).view(np.uint8)
+        raw[:] = narrow(np.ones(1000, np.float32), dtype).view(np.uint8)
     goal = [[aligned(1000, dtype)]]
     rows = np.ones((1, 2))
     assert launch(memory, goal, rows, dtype, 1000)[0] == 0
     value = np.ones(1000, np.float32)
     value[-1] = largest if bad == "overflow" else float(bad)
-    memory[1][:] = _narrow(value, dtype).view(np.uint8)
+    memory[1][:] = narrow(value, dtype).view(np.uint8)
     assert launch(memory, goal, rows * (4 if bad == "overflow" else 1), dtype, 1000)[0] == 1
 
 
@@ -164,8 +164,8 @@ def test_distance(dtype: str, rng: np.random.Generator) -> None:
     for count in (1, 31, 16387):
         memory = [aligned(count, dtype) for _ in range(2)]
         for raw in memory:
-            raw[:] = _narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
-        a, b = (_widen(raw, dtype).astype(np.float64) for raw in memory)
+            raw[:] = narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
+        a, b = (widen(raw, dtype).astype(np.float64) for raw in memory)
         partial = np.full(2 * 4 * 64, np.nan, np.float32)
         HostKernel(dtype).distance(memory[0].ctypes.data, memory[1].ctypes.data, count, partial.ctypes.data, 4, 64)
         difference, norm = partial.reshape(2, -1).sum(1, dtype=np.float64)
@@ -178,12 +178,10 @@ def test_conversion_rounds_to_nearest(value: float) -> None:
     for dtype in ("float16", "bfloat16"):
         one, goal = np.array([value], np.float32), aligned(1, dtype)
         source = aligned(1, dtype)
-        source[:] = _narrow(np.ones(1, np.float32), dtype).view(np.uint8)
+        source[:] = narrow(np.ones(1, np.float32), dtype).view(np.uint8)
         launch([source], [[goal]], np.array([[value]]), dtype, 1)
         with np.errstate(over="ignore"):
-            assert np.array_equal(
-                _widen(goal, dtype), _widen(_narrow(one, dtype).view(np.uint8), dtype), equal_nan=True
-            )
+            assert np.array_equal(widen(goal, dtype), widen(narrow(one, dtype).view(np.uint8), dtype), equal_nan=True)
 
 
 def test_width_is_16_bytes_where_it_can_be() -> None:

@@ -1,0 +1,65 @@
+"""A PyTorch model as a lane, for benchmarks on machines without another runtime: captured once, then replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engines.cuda import Enqueue, Tensor
+
+_KINDS = {"float16": "<f2", "float32": "<f4"}
+
+
+class _Memory:
+    """Device memory as PyTorch takes it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tensor.shape, "typestr": _KINDS[tensor.dtype], "data": (tensor.pointer, False), "version": 3,
+        }  # fmt: skip
+
+
+class TorchNetwork:
+    """`model(sample, timestep, **conditioning) → output` on one device; see engines.cuda.Network.
+
+    A binding is captured as a graph of PyTorch's own, in its own memory pool, so that it needs no launch of single
+    kernels; a graph within a graph is not tried, so that rounds go through streams.
+    """
+
+    capturable = False
+
+    def __init__(self, model: Callable[..., Any], device: int, *, captured: bool = True) -> None:
+        self.device = device
+        self._model, self._captured = model, captured
+
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
+        """See cuda.Network."""
+        import torch
+
+        device = torch.device("cuda", self.device)
+        own = torch.cuda.ExternalStream(int(stream), device)  # type: ignore[no-untyped-call]
+        arrays = {name: torch.as_tensor(_Memory(tensor), device=device) for name, tensor in inputs.items()}
+        into = torch.as_tensor(_Memory(output), device=device)
+        sample, timestep = arrays.pop("sample"), arrays.pop("timestep")
+
+        @torch.no_grad()
+        def run() -> None:
+            into.copy_(self._model(sample, timestep, **arrays))
+
+        with torch.cuda.stream(own):
+            for _ in range(3):  # libraries choose their algorithms outside of a capture
+                run()
+        own.synchronize()
+        if self._captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=own):
+                run()
+            work: Callable[[], None] = graph.replay
+        else:
+            work = run
+
+        def enqueue() -> None:
+            with torch.cuda.stream(own):
+                work()
+
+        return enqueue

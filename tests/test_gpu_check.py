@@ -1,0 +1,87 @@
+"""`python -m bench gpu`: clean where there is no GPU, and its own code run on an imaginary one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import gpu
+from engines.driver import Driver, available
+from tests.fake_cuda import OK, FakeCuda, Stream
+
+
+def test_without_a_gpu_every_part_says_why(tmp_path: Path) -> None:
+    if available() is None:
+        pytest.skip("this machine has a GPU: make gpu-check")
+    target = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "bench", "gpu", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(target.read_text())["rows"]
+    assert rows[0]["part"] == "installed"
+    assert rows[0]["status"] == "passed"
+    assert {row["status"] for row in rows[1:]} == {"not possible here"}
+    assert {row["reason"] for row in rows[1:]} == {available()}
+    assert "engine overhead" in done.stdout
+
+
+class Timed(FakeCuda):
+    """The imaginary machine with what only benchmarks call."""
+
+    def _cuMemcpyHtoD(self, target: int, source: int, size: int) -> Any:
+        import ctypes
+
+        self.view(target, size)[:] = np.frombuffer(ctypes.string_at(source, size), np.uint8)
+        return (OK,)
+
+    def _cuMemcpyDtoH(self, target: int, source: int, size: int) -> Any:
+        import ctypes
+
+        ctypes.memmove(target, source, size)
+        return (OK,)
+
+    def _cuEventElapsedTime(self, start: Any, end: Any) -> Any:
+        return OK, 0.01
+
+    def _cuStreamDestroy(self, stream: Stream) -> Any:
+        return super()._cuStreamDestroy(stream)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    monkeypatch.setattr(
+        "engines.kernel.machine_code", lambda variant, arch, cache: json.dumps(variant.__dict__).encode()
+    )
+    monkeypatch.setattr("engines.cuda.PAIR_BYTES", (64,))
+    monkeypatch.setattr(gpu, "SIZES", (1 << 10, 1 << 12))
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    monkeypatch.setattr(gpu, "STEPS", 6)
+    return Driver(Timed(2, seed=1))
+
+
+def test_the_parts_that_need_no_model(machine: Driver, tmp_path: Path) -> None:
+    check = gpu.Check(lambda line: None)
+    check.part("correct", lambda: gpu._correct(machine, tmp_path))
+    check.part("bandwidth", lambda: gpu._bandwidth(machine, tmp_path))
+    check.part("pairs", lambda: gpu._pairs(machine, tmp_path))
+    check.part("overhead", lambda: gpu._overhead(machine, tmp_path, (1, 2)))
+    assert [row["status"] for row in check.rows] == ["passed"] * 4, check.rows
+    correct, bandwidth, pairs, overhead = (row["figures"] for row in check.rows)
+    assert [row["dtype"] for row in correct] == ["float16", "bfloat16", "float32"]
+    assert len(bandwidth) == 2 * 2 * len(gpu.SHAPES)
+    assert {(row["from"], row["to"], row["copies"]) for row in pairs} == {(0, 1, "peer"), (1, 0, "peer")}
+    assert len(overhead) == 2 * 2 * 2 * len(gpu.MODES)
+
+
+def test_a_wrong_kernel_fails(machine: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = "tests.host_kernel.HostKernel.combine"
+    monkeypatch.setattr(kernel, lambda self, *arguments: None)
+    check = gpu.Check(lambda line: None)
+    check.part("correct", lambda: gpu._correct(machine, tmp_path))
+    assert check.rows[0]["status"] == "failed"
+    assert "AssertionError" in check.rows[0]["reason"]
