@@ -67,6 +67,9 @@ class Backend(Protocol):
     def critical(self) -> float | None:
         """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
 
+    def dead(self) -> list[int]:
+        """The lanes that stopped working; asked after a DeviceError."""
+
     def close(self) -> None:
         """Stops the lanes."""
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array, Call, Rows
-from engines.driver import Device, Driver
-from engines.errors import NonFiniteError
+from engines.driver import Device, Driver, release
+from engines.errors import DeviceError, NonFiniteError
 from engines.kernel import (
     BLOCK,
     BYTES,
@@ -257,12 +258,24 @@ class CudaBackend:
         """Not known: rounds are enqueued and not waited for."""
         return None
 
+    def dead(self) -> list[int]:
+        """See Backend.dead: an error that a lost device once gave comes again with every call."""
+        busy, found = self._driver.api.CUresult.CUDA_ERROR_NOT_READY, []
+        for number, lane in enumerate(self._lanes):
+            self._driver.api.cuCtxSetCurrent(lane.device.context)
+            status = self._driver.api.cuStreamQuery(lane.stream)[0]
+            if status and status != busy:
+                found.append(number)
+        return found
+
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
-        self._settle()
+        try:
+            self._settle()
+        except DeviceError as error:  # a lost device: there is nothing to wait for
+            log.warning("%s", error)
         self._forget()
-        while self._freed:
-            self._freed.pop()()
+        release(self._freed)
 
     # --- programs ------------------------------------------------------------------------------------------------
 
@@ -422,15 +435,13 @@ class CudaBackend:
 
     def _forget(self) -> None:
         """Frees what depends on shapes."""
-        for program in self._programs.values():
-            if program.graph is not None:
-                self._driver("cuGraphExecDestroy", program.graph)
-        for release in self._shaped:
-            release()
+        graphs = [program.graph for program in self._programs.values() if program.graph is not None]
+        release(self._shaped)
+        release([partial(self._driver, "cuGraphExecDestroy", graph) for graph in graphs])
         for lane in self._lanes:
             for memory in (lane.inputs, lane.outputs, lane.staging):
                 memory.clear()
-        self._shaped, self._programs, self._shared, self._blocks = [], {}, {}, []
+        self._programs, self._shared, self._blocks = {}, {}, []
 
     def _row(self, slot: str) -> int:
         row = self._index.setdefault(slot, len(self._index))
@@ -491,17 +502,17 @@ class CudaBackend:
         with self._on(device):
             pointer = int(driver("cuMemAlloc", max(size, 256)))
 
-        def release() -> None:
+        def free() -> None:
             with self._on(device):
                 driver("cuMemFree", pointer)
 
-        (self._shaped if shaped else self._freed).append(release)
+        (self._shaped if shaped else self._freed).append(free)
         return pointer
 
     def _pinned(self, size: int, *, shaped: bool = False) -> NDArray[np.uint8]:
         with self._on(self._home):
-            memory, release = pinned(self._driver, size)
-        (self._shaped if shaped else self._freed).append(release)
+            memory, free = pinned(self._driver, size)
+        (self._shaped if shaped else self._freed).append(free)
         return memory
 
     # --- copies --------------------------------------------------------------------------------------------------

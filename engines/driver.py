@@ -7,12 +7,15 @@ in its place.
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engines.errors import DeviceError
+
+log = logging.getLogger(__name__)
 
 MINIMUM_DRIVER = 13000  # the CUDA version that cuda-python and our machine code are of
 WAIT_SECONDS = 120.0
@@ -127,6 +130,15 @@ class Driver:
         """A kernel on a stream; the parameters are ctypes objects and are copied before this returns."""
         pointers = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(one) for one in parameters))
         self("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+
+
+def release(todo: list[Callable[[], None]]) -> None:
+    """Frees everything in reverse order, also what stands behind something that a lost device cannot free any more."""
+    while todo:
+        try:
+            todo.pop()()
+        except DeviceError as error:
+            log.warning("%s", error)
 
 
 def available() -> str | None:

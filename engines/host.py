@@ -51,6 +51,7 @@ class HostBackend:
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
+        self._dead: set[int] = set()
         self.critical = 0.0
         self._threads = [threading.Thread(target=self._work, args=(q,), daemon=True) for q in self._todo]
         for thread in self._threads:
@@ -159,6 +160,10 @@ class HostBackend:
         self.predict(calls)
         return self.critical - before
 
+    def dead(self) -> list[int]:
+        """See Backend.dead: lanes whose runtime raised."""
+        return sorted(self._dead)
+
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
         self._closed = True
@@ -237,6 +242,8 @@ class HostBackend:
         try:
             run()
         except Exception as error:  # noqa: BLE001 - carried to the calling thread and raised there
+            if isinstance(error, DeviceError):
+                self._dead.add(n)
             return error
         self._last[n] = time.perf_counter() - start
         return None

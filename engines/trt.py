@@ -20,7 +20,7 @@ import numpy as np
 from engines.base import Array, Progress
 from engines.cuda import CudaBackend, Enqueue, Network, Tensor, pinned
 from engines.devices import LaneSpec
-from engines.driver import Device, Driver
+from engines.driver import Device, Driver, release
 from engines.errors import DeviceError
 from engines.kernel import BYTES, CACHE
 from engines.store import Bundle, Plan, locked, plan_key
@@ -388,8 +388,7 @@ class EngineSession:
     def close(self) -> None:
         """Frees the memory."""
         self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
-        while self._freed:
-            self._freed.pop()()
+        release(self._freed)
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> Array:
         engine, driver = self._engine, self._engine.driver
@@ -412,8 +411,8 @@ class EngineSession:
         for one in (*self._spec.inputs, *self._spec.outputs[:1]):
             shape, dtype = (batch, *(int(axis) for axis in one.shape[1:])), np.dtype(one.dtype)
             size = int(np.prod(shape)) * dtype.itemsize
-            host, release = pinned(self._engine.driver, size)
-            self._freed.append(release)
+            host, free = pinned(self._engine.driver, size)
+            self._freed.append(free)
             tensors[one.name] = Tensor(self._allocate(size), shape, one.dtype)
             memory[one.name] = tensors[one.name].pointer, host.view(dtype).reshape(shape)
         output = self._spec.outputs[0].name
@@ -455,7 +454,5 @@ class Engines:
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
         self.backend.close()
-        for network in self._networks:
-            network.close()
-        for session in (self.text_encoder, self.vae_decoder):
-            session.close()
+        release([network.close for network in self._networks])
+        release([self.text_encoder.close, self.vae_decoder.close])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +16,19 @@ from PIL import Image
 
 from engines.base import Array, Backend
 from engines.devices import parse_devices, precision
-from engines.errors import NonFiniteError, ParameterError
+from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, choose
-from runtime.execute import denoise
+from runtime.execute import Counts, denoise
 from runtime.noise import gaussian
 from runtime.prompt import PromptTokenizer
 from runtime.report import Report, quantiles
 from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, resolve
 from runtime.schedule import Schedule
 from runtime.schedulers import make_schedule
+
+log = logging.getLogger(__name__)
 
 MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
@@ -42,13 +45,16 @@ class Result:
 
 
 class Pipeline:
-    """A loaded model on a set of lanes. Safe to call from several threads: images are made one after another."""
+    """A loaded model on a set of lanes. Safe to call from several threads: images are made one after another.
+
+    A lane that stops working is left out from then on, and named in `lost`; its picture is made again on the others.
+    """
 
     def __init__(self, bundle: Bundle, devices: str) -> None:
         self.devices = parse_devices(devices)
+        self.lost: tuple[str, ...] = ()
+        self._bundle = bundle
         self.manifest = bundle.manifest
-        self.device_names = ",".join(map(str, self.devices))
-        self.calibration_key = ",".join(f"{lane}@{lane.threads}" for lane in self.devices)
         self._tokenizer = PromptTokenizer(bundle)
         self._engines = load(bundle, self.devices)
         self._lock = threading.Lock()
@@ -60,6 +66,16 @@ class Pipeline:
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         return cls(Bundle.open(model, build, precision(parse_devices(devices))), devices)
+
+    @property
+    def device_names(self) -> str:
+        """The lanes, as reports name them."""
+        return ",".join(map(str, self.devices))
+
+    @property
+    def calibration_key(self) -> str:
+        """The lanes, as measured call times are stored for them."""
+        return ",".join(f"{lane}@{lane.threads}" for lane in self.devices)
 
     @property
     def backend(self) -> Backend:
@@ -176,9 +192,17 @@ class Pipeline:
             encoded = time.perf_counter()
             notify = self._notifier(callback_on_step_end, schedule)
             before = self.backend.critical
-            finished, counts = denoise(
-                self.backend, noise, conditioning, schedule, mode, options, float(guidance_scale), seed, notify
-            )
+
+            def loop() -> tuple[Array, Counts]:
+                return denoise(
+                    self.backend, noise, conditioning, schedule, mode, options, float(guidance_scale), seed, notify
+                )
+
+            try:
+                finished, counts = loop()
+            except DeviceError as error:
+                warnings = [*warnings, self._without_dead_lanes(error)]
+                before, (finished, counts) = self.backend.critical, loop()
             after = self.backend.critical
             critical = None if before is None or after is None else after - before
             denoised = time.perf_counter()
@@ -200,6 +224,20 @@ class Pipeline:
             warnings=(*warnings, *cut),
         )  # fmt: skip
         return Result(images, finished, report)
+
+    def _without_dead_lanes(self, error: DeviceError) -> str:
+        """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one."""
+        dead = self.backend.dead()
+        left = tuple(lane for number, lane in enumerate(self.devices) if number not in dead)
+        if not dead or not left:
+            raise error
+        names = [str(self.devices[number]) for number in dead]
+        message = f"{', '.join(names)} stopped working ({error}): the picture was made again on the other lanes"
+        log.error("%s", message)
+        self._engines.close()
+        self._engines = load(self._bundle, left)
+        self.devices, self.lost = left, (*self.lost, *names)
+        return message
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         for name, value, exported in (

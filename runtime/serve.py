@@ -190,10 +190,16 @@ def make_app(pipeline: Pipeline) -> FastAPI:
         return {"object": "list", "data": [entry]}
 
     @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        """Whether this process answers."""
+        return {"status": "live"}
+
     @app.get("/health/ready")
-    async def health() -> dict[str, str]:
-        """Live is ready here: `serve` answers nobody before the engine has made a picture."""
-        return {"status": "ready"}
+    async def ready() -> JSONResponse:
+        """Whether every lane works; `serve` answers nobody before the engine has made a picture."""
+        if pipeline.lost:
+            return JSONResponse({"status": "degraded", "lost": list(pipeline.lost)}, 503)
+        return JSONResponse({"status": "ready"})
 
     @app.get("/")
     async def page() -> HTMLResponse:

@@ -24,6 +24,7 @@ from engines.kernel import Combination
 from tests.host_kernel import HostKernel
 
 OK = real.CUresult.CUDA_SUCCESS
+FREE_OF_CONTEXT = ("cuInit", "cuDriver", "cuDevice", "cuGetError", "cuCtxSetCurrent")
 Work = Callable[[], None]
 
 
@@ -50,7 +51,7 @@ class Event:
 @dataclass(eq=False)
 class Graph:
     origin: Stream
-    nodes: list[tuple[Work, set[int]]] = field(default_factory=list)
+    nodes: list[tuple[int, Work, set[int]]] = field(default_factory=list)  # device, what it does, what it waits for
     streams: list[Stream] = field(default_factory=list)
 
 
@@ -63,7 +64,7 @@ class Replay:
 
     def ready(self) -> list[int]:
         nodes = enumerate(self.graph.nodes)
-        return [n for n, (_, needs) in nodes if n not in self.done and needs <= self.done]
+        return [n for n, (_, _, needs) in nodes if n not in self.done and needs <= self.done]
 
 
 class FakeCuda:
@@ -87,6 +88,7 @@ class FakeCuda:
         self.peers: set[tuple[int, int]] = set()
         self.current = -1
         self.lost: set[int] = set()
+        self.breaking = devices - 1  # the one that "lost" is about
         self.kernels: dict[str, HostKernel] = {}
         self.work_done: Counter[int] = Counter()
         for name in (
@@ -105,7 +107,7 @@ class FakeCuda:
             self.calls[name] += 1
             for _ in range(self.random.randint(0, self.eager)):
                 self.advance()
-            if self.current in self.lost and name not in ("cuGetErrorString", "cuCtxSetCurrent"):
+            if self.current in self.lost and not name.startswith(FREE_OF_CONTEXT):
                 return (real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS, None)
             return method(*arguments)
 
@@ -143,7 +145,7 @@ class FakeCuda:
             yield record
         elif kind == "graph":
             for node in what.ready():
-                yield lambda node=node: self._node(stream, what, node)  # type: ignore[misc]
+                yield lambda node=node: self._node(what, node)  # type: ignore[misc]
             if len(what.done) == len(what.graph.nodes):
                 yield lambda: self._next(stream)
         else:
@@ -154,13 +156,14 @@ class FakeCuda:
 
             yield work
 
-    def _node(self, stream: Stream, replay: Replay, node: int) -> None:
-        self._work(stream.device, replay.graph.nodes[node][0])
+    def _node(self, replay: Replay, node: int) -> None:
+        device, work, _ = replay.graph.nodes[node]
+        self._work(device, work)
         replay.done.add(node)
 
     def _work(self, device: int, work: Work) -> None:
         self.work_done[device] += 1
-        if "lost" in self.fault and device == self.devices - 1 and self.work_done[device] > self.fault["lost"]:
+        if "lost" in self.fault and device == self.breaking and self.work_done[device] > self.fault["lost"]:
             self.lost.add(device)
         if device not in self.lost:
             work()
@@ -174,7 +177,7 @@ class FakeCuda:
         if stream.graph is None:
             stream.queue.append(("work", work))
         else:
-            stream.graph.nodes.append((work, set(stream.last)))
+            stream.graph.nodes.append((stream.device, work, set(stream.last)))
             stream.last = {len(stream.graph.nodes) - 1}
 
     # --- memory --------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ class FakeCuda:
         return OK, self._allocate(-1, size)
 
     def _cuMemFree(self, pointer: int) -> Any:
-        assert not any(stream.queue for stream in self.streams), "memory is freed while work is queued"
+        assert self.lost or not any(stream.queue for stream in self.streams), "memory is freed while work is queued"
         assert self.memory.pop(pointer)[0] >= 0
         return (OK,)
 
@@ -258,6 +261,11 @@ class FakeCuda:
         stream = Stream(self.current, self.random.choice([1, 20, 400]))
         self.streams.append(stream)
         return OK, stream
+
+    def _cuStreamQuery(self, stream: Stream) -> Any:
+        if stream.device in self.lost:
+            return (real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
+        return (real.CUresult.CUDA_ERROR_NOT_READY if stream.queue else OK,)
 
     def _cuStreamDestroy(self, stream: Stream) -> Any:
         self.streams.remove(stream)
@@ -321,7 +329,7 @@ class FakeCuda:
             node = todo.pop()
             if node not in joined:
                 joined.add(node)
-                todo += graph.nodes[node][1]
+                todo += graph.nodes[node][2]
         for one in graph.streams:
             one.graph, one.last = None, set()
         if len(joined) != len(graph.nodes):

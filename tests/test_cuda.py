@@ -308,6 +308,8 @@ def test_a_lost_device_is_an_error() -> None:
     cuda.fault["lost"] = cuda.work_done[1] + 5
     with pytest.raises(DeviceError, match="lost"):
         run(backend, "aggressive", options, plan)
+    assert backend.dead() == [1]
+    backend.close()
 
 
 def test_a_hanging_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ def test_a_failing_lane_is_reported_after_all_stopped_and_the_next_image_is_righ
     calls = [[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]]
     with pytest.raises(DeviceError, match="lane lost"):
         backend.predict(calls)
+    assert backend.dead() == [1]
     broken.clear()
     backend.predict(calls)
     assert (backend.read("n1") == 1).all() and (backend.read("n0") == 1011).all()

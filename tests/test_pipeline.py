@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.base import Array, Call
-from engines.errors import NonFiniteError, ParameterError
+from engines.errors import DeviceError, NonFiniteError, ParameterError
+from engines.host import HostBackend
 from engines.store import Bundle
 from export.__main__ import EMBEDDED
 from runtime import Pipeline, Result
@@ -263,3 +264,41 @@ def test_an_argument_that_cannot_be_used_is_named(
     with pytest.raises(ParameterError, match=message) as caught:
         pipeline.generate(**{"prompt": PROMPT, "num_inference_steps": 2, **options})
     assert caught.value.param == param
+
+
+def test_a_lane_that_dies_costs_no_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made again on the other lane, the report says so, and the lane stays out."""
+    pipeline = Pipeline(shapes, "cpu*2")
+    wanted = draw(pipeline, mode="aggressive", k=2)
+    backend, calls = pipeline.backend, []
+
+    def dies(run: Callable[[], None]) -> Callable[[], None]:
+        def broken() -> None:
+            calls.append(0)
+            if len(calls) == 3:
+                raise DeviceError("the second lane has burnt out")
+            run()
+
+        return broken
+
+    assert isinstance(backend, HostBackend)
+    bind = backend._lanes[1].bind
+    monkeypatch.setattr(backend._lanes[1], "bind", lambda inputs, output: dies(bind(inputs, output)), raising=False)
+    backend._bound.clear()
+    got = draw(pipeline, mode="aggressive", k=2)
+    assert np.allclose(got.latents, wanted.latents, atol=1e-4)
+    assert got.report.lanes == 1
+    assert "cpu/1 stopped working (the second lane has burnt out)" in got.report.warnings[0]
+    assert pipeline.lost == ("cpu/1",)
+    again = draw(pipeline, mode="aggressive", k=2)
+    assert not again.report.warnings
+    pipeline.close()
+
+
+def test_an_error_that_is_no_lanes_is_not_hidden(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(shapes, "cpu*2")
+    monkeypatch.setattr(pipeline.backend, "combine", lambda *_: (_ for _ in ()).throw(DeviceError("no such luck")))
+    with pytest.raises(DeviceError, match="no such luck"):
+        draw(pipeline)
+    assert pipeline.lost == ()
+    pipeline.close()

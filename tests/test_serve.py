@@ -47,6 +47,12 @@ def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
+    with serving(pipeline) as connected:
+        yield connected
+
+
+@contextmanager
+def serving(pipeline: Any) -> Iterator[httpx.Client]:
     """Speaks to the application on a real socket, served by a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(pipeline), log_config=None))
@@ -184,6 +190,16 @@ def test_models(client: httpx.Client, pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
 def test_health(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 200
+
+
+def test_a_server_that_lost_a_lane_is_not_ready() -> None:
+    class Degraded:
+        lost = ("cuda:1/0",)
+
+    with serving(Degraded()) as client:
+        response = client.get("/health/ready")
+        assert (response.status_code, response.json()) == (503, {"status": "degraded", "lost": ["cuda:1/0"]})
+        assert client.get("/health/live").status_code == 200
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:

@@ -239,6 +239,24 @@ def test_devices_that_cannot_be(imaginary: Imaginary, devices: str, message: str
         load.build_missing(imaginary.bundle, parse_devices(devices))
 
 
+@pytest.mark.parametrize("devices", ["cuda:0,cuda:1", "cuda:1,cuda:0"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_gpu_that_is_lost_costs_no_picture(imaginary: Imaginary, devices: str, lost: int) -> None:
+    """The picture is made again on the other GPU, the report says so, and later pictures go on there."""
+    load.build_missing(imaginary.bundle, parse_devices("cuda:0,cuda:1"))
+    pipeline = Pipeline.load(str(imaginary.bundle.folder), devices)
+    wanted = _generate(pipeline, "aggressive")
+    imaginary.cuda.fault["lost"] = imaginary.cuda.work_done[lost] + 8
+    imaginary.cuda.breaking = lost
+    got = _generate(pipeline, "aggressive")
+    assert np.allclose(got.latents, wanted.latents, atol=0.02)
+    assert got.report.lanes == 1
+    assert re.match(rf"cuda:{lost}/0 stopped working \(cu.* failed .* the device was lost", got.report.warnings[0])
+    assert pipeline.lost == (f"cuda:{lost}/0",)
+    assert not _generate(pipeline, "aggressive").report.warnings
+    pipeline.close()
+
+
 def test_onnx_runtime_on_a_gpu_never_falls_back_in_silence(imaginary: Imaginary) -> None:
     with pytest.raises(DeviceError, match="no working CUDA provider"):
         load.load(imaginary.bundle, parse_devices("cuda:0@onnxruntime"))
