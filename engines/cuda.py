@@ -38,6 +38,7 @@ from engines.kernel import (
     Kernels,
     combination,
 )
+from engines.trace import span
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class _Lane:
 class _Program:
     """A round, ready to enqueue: `offsets` say where its launches' coefficients are in the table."""
 
+    name: str
     launches: list[tuple[Any, int, Combination]]
     identities: list[Array]
     calls: list[Callable[[], None]]
@@ -309,7 +311,7 @@ class CudaBackend:
         if self._round >= TABLE_ROUNDS:
             driver.wait(self._played[entry], f"round {self._round - TABLE_ROUNDS} on {self._home.name}")
         self._pinned_table[entry, : data.size] = data
-        with self._on(self._home):
+        with self._on(self._home), span(program.name):
             at = entry * TABLE_FLOATS * 4
             driver(
                 "cuMemcpyHtoDAsync", self._table + at, self._pinned_table.ctypes.data + at, data.nbytes, self._uploads
@@ -329,8 +331,9 @@ class CudaBackend:
     def _enqueue(self, program: _Program) -> None:
         """One round: combinations at home, lanes apart, and home again."""
         driver = self._driver
-        for function, grid, combined in program.launches:
-            driver.launch(function, grid, BLOCK, self._main, [combined])
+        with span("combine"):
+            for function, grid, combined in program.launches:
+                driver.launch(function, grid, BLOCK, self._main, [combined])
         if program.calls:
             driver("cuEventRecord", self._fork, self._main)
         for call in program.calls:
@@ -378,9 +381,10 @@ class CudaBackend:
             launches.append((*self._kernels.combination(parameters, len(goals)), parameters))
         self._kernels.function("advance")
         steps = [self._call(lane, call) for lane, call in busy]
+        halves = sum(len(call) for _, call in busy)
         return _Program(
-            launches, identities, [call for call, _ in steps], [join for _, join in steps],
-            all(lane.network.capturable for lane, _ in busy),
+            f"round of {halves} halves on {len(busy)} lanes", launches, identities, [call for call, _ in steps],
+            [join for _, join in steps], all(lane.network.capturable for lane, _ in busy),
         )  # fmt: skip
 
     def _call(self, lane: _Lane, call: Sequence[tuple[int, int, int]]) -> tuple[Enqueue, Enqueue]:
@@ -397,7 +401,13 @@ class CudaBackend:
         inbox = self._lane_staging(lane, "in", bound.size) if staged else 0
         outbox = self._lane_staging(lane, "out", size) if staged else 0
 
+        name = f"lane {self._lanes.index(lane)}, cuda:{lane.device.ordinal}, batch {shape[0]}"
+
         def enqueue() -> None:
+            with span(name):
+                enqueue_all()
+
+        def enqueue_all() -> None:
             if staged:
                 driver("cuMemcpyDtoHAsync", inbox, bound.outbox, bound.size, main)
                 driver("cuEventRecord", self._fork, main)
