@@ -276,6 +276,12 @@ class Engine:
         self._trt = package()
         self._messages: list[str] = []
         driver("cuCtxSetCurrent", device.context)
+        free, total = driver("cuMemGetInfo")
+        if len(plan) > free:
+            raise DeviceError(
+                f"{name} needs {len(plan) / 1e9:.2f} GB on {device.name} and {free / 1e9:.2f} of its "
+                f"{total / 1e9:.2f} GB are free: end other programs there, or name another GPU"
+            )
         self._runtime = self._trt.Runtime(_logger(self._trt, self._messages))
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:

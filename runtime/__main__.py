@@ -28,6 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--mode", default="auto", help=", ".join(MODES))
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
+    parser.add_argument("--first-blocks", type=int, nargs="+", default=(), help="drafts in the first blocks, if not k")
     parser.add_argument("--drafts", default="auto", help=", ".join(("auto", *DRAFTS)))
     parser.add_argument("--tolerance", type=float, default=0.0, help="of auto, adaptive and srds; 0 is exact")
     parser.add_argument("--blocks", type=int, help="of srds; default: near the root of the number of steps")

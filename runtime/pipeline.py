@@ -116,6 +116,7 @@ class Pipeline:
         tolerance: float = 0.0,
         blocks: int | None = None,
         iterations: int | None = None,
+        first_blocks: Sequence[int] = (),
         pipelined: bool = True,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
@@ -133,7 +134,8 @@ class Pipeline:
         """Makes pictures. Arguments that diffusers also has mean what they mean there.
 
         mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
-        k, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the number of lanes.
+        k, first_blocks, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the
+        number of lanes.
         seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
         latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
         width), in place of `prompt`. Latents come back as the model sees them, so that of the Euler schedulers those
@@ -147,7 +149,13 @@ class Pipeline:
         """
         _check_choice("mode", mode, MODES)
         _check_choice("drafts", drafts, ("auto", *DRAFTS))
-        given = {"k": k, "blocks": blocks, "iterations": iterations, "drafts": None if drafts == "auto" else drafts}
+        given = {
+            "k": k,
+            "blocks": blocks,
+            "iterations": iterations,
+            "first_blocks": first_blocks or None,
+            "drafts": None if drafts == "auto" else drafts,
+        }
         for name, value in given.items():
             if mode == "auto" and value is not None:
                 raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
@@ -172,7 +180,7 @@ class Pipeline:
                 _check_whole(name, count, 1, num_inference_steps)
         self._check_size(width, height)
         schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
-        options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations)
+        options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations, tuple(first_blocks))
         choice: Choice | None = None
         warnings: list[str] = []
         if mode == "auto":
@@ -210,6 +218,7 @@ class Pipeline:
             ended = time.perf_counter()
         report = Report(
             model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=options.k,
+            first_blocks=options.first_blocks,
             lanes=len(self.devices), devices=self.device_names, guidance_scale=float(guidance_scale),
             guidance_split=guidance_scale > 1 and len(self.devices) > 1, drafts=options.drafts, seed=seed,
             images=len(images), rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,

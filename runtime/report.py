@@ -51,6 +51,7 @@ class Report:
     overhead_us_per_round: float | None
     accepted: dict[str, float] | None = None
     auto: dict[str, Any] | None = None
+    first_blocks: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Options:
 
     k: drafts per round. drafts: a key of `DRAFTS`. tolerance: largest relative change that `adaptive` accepts in a
     draft, or that `srds` stops at; 0 is exact. blocks: B of `srds`, ⌈√N⌉ or fewer by default. pipelined: whether `srds`
-    starts a block as soon as its left end is known. iterations: where `srds` stops in any case.
+    starts a block as soon as its left end is known. iterations: where `srds` stops in any case. first_blocks: drafts in
+    each of the first blocks of `conservative` and `aggressive`, where they shall differ from k.
     """
 
     k: int = 1
@@ -74,6 +75,11 @@ class Options:
     blocks: int | None = None
     pipelined: bool = True
     iterations: int | None = None
+    first_blocks: tuple[int, ...] = ()
+
+    def ahead(self, block: int) -> int:
+        """Drafts in a block, unless the steps end before."""
+        return self.first_blocks[block] if block < len(self.first_blocks) else self.k
 
 
 Sampler = Callable[[Schedule, Options], Operations]
@@ -89,6 +95,11 @@ def check(mode: str, schedule: Schedule, options: Options) -> None:
         if not (whole or (name == "tolerance" and isinstance(value, float))) or not low <= value < math.inf:
             kind = "number" if name == "tolerance" else "whole number"
             raise ParameterError(name, f"{name} must be a finite {kind} of at least {low}, not {value!r}")
+    if options.first_blocks and mode not in ("conservative", "aggressive"):
+        raise ParameterError("first_blocks", f"{mode} has no blocks of drafts: use mode conservative or aggressive")
+    for drafts in options.first_blocks:
+        if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
+            raise ParameterError("first_blocks", f"first_blocks must be whole numbers of at least 1, not {drafts!r}")
     if options.drafts not in DRAFTS:
         raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
     if mode == "adaptive" and DRAFTS[options.drafts].extrapolates:
@@ -153,9 +164,9 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
 
     2⌈N/(k+1)⌉ − [N mod (k+1) = 1] rounds.
     """
-    i, x, drafts, before = 0, unit(STATE), DRAFTS[options.drafts], None
+    i, block, x, drafts, before = 0, 0, unit(STATE), DRAFTS[options.drafts], None
     while i < schedule.steps:
-        ahead = min(options.k, schedule.steps - 1 - i)
+        ahead, block = min(options.ahead(block), schedule.steps - 1 - i), block + 1
         window = _Window("", ahead)
         yield Predict((Job(STATE, i, window.output(0)),))
         estimate = schedule.estimate(i, unit(window.output(0)), x, x)
@@ -176,13 +187,13 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
 
     1 + ⌈(N−1)/k⌉ rounds. The refine of a round and the drafts of the next are one combination.
     """
-    i, last, drafts, before = 0, schedule.steps - 1, DRAFTS[options.drafts], None
+    i, block, last, drafts, before = 0, 0, schedule.steps - 1, DRAFTS[options.drafts], None
     window = _Window("b", 0)
     yield Predict((Job(STATE, 0, window.output(0)),))
     at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
     x, data = unit(STATE), unit(_DATA)
     while i < last:
-        ahead = min(options.k, last - i)
+        ahead, block = min(options.ahead(block), last - i), block + 1
         window = _Window("a" if window.name == "b" else "b", ahead)  # the anchor's slots are still read
         estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
         anchor = _Anchor(i, x, estimate, schedule.estimate(i, unit(output), at, at).data, before)

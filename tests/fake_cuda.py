@@ -87,6 +87,7 @@ class FakeCuda:
         self.memory: dict[int, tuple[int, NDArray[np.uint8]]] = {}  # by address: device (−1: pinned), bytes
         self.peers: set[tuple[int, int]] = set()
         self.current = -1
+        self.free = 8 << 30  # bytes of every device
         self.lost: set[int] = set()
         self.breaking = devices - 1  # the one that "lost" is about
         self.kernels: dict[str, HostKernel] = {}
@@ -253,7 +254,7 @@ class FakeCuda:
         return (OK,)
 
     def _cuMemGetInfo(self) -> Any:
-        return OK, 8 << 30, 16 << 30
+        return OK, self.free, 16 << 30
 
     # --- streams, events, graphs ---------------------------------------------------------------------------------
 

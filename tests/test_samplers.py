@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,33 @@ def test_latents_equal_the_transcription(steps: int, lanes: int, manifest: Manif
         for mode, listing in (("conservative", transcription.conservative), ("aggressive", transcription.aggressive)):
             expected, _ = listing(guided, noise.astype(np.float64), reference, k)
             assert_close(play(schedule, mode, k, lanes, noise), expected)
+
+
+@pytest.mark.parametrize("first", [(1,), (2, 3), (6, 1, 1), (1, 2, 3, 4, 5), (99,)])
+@pytest.mark.parametrize("mode", ["conservative", "aggressive"])
+def test_blocks_of_other_sizes_equal_the_transcription(
+    mode: str, first: tuple[int, ...], manifest: Manifest, rng: np.random.Generator
+) -> None:
+    for steps in (1, 2, 7, 28):
+        schedule = make_schedule(manifest, "ddim", steps)
+        reference = transcription.ddim_schedule(np.array(manifest.alphas_cumprod), steps)
+        noise = rng.standard_normal(SHAPE, np.float32)
+        listing = {"conservative": transcription.conservative, "aggressive": transcription.aggressive}[mode]
+        expected, rounds = listing(guided, noise.astype(np.float64), reference, 3, first)
+        latents, counts = play_any(schedule, mode, Options(k=3, first_blocks=first), noise)
+        assert counts.rounds == rounds
+        assert_close(latents, expected)
+
+
+@pytest.mark.parametrize("first", [(0,), (-1, 2), (1.5,), (True,)])
+def test_blocks_that_cannot_be(first: Any, manifest: Manifest) -> None:
+    with pytest.raises(ParameterError, match="first_blocks must be whole numbers of at least 1"):
+        check("aggressive", make_schedule(manifest, "ddim", 9), Options(first_blocks=first))
+
+
+def test_only_blocks_of_drafts_have_sizes(manifest: Manifest) -> None:
+    with pytest.raises(ParameterError, match="adaptive has no blocks of drafts"):
+        check("adaptive", make_schedule(manifest, "ddim", 9), Options(first_blocks=(1,)))
 
 
 def assert_close(actual: Array, expected: transcription.Array) -> None:

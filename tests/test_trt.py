@@ -216,6 +216,13 @@ def _generate(pipeline: Pipeline, mode: str) -> Any:
     return pipeline.generate(prompt, mode=mode, k=2, num_inference_steps=8, seed=3)
 
 
+def test_a_plan_that_is_too_big_says_how_big(imaginary: Imaginary) -> None:
+    load.build_missing(imaginary.bundle, parse_devices("cuda:0"))
+    imaginary.cuda.free = 10
+    with pytest.raises(DeviceError, match=r"text_encoder needs 0\.00 GB on Imaginary GPU and 0\.00 of its 17\.18 GB"):
+        load.load(imaginary.bundle, parse_devices("cuda:0"))
+
+
 def test_calls_beyond_the_plan_run_in_parts(imaginary: Imaginary) -> None:
     load.build_missing(imaginary.bundle, parse_devices("cuda:0"))
     pipeline = Pipeline.load(str(imaginary.bundle.folder), "cuda:0")

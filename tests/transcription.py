@@ -13,6 +13,7 @@ Plain float64 NumPy, no cleverness, and nothing imported from the code under tes
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -94,12 +95,13 @@ def sequential(model: Model, x: Array, schedule: Schedule) -> tuple[Array, int]:
     return x, rounds
 
 
-def conservative(model: Model, x: Array, schedule: Schedule, k: int) -> tuple[Array, int]:
+def conservative(model: Model, x: Array, schedule: Schedule, k: int, first: tuple[int, ...] = ()) -> tuple[Array, int]:
     """Algorithm 2: one lone evaluation, then k concurrent ones at its drafts. Returns x_N and the rounds.
 
     A round is a group of model calls that need nothing from one another.
     """
     assert k >= 1
+    sizes = chain(first, repeat(k))
     t = [int(timestep) for timestep in schedule.timesteps]
     N = len(t)
     x_at, eps_at = {0: x}, {}
@@ -109,7 +111,7 @@ def conservative(model: Model, x: Array, schedule: Schedule, k: int) -> tuple[Ar
     while i < N:
         eps_at[i] = model(x_at[i], t[i])
         rounds += 1
-        k_cut = min(k, N - 1 - i)
+        k_cut = min(next(sizes), N - 1 - i)
         for j in range(1, k_cut + 1):  # concurrently
             x_draft = draft(x_at[i], eps_at[i], schedule, i, i + j)
             eps_at[i + j] = model(x_draft, t[i + j])
@@ -121,9 +123,10 @@ def conservative(model: Model, x: Array, schedule: Schedule, k: int) -> tuple[Ar
     return x_at[N], rounds
 
 
-def aggressive(model: Model, x: Array, schedule: Schedule, k: int) -> tuple[Array, int]:
+def aggressive(model: Model, x: Array, schedule: Schedule, k: int, first: tuple[int, ...] = ()) -> tuple[Array, int]:
     """Algorithm 1: a block's last draft-made eps also serves as the next block's first. Returns x_N and the rounds."""
     assert k >= 1
+    sizes = chain(first, repeat(k))
     t = [int(timestep) for timestep in schedule.timesteps]
     N = len(t)
     x_at, eps_at = {0: x}, {}
@@ -133,7 +136,7 @@ def aggressive(model: Model, x: Array, schedule: Schedule, k: int) -> tuple[Arra
     eps_at[0] = model(x_at[0], t[0])
     rounds += 1
     while i < N:
-        k_cut = min(k, N - 1 - i)
+        k_cut = min(next(sizes), N - 1 - i)
         for j in range(1, k_cut + 1):  # concurrently
             x_draft = draft(x_at[i], eps_at[i], schedule, i, i + j)
             eps_at[i + j] = model(x_draft, t[i + j])
