@@ -12,6 +12,7 @@ from bench import gpu, quality, report, run
 from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.report import result_file
+from runtime.samplers import DRAFTS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def arguments() -> argparse.ArgumentParser:
     sub = commands.choices["drafts"]
     sub.add_argument("--images", type=int, default=16, help="captions per row")
     sub.add_argument("--seed", type=int, default=0, help="which captions: choose by some, report others")
+    kinds = [name for name, kind in DRAFTS.items() if not kind.own_noise]
+    sub.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     sub = commands.add_parser("gpu", help=(gpu.__doc__ or "").splitlines()[0])
     sub.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4], help="numbers of lanes on the first GPU")
     sub.add_argument("--json", type=Path, help="where the result file goes")

@@ -67,6 +67,10 @@ class Backend(Protocol):
     def critical(self) -> float | None:
         """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
 
+    @property
+    def staged(self) -> tuple[tuple[int, int], ...]:
+        """Ordered pairs of devices whose direct copies failed their test, so that latents go through host memory."""
+
     def dead(self) -> list[int]:
         """The lanes that stopped working; asked after a DeviceError."""
 

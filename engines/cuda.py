@@ -123,7 +123,7 @@ class CudaBackend:
     """Plays a sampler on lanes of one or several GPUs; see engines.base.Backend.
 
     dtype: how latents are stored, float16, bfloat16 or float32. graphs: replay rounds as CUDA graphs where the networks
-    allow it. `staged` lists the pairs of devices whose peer copies failed their test and go through host memory.
+    allow it.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class CudaBackend:
         self._freed: list[Callable[[], None]] = []
         self._lanes = [self._open(network, devices[network.device]) for network in networks]
         self._main = self._lanes[0].stream
-        self.staged = self._test_pairs(list(devices.values()))
+        self._staged = self._test_pairs(list(devices.values()))
         with self._on(self._home):
             self._uploads = driver.stream()
             self._uploaded = [driver.event() for _ in range(TABLE_ROUNDS)]
@@ -259,6 +259,11 @@ class CudaBackend:
     def critical(self) -> None:
         """Not known: rounds are enqueued and not waited for."""
         return None
+
+    @property
+    def staged(self) -> tuple[tuple[int, int], ...]:
+        """See Backend.staged."""
+        return self._staged
 
     def dead(self) -> list[int]:
         """See Backend.dead: an error that a lost device once gave comes again with every call."""

@@ -160,6 +160,11 @@ class HostBackend:
         self.predict(calls)
         return self.critical - before
 
+    @property
+    def staged(self) -> tuple[tuple[int, int], ...]:
+        """None: there is one memory."""
+        return ()
+
     def dead(self) -> list[int]:
         """See Backend.dead: lanes whose runtime raised."""
         return sorted(self._dead)

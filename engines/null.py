@@ -85,6 +85,11 @@ class NullBackend:
         """The virtual seconds since the image began."""
         return self.seconds
 
+    @property
+    def staged(self) -> tuple[tuple[int, int], ...]:
+        """None: nothing is copied."""
+        return ()
+
     def dead(self) -> list[int]:
         """None: nothing here can break."""
         return []

@@ -229,6 +229,7 @@ class Pipeline:
             critical_seconds=critical,
             overhead_us_per_round=None if critical is None else (denoised - encoded - critical) / counts.rounds * 1e6,
             accepted=quantiles(counts.accepted),
+            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in self.backend.staged),
             auto=choice.model_dump(mode="json") if choice else None,
             warnings=(*warnings, *cut),
         )  # fmt: skip

@@ -28,7 +28,8 @@ class Report:
     Both are None on GPUs, where the host does not wait for rounds.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
-    `auto` is what mode auto chose and expected.
+    `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
+    because direct copies between them failed their test.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Report:
     accepted: dict[str, float] | None = None
     auto: dict[str, Any] | None = None
     first_blocks: tuple[int, ...] = ()
+    staged: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

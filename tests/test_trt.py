@@ -209,6 +209,7 @@ def test_pictures_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devic
     assert imaginary.tensorrt.loaded.count("unet") == (2 if "," in devices else 1), "weights once per device"
     assert imaginary.cuda.calls["cuGraphLaunch"] > 0
     assert got.report.critical_seconds is None
+    assert got.report.staged == ()
 
 
 def _generate(pipeline: Pipeline, mode: str) -> Any:

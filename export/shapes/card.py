@@ -35,9 +35,9 @@ combinations of colour, shape and place is held out: it occurs in no training pi
 
 **Training.** `python -m export.shapes.train`: the VAE {vae_steps:,} steps of {vae_batch} pictures (L1 + L2, faint KL),
 then text encoder and UNet together {steps:,} steps of {batch} latents (ε loss, min-SNR weights, offset noise 0.1, 10 %
-empty captions, exponential moving average), bfloat16 autocast. 300 steps in between look at the layout alone, and
-afterwards high noise counts for more, which is the jump in the UNet's curve. Last losses: VAE {vae_loss:.4f}, UNet
-{loss:.4f}.
+empty captions, exponential moving average), bfloat16 autocast. In the first {layout:,} steps high noise and the layout
+of the predicted picture count for more, which is the cliff in the UNet's curve: without them it does not learn places.
+Last losses: VAE {vae_loss:.4f}, UNet {loss:.4f}.
 
 ![loss curves](loss.png)
 

@@ -387,8 +387,11 @@ def assemble(recipe: Recipe, folder: Path) -> None:
         {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         {"sizes": tuple(RADII), "colours": tuple(COLOURS), "kinds": KINDS, "places": tuple(PLACES)},
         {"vae": vae_losses, "unet": losses},
-        {"pictures": recipe.pictures, "two": TWO_SHAPES, "vae_batch": recipe.vae_batch, "batch": recipe.batch},
-    )
+        {
+            "pictures": recipe.pictures, "two": TWO_SHAPES, "vae_batch": recipe.vae_batch, "batch": recipe.batch,
+            "layout": LAYOUT_STEPS,
+        },
+    )  # fmt: skip
 
 
 def main() -> None:
