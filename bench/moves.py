@@ -54,11 +54,8 @@ def gather(devices: int, size: int, link: Link, combine: float = COMBINE) -> flo
 def all_gather(devices: int, size: int, link: Link, combine: float = COMBINE, *, streams: bool = False) -> float:
     """Seconds of a round beside its model calls, with one stream per device or one per copy."""
     busy, copies = link.busy(size), devices - 1
-    if streams:
-        last = combine + copies * busy + link.latency + link.event
-    else:
-        last = combine + copies * (busy + link.latency)
-    return last + copies * link.event
+    hop = link.latency + link.event if streams else copies * link.latency
+    return combine + copies * (busy + link.event) + hop
 
 
 def moves(call_seconds: float = 0.01) -> list[dict[str, Any]]:
