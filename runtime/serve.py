@@ -47,6 +47,11 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+STATUSES = {
+    400: "A field cannot be used; `param` names it.", 401: "A key is needed.", 404: "There is no such model.",
+    413: "The body is too large.", 415: "The body is not JSON.", 429: "The queue is full; see Retry-After.",
+    500: "The engine failed.", 504: "The request became too old.",
+}  # fmt: skip
 KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
@@ -185,7 +190,13 @@ def make_app(pipeline: Pipeline, limits: Limits | None = None) -> FastAPI:
 
     app.add_middleware(Known, keys=service.limits.keys)
 
-    @app.post("/v1/images/generations", response_model=None)
+    schema = {"application/json": {"schema": ImageRequest.model_json_schema()}}
+    refusals = {code: {"description": text} for code, text in STATUSES.items()}
+
+    @app.post(
+        "/v1/images/generations", response_model=None, responses=refusals,  # type: ignore[arg-type]
+        openapi_extra={"requestBody": {"required": True, "content": schema}},
+    )  # fmt: skip
     async def generations(request: Request, asked: Annotated[ImageRequest, Depends(read_request)]) -> Response:
         """Makes n pictures of a prompt, or with `stream` one picture and previews of it."""
         if asked.model not in (None, pipeline.manifest.model):
