@@ -1,4 +1,4 @@
-"""`python -m bench run|quality|drafts|gpu|report`."""
+"""`python -m bench run|quality|drafts|gpu|moves|report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import gpu, quality, report, run
+from bench import gpu, moves, quality, report, run
 from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.report import result_file
@@ -46,6 +46,9 @@ def arguments() -> argparse.ArgumentParser:
     sub = commands.add_parser("gpu", help=(gpu.__doc__ or "").splitlines()[0])
     sub.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4], help="numbers of lanes on the first GPU")
     sub.add_argument("--json", type=Path, help="where the result file goes")
+    sub = commands.add_parser("moves", help=(moves.__doc__ or "").splitlines()[0])
+    sub.add_argument("--call-seconds", type=float, default=0.01, help="of one model call")
+    sub.add_argument("--json", type=Path, help="where the result file goes")
     commands.add_parser("report", help=(report.__doc__ or "").splitlines()[0])
     return parser
 
@@ -58,6 +61,9 @@ def measure(command: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     elif command == "gpu":
         rows = gpu.gpu(options["lanes"], lambda line: print(line, flush=True))
         print(gpu.table(rows))
+    elif command == "moves":
+        rows = moves.moves(**options)
+        print(moves.table(rows))
     elif command == "drafts":
         rows = quality.drafts(**options)
         print(quality.table_of_drafts(rows))

@@ -15,7 +15,7 @@ from engines.load import build_missing, wanted
 from engines.manifest import MANIFEST
 from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Bars:

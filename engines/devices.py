@@ -1,4 +1,4 @@
-"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@onnxruntime`."""
+"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@bf16`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from engines.errors import DeviceError
 
 MAX_AUTO_LANES = 8
 MAX_LANES = 64
-FORMS = "use auto, cpu, cpu@THREADS, cpu*LANES, or GPUs like cuda:0,cuda:1 or cuda:0*LANES"
+FORMS = "use auto, cpu, cpu@THREADS, cpu*LANES, or GPUs like cuda:0,cuda:1, cuda:0*LANES or cuda:0@bf16"
 
 
 @dataclass(frozen=True)
 class LaneSpec:
-    """One lane: its device, its number on that device, the processor threads it may use, and what runs its model."""
+    """One lane: its device, its number there, its processor threads, what runs its model, and in what type."""
 
     device: str
     index: int
     threads: int = 0
     runtime: str = "onnxruntime"
+    precision: str = "fp32"
 
     def __str__(self) -> str:
         return f"{self.device}/{self.index}"
@@ -44,9 +45,10 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     """The lanes of a device string.
 
     `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores;
-    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one; `cuda:0@onnxruntime` runs the model on
-    ONNX Runtime instead of TensorRT. `auto` is every GPU where there are some and TensorRT is installed, else one lane
-    per core. DeviceError for anything else. Whether a GPU exists is found out when it is opened.
+    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. GPUs compute in half, or as `@bf16` and
+    `@fp32` say; `cuda:0@onnxruntime` and `cuda:0@onnxruntime@fp32` run the model on ONNX Runtime, not TensorRT. All
+    lanes run alike. `auto` is every GPU where there are some and TensorRT is installed, else one lane per core.
+    DeviceError for anything else. Whether a GPU exists is found out when it is opened.
     """
     if text == "auto":
         text = _auto()
@@ -55,7 +57,7 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
 
 def precision(lanes: Sequence[LaneSpec]) -> str:
     """What a model is exported in for these lanes."""
-    return "fp32" if lanes[0].gpu is None else "fp16"
+    return lanes[0].precision
 
 
 def _auto() -> str:
@@ -85,12 +87,14 @@ def _gpus(text: str) -> tuple[LaneSpec, ...]:
     found: list[LaneSpec] = []
     used: Counter[str] = Counter()
     for part in text.split(","):
-        match = re.fullmatch(r"(cuda:\d{1,3})(?:@(onnxruntime|tensorrt))?(?:\*(\d+))?", part)
+        match = re.fullmatch(r"(cuda:\d{1,3})(?:@(onnxruntime|tensorrt))?(?:@(fp16|bf16|fp32))?(?:\*(\d+))?", part)
         if not match:
             raise DeviceError(f"unknown device {part!r}: {FORMS}")
-        device, runtime, lanes = match[1], match[2] or "tensorrt", int(match[3] or 1)
+        device, runtime, kind, lanes = match[1], match[2] or "tensorrt", match[3] or "fp16", int(match[4] or 1)
         if not 0 < lanes <= MAX_LANES - len(found):
             raise DeviceError(f"{text}: between 1 and {MAX_LANES} lanes in all")
-        found += [LaneSpec(device, used[device] + n, 0, runtime) for n in range(lanes)]
+        found += [LaneSpec(device, used[device] + n, 0, runtime, kind) for n in range(lanes)]
         used[device] += lanes
+    if len({(lane.runtime, lane.precision) for lane in found}) > 1:
+        raise DeviceError(f"{text}: all GPU lanes run alike: name the same runtime and type for each of them, or none")
     return tuple(found)

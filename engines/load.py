@@ -10,8 +10,7 @@ import numpy as np
 
 from engines.base import Array, Backend, Progress
 from engines.devices import LaneSpec
-from engines.errors import DeviceError
-from engines.store import Bundle, Plan
+from engines.store import Bundle, Plan, plan_key
 
 
 class Runner(Protocol):
@@ -45,10 +44,7 @@ class Engines(Protocol):
 
 
 def _runtime(lanes: Sequence[LaneSpec]) -> str:
-    runtimes = {lane.runtime if lane.gpu is not None else "cpu" for lane in lanes}
-    if len(runtimes) > 1:
-        raise DeviceError("all GPU lanes of a model run on the same runtime: name it for all of them or for none")
-    return runtimes.pop()
+    return "cpu" if lanes[0].gpu is None else lanes[0].runtime
 
 
 def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
@@ -84,13 +80,18 @@ def build_missing(
 
 
 def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
-    """Per network, the fields of the plans that this machine would use of a bundle."""
-    networks = bundle.manifest.networks
-    if bundle.manifest.precision == "fp32":
-        from engines import ort
+    """Per network, the fields of the plans that this machine would use of a bundle.
 
-        return {network: [ort.plan_fields(bundle, network)] for network in networks}
-    from engines import trt
+    Of a bundle in float32, which is for processor cores first, those for GPUs count only where they were built.
+    """
+    from engines import ort, trt
 
-    kinds = list(dict.fromkeys(trt.visible_gpus()))
-    return {network: [trt.plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
+    networks, cores = bundle.manifest.networks, bundle.manifest.precision == "fp32"
+    kinds = list(dict.fromkeys(trt.visible_gpus())) if trt.installed() else []
+    found = {network: [trt.plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
+    if cores:
+        plans = bundle.plans()
+        for network, several in found.items():
+            built = [fields for fields in several if plan_key(fields) in plans]
+            found[network] = [ort.plan_fields(bundle, network), *built]
+    return found

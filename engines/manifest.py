@@ -78,7 +78,7 @@ class Manifest(_Strict):
     origin: str
     source: str
     versions: dict[str, str]
-    precision: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "bf16"]
     networks: dict[str, Network]
     tokenizer: Tokenizer
     scheduler: dict[str, Any]

@@ -92,6 +92,8 @@ class Engines:
     """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
+        if bundle.manifest.precision == "bf16":
+            raise DeviceError("ONNX Runtime lanes take fp16 or fp32: leave @bf16 out, or use TensorRT")
         driver = driver or Driver()
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}

@@ -220,7 +220,7 @@ class Bundle:
 
 
 def _devices(precision: str) -> str:
-    return "" if precision == "fp32" else " DEVICES=cuda:0"
+    return {"fp32": "", "fp16": " DEVICES=cuda:0"}.get(precision, f" DEVICES=cuda:0@{precision}")
 
 
 def _damaged(files: Iterable[tuple[Path, str]], repair: str) -> list[str]:

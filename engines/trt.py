@@ -6,6 +6,7 @@ plans for a named compute capability without a GPU, which is how they are built 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import Array, Progress
-from engines.cuda import CudaBackend, Enqueue, Network, Tensor, pinned
+from engines.cuda import CudaBackend, Enqueue, Network, Tensor, narrow, pinned, widen
 from engines.devices import LaneSpec
 from engines.driver import Device, Driver, release
 from engines.errors import DeviceError
@@ -58,6 +59,11 @@ def package() -> Any:
                 "or use --devices cuda:0@onnxruntime"
             ) from None
     return trt
+
+
+def installed() -> bool:
+    """Whether one of them is there."""
+    return any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
 
 
 def runtime_name(trt: Any) -> str:
@@ -401,21 +407,23 @@ class EngineSession:
         driver("cuCtxSetCurrent", engine.device.context)
         batch = len(next(iter(inputs.values())))
         enqueue, memory = self._bound.get(batch) or self._bound.setdefault(batch, self._bind(batch))
+        dtypes = {one.name: one.dtype for one in self._spec.inputs}
         for name, value in inputs.items():
             pointer, host = memory[name]
-            host[...] = value
+            host[...] = narrow(value, "bfloat16") if dtypes[name] == "bfloat16" else value
             driver("cuMemcpyHtoDAsync", pointer, host.ctypes.data, host.nbytes, self._stream)
         enqueue()
         pointer, host = memory[self._spec.outputs[0].name]
         driver("cuMemcpyDtoHAsync", host.ctypes.data, pointer, host.nbytes, self._stream)
         driver("cuEventRecord", self._done, self._stream)
         driver.wait(self._done, f"{engine.name} on {engine.device.name}")
-        return host.astype(np.float32)
+        return widen(host.reshape(-1).view(np.uint8), self._spec.outputs[0].dtype).reshape(host.shape)
 
     def _bind(self, batch: int) -> tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]:
         memory, tensors = {}, {}
         for one in (*self._spec.inputs, *self._spec.outputs[:1]):
-            shape, dtype = (batch, *(int(axis) for axis in one.shape[1:])), np.dtype(one.dtype)
+            shape = (batch, *(int(axis) for axis in one.shape[1:]))
+            dtype = np.dtype("uint16" if one.dtype == "bfloat16" else one.dtype)
             size = int(np.prod(shape)) * dtype.itemsize
             host, free = pinned(self._engine.driver, size)
             self._freed.append(free)

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 from engines.devices import parse_devices, precision
 from engines.errors import BundleError, EngineError, ExportError
@@ -83,7 +84,7 @@ def export(name: str, folder: Path, target: Path, source: str, precision: str) -
             origin=name if name in EMBEDDED else str(folder.resolve()),
             source=source,
             versions={package: version(package) for package in PACKAGES},
-            precision="fp16" if precision == "fp16" else "fp32",
+            precision=cast(Any, precision),
             networks=networks,
             tokenizer=Tokenizer(
                 file="tokenizer.json",
@@ -109,19 +110,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
     parser.add_argument("model", help="shapes, or the folder of a diffusers model")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
-    parser.add_argument("--devices", default="auto", help="where it will run: GPUs get fp16, processor cores fp32")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="instead of what the devices suggest")
+    parser.add_argument("--devices", default="auto", help="where it will run, which says in what type")
     options = parser.parse_args()
     try:
-        options.precision = options.precision or precision(parse_devices(options.devices))
+        wanted = precision(parse_devices(options.devices))
         name, folder = resolve(options.model)
-        target = options.build / bundle_name(name, options.precision)
+        target = options.build / bundle_name(name, wanted)
         with locked(target):
             source = source_identity(folder)
             if up_to_date(target, source):
                 print(f"{name}: the export in {target} is up to date")
                 return 0
-            export(name, folder, target, source, options.precision)
+            export(name, folder, target, source, wanted)
         print(f"{name}: exported to {target}")
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from engines.errors import ExportError
 
 MAX_BATCH = 64
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

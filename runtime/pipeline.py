@@ -130,6 +130,7 @@ class Pipeline:
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
         callback_on_step_end: StepCallback | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Result:
         """Makes pictures. Arguments that diffusers also has mean what they mean there.
 
@@ -144,6 +145,9 @@ class Pipeline:
         after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
         shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
         so that none depends on its neighbours, and the steps begin anew with each.
+
+        progress(steps) is called at the same times with the number of finished steps, costs nothing, and may raise to
+        cancel; while it runs, `preview` shows the picture so far.
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
@@ -198,7 +202,7 @@ class Pipeline:
             )
             noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
             encoded = time.perf_counter()
-            notify = self._notifier(callback_on_step_end, schedule)
+            notify = self._notifier(callback_on_step_end, progress, schedule)
             before = self.backend.critical
 
             def loop() -> tuple[Array, Counts]:
@@ -314,12 +318,20 @@ class Pipeline:
             raise ParameterError("latents", "latents hold NaN or infinity")
         return array
 
-    def _notifier(self, callback: StepCallback | None, schedule: Schedule) -> Callable[[int], None]:
+    def preview(self) -> list[Image.Image]:
+        """The picture so far, for `progress`: the noisy latents as the VAE decoder sees them."""
+        return self._decode(self.backend.read(STATE))
+
+    def _notifier(
+        self, callback: StepCallback | None, progress: Callable[[int], None] | None, schedule: Schedule
+    ) -> Callable[[int], None]:
         if callback is None:
-            return lambda finished: None
+            return progress or (lambda finished: None)
 
         def notify(finished: int) -> None:
-            latents = self._engines.backend.read(STATE)
+            if progress is not None:
+                progress(finished)
+            latents = self.backend.read(STATE)
             callback(self, finished - 1, schedule.timesteps[finished - 1], {"latents": latents})
 
         return notify

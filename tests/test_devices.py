@@ -72,6 +72,23 @@ def test_an_unknown_gpu_is_refused_with_the_forms_that_exist(text: str) -> None:
         parse_devices(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "runtime", "kind"),
+    [
+        ("cuda:0@bf16", "tensorrt", "bf16"), ("cuda:0@fp32*2", "tensorrt", "fp32"),
+        ("cuda:0@onnxruntime@fp32", "onnxruntime", "fp32"), ("cuda:1@tensorrt@fp16", "tensorrt", "fp16"),
+    ],
+)  # fmt: skip
+def test_gpus_compute_in_the_type_that_is_named(text: str, runtime: str, kind: str) -> None:
+    assert {(lane.runtime, lane.precision) for lane in parse_devices(text)} == {(runtime, kind)}
+
+
+@pytest.mark.parametrize("text", ["cuda:0,cuda:1@onnxruntime", "cuda:0@fp32,cuda:0", "cuda:0@bf16,cuda:1@fp16"])
+def test_gpus_of_one_model_run_alike(text: str) -> None:
+    with pytest.raises(DeviceError, match="all GPU lanes run alike"):
+        parse_devices(text)
+
+
 @pytest.mark.parametrize("text", ["cuda:0*0", "cuda:0*65", "cuda:0*40,cuda:1*40"])
 def test_the_number_of_gpu_lanes_is_limited(text: str) -> None:
     with pytest.raises(DeviceError, match="between 1 and 64 lanes"):

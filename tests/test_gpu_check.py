@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu
+from bench import gpu, moves
 from engines.driver import Driver, available
 from tests.fake_cuda import OK, FakeCuda, Stream
 
@@ -28,6 +28,19 @@ def test_without_a_gpu_every_part_says_why(tmp_path: Path) -> None:
     assert {row["status"] for row in rows[1:]} == {"not possible here"}
     assert {row["reason"] for row in rows[1:]} == {available()}
     assert "engine overhead" in done.stdout
+
+
+@pytest.mark.parametrize("link", moves.LINKS, ids=lambda link: link.name)
+def test_two_ways_to_move_latents(link: moves.Link) -> None:
+    """One device moves nothing; two hops cost two latencies, one hop costs one; more devices never cost less."""
+    assert moves.gather(1, 1 << 15, link) == moves.all_gather(1, 1 << 15, link) == moves.COMBINE
+    both = moves.gather(2, 0, link) - moves.COMBINE
+    assert both == pytest.approx(2 * (link.latency + link.event))
+    assert moves.all_gather(2, 0, link) - moves.COMBINE == pytest.approx(link.latency + link.event)
+    for way in (moves.gather, moves.all_gather):
+        seconds = [way(devices, 1 << 19, link) for devices in (1, 2, 4, 8)]
+        assert seconds == sorted(seconds)
+    assert len(moves.moves()) == len(moves.LINKS) * len(moves.LATENTS) * len(moves.DEVICES)
 
 
 class Timed(FakeCuda):

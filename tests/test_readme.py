@@ -72,6 +72,13 @@ def test_the_curl_command_makes_a_picture(server: int, tmp_path: Path) -> None:
     assert is_picture(tmp_path / "star.png")
 
 
+def test_the_openai_example_streams(server: int) -> None:
+    code = here(block("from openai"), server)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kinds = [line.split()[0] for line in run.stdout.splitlines()]
+    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+
+
 def test_the_page_is_served(server: int) -> None:
     page = urllib.request.urlopen(f"http://127.0.0.1:{server}/", timeout=10).read().decode()
     assert "<html" in page and "caption" in page.lower()

@@ -20,6 +20,7 @@ from engines.devices import parse_devices
 from engines.errors import BundleError, DeviceError
 from engines.store import BUILD, Bundle
 from engines.trt import Gpu
+from runtime.calibrate import calibrate
 from runtime.pipeline import Pipeline
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import FakeTensorRT
@@ -55,7 +56,7 @@ RTX_MEMBERS = {
 @pytest.fixture(scope="module")
 def half() -> Bundle:
     """The embedded model in fp16."""
-    command = [sys.executable, "-m", "export", "shapes", "--precision", "fp16"]
+    command = [sys.executable, "-m", "export", "shapes", "--devices", "cuda:0"]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     return Bundle.open("shapes", BUILD, "fp16")
 
@@ -224,6 +225,18 @@ def test_a_plan_that_is_too_big_says_how_big(imaginary: Imaginary) -> None:
         load.load(imaginary.bundle, parse_devices("cuda:0"))
 
 
+def test_auto_measures_and_chooses_on_gpus(imaginary: Imaginary) -> None:
+    """The cost model is fed with call times of these lanes, whatever they are."""
+    load.build_missing(imaginary.bundle, parse_devices("cuda:0*2"))
+    model, pictures = str(imaginary.bundle.folder), {"pictures": 1, "again": False}
+    assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, **pictures)  # type: ignore[arg-type]
+    assert not calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, **pictures)  # type: ignore[arg-type]
+    pipeline = Pipeline.load(model, "cuda:0*2")
+    report = pipeline.generate("a large red star at the left on blue background", num_inference_steps=6).report
+    pipeline.close()
+    assert report.mode == "sequential" and not report.warnings
+
+
 def test_calls_beyond_the_plan_run_in_parts(imaginary: Imaginary) -> None:
     load.build_missing(imaginary.bundle, parse_devices("cuda:0"))
     pipeline = Pipeline.load(str(imaginary.bundle.folder), "cuda:0")
@@ -239,7 +252,6 @@ def test_calls_beyond_the_plan_run_in_parts(imaginary: Imaginary) -> None:
     ("devices", "message"),
     [
         ("cuda:2", r"there is no cuda:2: this machine has cuda:0 … cuda:1"),
-        ("cuda:0,cuda:1@onnxruntime", "name it for all of them or for none"),
     ],
 )
 def test_devices_that_cannot_be(imaginary: Imaginary, devices: str, message: str) -> None:

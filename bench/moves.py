@@ -1,0 +1,92 @@
+"""Two ways to move latents between GPUs, played on a clock: what a round costs beside its model calls.
+
+Gather: one device holds the latents. It combines, sends each device its draft, and gets each ε back: two hops.
+All-gather: every device holds all latents. Each sends its ε to all others and combines for itself: one hop.
+
+A stream runs one thing after another, a device's link carries one copy at a time in each direction, and a hop takes
+`latency` beside what its bytes take. With one stream per device the copies of an all-gather queue behind one another;
+`streams` gives every copy a stream of its own, at the price of an event for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DEVICES = (2, 4, 8)
+LATENTS = {"SD 1.5": 32 << 10, "SDXL": 128 << 10, "SD 3": 512 << 10}  # bytes in half
+
+
+@dataclass(frozen=True)
+class Link:
+    """Seconds and bytes per second of a copy between two devices; `event` is what waiting for another stream costs."""
+
+    name: str
+    latency: float
+    bandwidth: float
+    event: float = 1.5e-6
+
+    def busy(self, size: int) -> float:
+        """How long a copy keeps the link."""
+        return size / self.bandwidth
+
+
+# Typical of each kind, not measured by this project: it has not met two GPUs yet.
+LINKS = (Link("NVLink", 6e-6, 200e9), Link("PCIe 4", 10e-6, 22e9), Link("staged", 25e-6, 11e9))
+COMBINE = 4e-6
+
+
+def gather(devices: int, size: int, link: Link, combine: float = COMBINE) -> float:
+    """Seconds of a round beside its model calls."""
+    busy, sent = link.busy(size), combine
+    ready = [combine]  # at home without a copy
+    for _ in range(devices - 1):
+        sent += busy
+        ready.append(sent + link.event + link.latency)
+    home, arrived = 0.0, ready[0]
+    for start in sorted(ready[1:]):  # model calls take equally long, so they end in the order in which they began
+        home = max(home, start) + busy
+        arrived = max(arrived, home + link.latency + link.event)
+    return arrived
+
+
+def all_gather(devices: int, size: int, link: Link, combine: float = COMBINE, *, streams: bool = False) -> float:
+    """Seconds of a round beside its model calls, with one stream per device or one per copy."""
+    busy, copies = link.busy(size), devices - 1
+    hop = link.latency + link.event if streams else copies * link.latency
+    return combine + copies * (busy + link.event) + hop
+
+
+def moves(call_seconds: float = 0.01) -> list[dict[str, Any]]:
+    """Every number of devices, latent and link; the gain is the share of a round with calls of `call_seconds`."""
+    rows = []
+    for link in LINKS:
+        for name, size in LATENTS.items():
+            for devices in DEVICES:
+                ways = {
+                    "gather": gather(devices, size, link),
+                    "all_gather": all_gather(devices, size, link),
+                    "all_gather_streams": all_gather(devices, size, link, streams=True),
+                }
+                best = min(ways["all_gather"], ways["all_gather_streams"])
+                gain = (ways["gather"] - best) / (call_seconds + ways["gather"])
+                rows.append(
+                    {"link": link.name, "latent": name, "devices": devices, "gain": gain}
+                    | {way: seconds * 1e6 for way, seconds in ways.items()}
+                )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Microseconds per round."""
+    lines = [
+        "| link | latent | devices | gather | all-gather | with a stream per copy | gained, calls of 10 ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['link']} | {r['latent']} | {r['devices']} | {r['gather']:.0f} µs | {r['all_gather']:.0f} µs "
+        f"| {r['all_gather_streams']:.0f} µs | {r['gain']:.2%} |"
+        for r in rows
+    ]
+    return "\n".join(lines)

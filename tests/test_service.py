@@ -1,0 +1,273 @@
+"""The server under load and in bad company: streams, queue, deadlines, clients that leave, keys, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from engines.store import Bundle
+from runtime.jobs import CancelledError, DeadlineError, Job, Jobs, QueueFullError
+from runtime.pipeline import Pipeline
+from runtime.request import ImageRequest
+from runtime.serve import KEYS_VARIABLE, Limits, Previews, read_keys
+from tests.test_serve import GENERATE, PROMPT, ask, files, serving
+
+
+@pytest.fixture(scope="module")
+def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
+    loaded = Pipeline(shapes, "cpu*2")
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
+    with serving(pipeline) as connected:
+        yield connected
+
+
+def decoded(text: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        return np.asarray(image.convert("RGB"), float)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a stream; names and types agree."""
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partial", [0, 1, 3])
+@pytest.mark.parametrize("mode", ["sequential", "aggressive", "srds"])
+def test_a_stream_shows_the_picture_as_it_becomes(client: httpx.Client, mode: str, partial: int) -> None:
+    body = {"prompt": PROMPT, "mode": mode, "k": 2, "num_inference_steps": 12, "seed": 4}
+    response = client.post(GENERATE, json={**body, "stream": True, "partial_images": partial})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *partials, last = events(response)
+    assert [event["type"] for event in partials] == ["image_generation.partial_image"] * len(partials)
+    assert [event["partial_image_index"] for event in partials] == list(range(len(partials)))
+    assert len(partials) == partial if mode != "srds" else len(partials) <= partial
+    whole = ask(client, **body)
+    assert last["type"] == "image_generation.completed"
+    assert last["b64_json"] == whole["data"][0]["b64_json"]
+    finished = decoded(last["b64_json"])
+    distances = [np.abs(decoded(event["b64_json"]) - finished).mean() for event in partials]
+    assert distances == sorted(distances, reverse=True) or mode == "srds"
+
+
+def test_the_openai_client(client: httpx.Client) -> None:
+    """The package that most callers have, streaming and not."""
+    made = openai.OpenAI(base_url=f"{str(client.base_url).rstrip('/')}/v1", api_key="any")
+    more = {"num_inference_steps": 6, "seed": 2}
+    plain = made.images.generate(prompt=PROMPT, model="shapes", n=2, extra_body=more)
+    assert plain.data and len(plain.data) == 2
+    stream = made.images.generate(prompt=PROMPT, model="shapes", stream=True, partial_images=2, extra_body=more)
+    kinds = [event.type for event in stream]
+    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    with pytest.raises(openai.BadRequestError, match="unknown mode"):
+        made.images.generate(prompt=PROMPT, extra_body={"mode": "magic"})
+    with pytest.raises(openai.BadRequestError, match="unknown mode"):
+        made.images.generate(prompt=PROMPT, stream=True, extra_body={"mode": "magic"})
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"stream": True, "n": 2}, "n"), ({"partial_images": 1}, "partial_images"),
+     ({"stream": True, "partial_images": 4}, "partial_images")],
+)  # fmt: skip
+def test_streams_that_cannot_be(client: httpx.Client, body: dict[str, Any], param: str) -> None:
+    response = client.post(GENERATE, json={"prompt": PROMPT, **body})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_previews_are_spread_over_the_steps() -> None:
+    asked = ImageRequest.model_validate({"prompt": "a", "stream": True, "num_inference_steps": 20, "partial_images": 3})
+    previews = Previews(asked)
+    assert [finished for finished in range(1, 21) if previews.due(finished)] == [5, 10, 15]
+    late = Previews(asked)
+    assert [finished for finished in (17, 18, 19, 20) if late.due(finished)] == [17, 18, 19]
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------
+
+
+def blocked(jobs: Jobs) -> tuple[Job, threading.Event]:
+    """A job that holds the engine until it is told."""
+    held, begun = threading.Event(), threading.Event()
+
+    def work(job: Job) -> str:
+        begun.set()
+        assert held.wait(20)
+        job.check()
+        return "done"
+
+    job = jobs.submit(work, 60)
+    assert begun.wait(20)
+    return job, held
+
+
+def test_jobs_run_in_order_and_the_queue_has_an_end() -> None:
+    jobs, order = Jobs(3), []
+
+    def noting(number: int) -> Callable[[Job], None]:
+        return lambda job: order.append(number)
+
+    first, held = blocked(jobs)
+    others = [jobs.submit(noting(n), 60) for n in range(3)]
+    with pytest.raises(QueueFullError, match="3 requests are waiting already: try again in 4 s"):
+        jobs.submit(noting(9), 60)
+    held.set()
+    assert first.future.result(20) == "done"
+    for job in others:
+        job.future.result(20)
+    assert order == [0, 1, 2]
+    assert jobs.depth == 0
+    jobs.close()
+
+
+def test_a_job_that_is_too_old_or_not_wanted_does_not_begin() -> None:
+    jobs = Jobs(9)
+    first, held = blocked(jobs)
+    late, unwanted = jobs.submit(lambda job: "made", 0.05), jobs.submit(lambda job: "made", 60)
+    unwanted.cancel()
+    time.sleep(0.1)
+    first.cancel()
+    held.set()
+    with pytest.raises(CancelledError):
+        first.future.result(20)
+    with pytest.raises(DeadlineError, match=r"0\.05 s old in the queue"):
+        late.future.result(20)
+    with pytest.raises(CancelledError):
+        unwanted.future.result(20)
+    assert jobs.submit(lambda job: "made", 60).future.result(20) == "made"
+    jobs.close()
+
+
+def test_a_full_queue_is_429_and_a_deadline_504(pipeline: Pipeline) -> None:
+    with serving(pipeline, Limits(queue=1, seconds=1.0)) as client:
+        long = {"prompt": PROMPT, "num_inference_steps": 500, "mode": "sequential"}
+        with ThreadPoolExecutor(8) as pool:
+            responses = list(pool.map(lambda n: client.post(GENERATE, json=long), range(8)))
+        statuses = sorted(response.status_code for response in responses)
+        assert set(statuses) == {429, 504}
+        refused = next(response for response in responses if response.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        late = next(response for response in responses if response.status_code == 504)
+        assert late.json()["error"]["code"] == "deadline_exceeded"
+        assert ask(client, num_inference_steps=2)["data"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_is_not_worked_for(client: httpx.Client, stream: bool) -> None:
+    """The engine is free again within a round, and the next picture is what it would have been."""
+    wanted = ask(client, seed=11)["data"]
+    body = {"prompt": PROMPT, "num_inference_steps": 500, "mode": "sequential", "stream": stream}
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(GENERATE, json=body, timeout=0.4)
+    start = time.monotonic()
+    assert ask(client, seed=11)["data"] == wanted
+    assert time.monotonic() - start < 5, "three times 500 steps take longer"
+
+
+def test_clients_that_leave_in_the_queue_or_before_the_end_of_their_request(client: httpx.Client) -> None:
+    wanted = files(ask(client, seed=12))
+
+    async def crowd() -> None:
+        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as many:
+
+            async def one(seconds: float) -> None:
+                with pytest.raises(httpx.TimeoutException):
+                    await many.post(GENERATE, json={"prompt": PROMPT, "num_inference_steps": 500}, timeout=seconds)
+
+            await asyncio.gather(*(one(0.05 + 0.05 * n) for n in range(8)))
+
+    asyncio.run(crowd())
+    assert files(ask(client, seed=12)) == wanted
+
+
+def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> None:
+    alone = {seed: files(ask(client, seed=seed, mode="aggressive", k=2)) for seed in range(6)}
+    with ThreadPoolExecutor(12) as pool:
+        seeds = [n % 6 for n in range(24)]
+        made = list(pool.map(lambda seed: files(ask(client, seed=seed, mode="aggressive", k=2)), seeds))
+    assert all(picture == alone[seed] for seed, picture in zip(seeds, made, strict=True))
+
+
+# --- who asks, and what is told --------------------------------------------------------------------------------------
+
+
+def test_keys(pipeline: Pipeline) -> None:
+    with serving(pipeline, Limits(keys=("secret-1", "schlüssel"))) as client:
+        body = {"prompt": PROMPT, "num_inference_steps": 1}
+        for header in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "Bearer secret-12"}):
+            refused = client.post(GENERATE, json=body, headers=header)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert client.post(GENERATE, json=body, headers={"Authorization": "Bearer secret-1"}).status_code == 200
+        assert client.get("/health/live").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n\n two \n")
+    monkeypatch.setenv(KEYS_VARIABLE, "three,, four")
+    assert read_keys(path) == ("one", "two", "three", "four")
+    assert read_keys(None) == ("three", "four")
+    path.write_text("\n")
+    monkeypatch.setenv(KEYS_VARIABLE, "")
+    with pytest.raises(Exception, match="holds no API key"):
+        read_keys(path)
+    with pytest.raises(Exception, match="cannot be read"):
+        read_keys(tmp_path / "none")
+
+
+def test_a_request_keeps_its_id(client: httpx.Client) -> None:
+    assert client.get("/v1/models", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    made = {client.get("/v1/models").headers["x-request-id"] for _ in range(3)}
+    assert len(made) == 3
+    assert client.get("/v1/models", headers={"x-request-id": "a b\tc"}).headers["x-request-id"] != "a b\tc"
+
+
+def test_metrics(pipeline: Pipeline) -> None:
+    with serving(pipeline) as client:
+        ask(client, mode="aggressive", k=2, num_inference_steps=9)
+        client.post(GENERATE, json={"prompt": PROMPT, "mode": "magic"})
+        text = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values['driffusion_requests_total{outcome="200"}'] == "1.0"
+    assert values['driffusion_requests_total{outcome="400"}'] == "1.0"
+    assert values["driffusion_rounds_total"] == "5.0"
+    assert values["driffusion_evaluations_total"] == "9.0"
+    assert values['driffusion_images_total{mode="aggressive"}'] == "1.0"
+    assert values['driffusion_stage_seconds_count{stage="denoise"}'] == "1.0"
+    assert values["driffusion_queue_depth"] == values["driffusion_lost_lanes"] == "0.0"
+
+
+def test_the_openapi_document_describes_the_request(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["paths"][GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(ImageRequest.model_fields)
+    assert body["additionalProperties"] is False
+    assert set(document["paths"]) >= {GENERATE, "/v1/models", "/health/live", "/health/ready", "/metrics"}
