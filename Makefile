@@ -64,7 +64,7 @@ gpu-check: ## test and measure everything that this machine's GPUs can do, witho
 	@test -x .venv/bin/python || $(PYTHON) -m venv --system-site-packages .venv
 	@$(RUN) -m bench gpu --json bench/results/gpu.json
 
-train: .venv/.dev ## train the embedded model again: two hours on two cores
+train: .venv/.dev ## train the embedded model again: an hour and a half on two idle cores
 	@$(RUN) -m export.shapes.train
 
 clean-engines: ## delete exported and compiled models
