@@ -30,7 +30,7 @@ class TorchNetwork:
 
     def __init__(self, model: Callable[..., Any], device: int, *, captured: bool = True) -> None:
         self.device = device
-        self._model, self._captured = model, captured
+        self._model, self._captured, self._pool = model, captured, None
 
     def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
         """See cuda.Network."""
@@ -47,12 +47,14 @@ class TorchNetwork:
             into.copy_(self._model(sample, timestep, **arrays))
 
         with torch.cuda.stream(own):
-            for _ in range(3):  # libraries choose their algorithms outside of a capture
-                run()
+            for _ in range(3):  # libraries choose their algorithms outside of a capture; the output is in use yet
+                with torch.no_grad():
+                    self._model(sample, timestep, **arrays)
         own.synchronize()
         if self._captured:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=own):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()  # its graphs run one after another
+            with torch.cuda.graph(graph, pool=self._pool, stream=own):
                 run()
             work: Callable[[], None] = graph.replay
         else:

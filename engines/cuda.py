@@ -324,7 +324,7 @@ class CudaBackend:
             driver("cuEventRecord", self._uploaded[entry], self._uploads)
             driver("cuStreamWaitEvent", self._main, self._uploaded[entry], 0)
             if program.graph is None and program.runs and self._graphs and program.capturable:
-                program.graph = driver.capture(self._main, lambda: self._enqueue(program))
+                program.graph = self._capture(program)
             if program.graph is not None:
                 driver("cuGraphLaunch", program.graph, self._main)
             else:
@@ -332,6 +332,15 @@ class CudaBackend:
             driver("cuEventRecord", self._played[entry], self._main)
         program.runs += 1
         self._round += 1
+
+    def _capture(self, program: _Program) -> Any:
+        """The program as a graph, or None where something in it cannot be captured."""
+        try:
+            return self._driver.capture(self._main, lambda: self._enqueue(program))
+        except DeviceError as error:
+            program.capturable = False
+            log.warning("a %s goes through streams, not through a graph: %s", program.name, error)
+            return None
 
     def _enqueue(self, program: _Program) -> None:
         """One round: combinations at home, lanes apart, and home again."""
@@ -402,7 +411,8 @@ class CudaBackend:
         direct = not remote and len(runs) == 1
         own = self._slot(rows[0]) if direct else self._output(lane, size)
         shape = (len(rows) * self._shape[0], *self._shape[1:])
-        run = lane.network.bind(bound.tensors, Tensor(own, shape, self._dtype), lane.stream)
+        with self._on(lane.device):
+            run = lane.network.bind(bound.tensors, Tensor(own, shape, self._dtype), lane.stream)
         inbox = self._lane_staging(lane, "in", bound.size) if staged else 0
         outbox = self._lane_staging(lane, "out", size) if staged else 0
 
@@ -422,17 +432,14 @@ class CudaBackend:
                 if staged:
                     driver("cuMemcpyHtoDAsync", bound.block, inbox, bound.size, lane.stream)
                 elif remote:
-                    self._peer_copy(lane.device, bound.block, home, bound.outbox, bound.size, lane.stream)
+                    self._copy(bound.block, bound.outbox, bound.size, lane.stream)
                 run()
                 if staged:
                     driver("cuMemcpyDtoHAsync", outbox, own, size, lane.stream)
                 elif not direct:
                     for start, first, count in runs:
                         source, target = own + start * self._bytes, self._slot(first)
-                        if remote:
-                            self._peer_copy(home, target, lane.device, source, count * self._bytes, lane.stream)
-                        else:
-                            driver("cuMemcpyDtoDAsync", target, source, count * self._bytes, lane.stream)
+                        self._copy(target, source, count * self._bytes, lane.stream)
                 if lane.stream is not main:
                     driver("cuEventRecord", lane.done, lane.stream)
 
@@ -543,8 +550,12 @@ class CudaBackend:
             self._staging[at : at + part.size] = part
             self._staged_bytes = -(-(at + part.size) // 256) * 256
             source = self._staging.ctypes.data + at
-            with self._on(self._home):
-                self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, self._main)
+            lane = next(lane for lane in self._lanes if lane.device is device)
+            with self._on(device):
+                self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, lane.stream)
+                if lane.stream is not self._main:
+                    self._driver("cuEventRecord", lane.done, lane.stream)
+                    self._driver("cuStreamWaitEvent", self._main, lane.done, 0)
 
     def _download(self, pointer: int, size: int) -> NDArray[np.uint8]:
         self._settle()
@@ -560,8 +571,10 @@ class CudaBackend:
     def _copy_out(self, target: NDArray[Any], pointer: int) -> None:
         self._driver("cuMemcpyDtoHAsync", target.ctypes.data, pointer, target.nbytes, self._main)
 
-    def _peer_copy(self, to: Device, target: int, of: Device, source: int, size: int, stream: Any) -> None:
-        self._driver("cuMemcpyPeerAsync", target, to.context, source, of.context, size, stream)
+    def _copy(self, target: int, source: int, size: int, stream: Any) -> None:
+        """Between devices, or on one. Unlike cuMemcpyPeerAsync, which finds its devices in the same way from the
+        addresses, it may be captured."""
+        self._driver("cuMemcpyAsync", target, source, size, stream)
 
     def _settle(self) -> None:
         """Waits until home has done everything; lanes have then, too."""
@@ -614,39 +627,54 @@ class CudaBackend:
         return tuple(failed)
 
     def _pair_fault(self, of: Device, to: Device) -> str | None:
+        """Why copies from one device to another must not be direct, or None."""
         driver = self._driver
         with self._on(to):
             can = driver("cuDeviceCanAccessPeer", driver("cuDeviceGet", to.ordinal), driver("cuDeviceGet", of.ordinal))
-            if can:
-                status = driver.api.cuCtxEnablePeerAccess(of.context, 0)[0]
-                if status and status != driver.api.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
-                    return f"cannot be enabled ({status.name})"
+            if not can:
+                return "are not possible"
+            status = driver.api.cuCtxEnablePeerAccess(of.context, 0)[0]
+            if status and status != driver.api.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+                return f"cannot be enabled ({status.name})"
         kept = len(self._freed)
-        largest = max(PAIR_BYTES)
+        try:
+            return self._copies_fault(of, to)
+        except DeviceError as error:
+            return f"failed ({error})"
+        finally:
+            todo = self._freed[kept:]
+            del self._freed[kept:]
+            release(todo)
+
+    def _copies_fault(self, of: Device, to: Device) -> str | None:
+        driver, largest, random = self._driver, max(PAIR_BYTES), np.random.default_rng(0)
         source, target = self._allocate(of, largest), self._allocate(to, largest)
-        pinned = self._pinned(largest)
-        with self._on(to):
-            stream, done = driver.stream(), driver.event()
-            self._freed += [lambda: driver("cuEventDestroy", done), lambda: driver("cuStreamDestroy", stream)]
-            random = np.random.default_rng(0)
-            for number in range(PAIR_ROUNDS):
-                size = PAIR_BYTES[number % len(PAIR_BYTES)]
-                pattern = random.integers(0, 256, size, np.uint8)
-                pinned[:size] = pattern
-                driver("cuMemcpyHtoDAsync", source, pinned.ctypes.data, size, stream)
-                driver("cuMemsetD8Async", target, int(~pattern[0]) & 255, size, stream)
-                self._peer_copy(to, target, of, source, size, stream)
-                driver("cuMemsetD8Async", source, 0, size, stream)
-                driver("cuMemcpyDtoHAsync", pinned.ctypes.data, target, size, stream)
-                driver("cuEventRecord", done, stream)
-                driver.wait(done, f"a peer copy from cuda:{of.ordinal} to cuda:{to.ordinal}")
-                if not np.array_equal(pinned[:size], pattern):
-                    break
-            else:
-                number = PAIR_ROUNDS
-        while len(self._freed) > kept:
-            self._freed.pop()()
-        return None if number == PAIR_ROUNDS else f"changed data (round {number}, {size} bytes)"
+        host = self._pinned(largest)
+
+        def stream_on(device: Device) -> tuple[Any, Any]:
+            with self._on(device):
+                stream, done = driver.stream(), driver.event()
+            self._freed.extend((lambda: driver("cuStreamDestroy", stream), lambda: driver("cuEventDestroy", done)))
+            return stream, done
+
+        (sending, sent), (receiving, received) = stream_on(of), stream_on(to)
+        for number in range(PAIR_ROUNDS):
+            size = PAIR_BYTES[number % len(PAIR_BYTES)]
+            pattern = random.integers(0, 256, size, np.uint8)
+            host[:size] = pattern
+            with self._on(of):
+                driver("cuMemcpyHtoDAsync", source, host.ctypes.data, size, sending)
+                driver("cuEventRecord", sent, sending)
+            with self._on(to):
+                driver("cuMemsetD8Async", target, int(~pattern[0]) & 255, size, receiving)
+                driver("cuStreamWaitEvent", receiving, sent, 0)
+                self._copy(target, source, size, receiving)
+                driver("cuMemcpyDtoHAsync", host.ctypes.data, target, size, receiving)
+                driver("cuEventRecord", received, receiving)
+            driver.wait(received, f"a peer copy from cuda:{of.ordinal} to cuda:{to.ordinal}")
+            if not np.array_equal(host[:size], pattern):
+                return f"changed data (round {number}, {size} bytes)"
+        return None
 
 
 def pinned(driver: Driver, size: int) -> tuple[NDArray[np.uint8], Callable[[], None]]:

@@ -7,6 +7,7 @@ in its place.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ _REPAIRS = {
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "this GPU is older than compute capability 7.5 or newer than this version knows",
     "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "this model lane cannot be captured: set graphs=False",
 }
-_LOST = "the device was lost: start the program again, and look at the system's log for Xid messages"
+_LOST = range(700, 800), "the device was lost: start the program again, and look at the system's log for Xid messages"
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ class Driver:
         """What a failed call means."""
         label = getattr(status, "name", str(int(status)))
         _, text = self.api.cuGetErrorString(status)
-        repair = _REPAIRS.get(label, _LOST if int(status) >= 700 else "see the system's log")
+        lost, advice = _LOST
+        repair = _REPAIRS.get(label, advice if int(status) in lost else "see the system's log")
         return DeviceError(f"{name} failed with {label} ({(text or b'').decode()}): {repair}")
 
-    def device(self, ordinal: int) -> Device:
-        """A GPU by number, with its primary context, which other libraries in this process share."""
+    def describe(self, ordinal: int) -> tuple[str, tuple[int, int]]:
+        """The name and the compute capability of a GPU by number; opens no context."""
         if not 0 <= ordinal < self.count:
             there = f"this machine has cuda:0 … cuda:{self.count - 1}" if self.count else "this machine has no GPU"
             raise DeviceError(f"there is no cuda:{ordinal}: {there}")
@@ -88,8 +90,13 @@ class Driver:
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
-        name = self("cuDeviceGetName", 256, handle).rstrip(b"\0").decode()
-        return Device(ordinal, self("cuDevicePrimaryCtxRetain", handle), name, capability)
+        name = self("cuDeviceGetName", 256, handle).split(b"\0", 1)[0].decode()
+        return name, (capability[0], capability[1])
+
+    def device(self, ordinal: int) -> Device:
+        """A GPU by number, with its primary context, which other libraries in this process share."""
+        name, capability = self.describe(ordinal)
+        return Device(ordinal, self("cuDevicePrimaryCtxRetain", self("cuDeviceGet", ordinal)), name, capability)
 
     def stream(self) -> Any:
         """A stream of the current context that does not wait for the default stream."""
@@ -101,12 +108,19 @@ class Driver:
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """A graph that is ready to launch, of what `enqueue` puts on a stream and on those that it forks and joins."""
+        collected = gc.isenabled()
+        gc.disable()  # what a collection frees meanwhile may be a CUDA object, and freeing ends a capture
         self("cuStreamBeginCapture", stream, self.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
             enqueue()
         except BaseException:
-            self.api.cuStreamEndCapture(stream)  # leaves no stream capturing; the first error counts
+            _, graph = self.api.cuStreamEndCapture(stream)  # leaves no stream capturing; the first error counts
+            if graph:
+                self.api.cuGraphDestroy(graph)
             raise
+        finally:
+            if collected:
+                gc.enable()
         graph = self("cuStreamEndCapture", stream)
         try:
             return self("cuGraphInstantiate", graph, 0)

@@ -91,7 +91,7 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, str]:
     program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
     options = [option.encode() for option in variant.options(arch)]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
-    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    log = bytes(bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1))  # of its own: it is written into
     checked(nvrtc.nvrtcGetProgramLog(program, log))
     report = log.rstrip(b" \0").decode()
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

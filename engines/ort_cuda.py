@@ -30,6 +30,8 @@ def open_session(model: bytes, name: str, device: int, stream: Any = None) -> on
     if stream is not None:
         settings["user_compute_stream"] = str(int(stream))
     session = None
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA and cuDNN that pip installed are not where the loader looks
     if PROVIDER in onnxruntime.get_available_providers():
         try:
             session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDER, settings)])
@@ -72,6 +74,10 @@ class ProviderNetwork:
 
         return enqueue
 
+    def close(self) -> None:
+        """Lets go of the session, which holds the lane's stream."""
+        self._session = None
+
 
 class ProviderSession:
     """A network that runs once per image, from host memory to host memory."""
@@ -105,12 +111,14 @@ class Engines:
 
         self.text_encoder, self.vae_decoder = once("text_encoder"), once("vae_decoder")
         output = bundle.manifest.networks["unet"].outputs[0]
-        networks = [ProviderNetwork(models["unet"], "unet", output.name, ordinal) for ordinal in ordinals]
+        self._networks = [ProviderNetwork(models["unet"], "unet", output.name, ordinal) for ordinal in ordinals]
         name = devices[ordinals[0]].name.replace(" ", "-")
         self.plan_folder = bundle.folder / f"onnxruntime-{onnxruntime.__version__}-{name}"
         self.plan_folder.mkdir(exist_ok=True)
-        self.backend = CudaBackend(driver, networks, output.dtype, CACHE / "kernels")
+        self.backend = CudaBackend(driver, self._networks, output.dtype, CACHE / "kernels")
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
+        for network in self._networks:
+            network.close()
         self.backend.close()

@@ -21,7 +21,7 @@ import numpy as np
 from engines.base import Array, Progress
 from engines.cuda import CudaBackend, Enqueue, Network, Tensor, narrow, pinned, widen
 from engines.devices import LaneSpec
-from engines.driver import Device, Driver, release
+from engines.driver import Device, Driver, available, release
 from engines.errors import DeviceError
 from engines.kernel import BYTES, CACHE
 from engines.store import Bundle, Plan, locked, plan_key
@@ -93,16 +93,15 @@ def gpus() -> list[Gpu]:
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs by their CUDA numbers: CUDA_VISIBLE_DEVICES may hide or reorder them."""
-    found, visible = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    try:
-        return [found[int(number)] for number in visible.split(",") if number.strip()]
-    except (ValueError, IndexError):
-        raise DeviceError(
-            f"CUDA_VISIBLE_DEVICES={visible} does not name GPUs by the numbers of the {len(found)} that are here"
-        ) from None
+    """The GPUs by their CUDA numbers, which are not NVML's: CUDA puts the fastest first, and may be told to hide some.
+
+    The driver tells names and capabilities without opening a context; only its version is NVML's to tell.
+    """
+    found = gpus()
+    if not found or available():
+        return []
+    driver = Driver()
+    return [Gpu(*driver.describe(number), found[0].driver) for number in range(driver.count)]
 
 
 def gpus_of(lanes: Sequence[LaneSpec]) -> list[Gpu]:
@@ -127,7 +126,7 @@ def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
         "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
         "driver": gpu.driver,
         "batches": "-".join(map(str, BATCHES)),
-        "flags": "strongly typed",
+        "flags": "strongly typed, user allocation",
     }
 
 
@@ -151,6 +150,8 @@ def build(onnx: Path, gpu: Gpu, progress: Progress | None = None, timing: Path |
         errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
         raise DeviceError(f"TensorRT cannot read {onnx}: {errors}")
     config = builder.create_builder_config()
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a lane may not be captured
     _target(trt, config, gpu)
     config.add_optimization_profile(_profile(builder, network))
     if progress is not None:
@@ -252,8 +253,12 @@ def build_missing(
 ) -> dict[str, Plan | None]:
     """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
     found: dict[str, Plan | None] = {}
+    there = visible_gpus()
     with locked(bundle.folder):
         for gpu in gpus_of(lanes):
+            if not hasattr(package(), "ComputeCapability"):  # it builds for the GPU that is current
+                driver = Driver()
+                driver("cuCtxSetCurrent", driver.device(there.index(gpu)).context)
             for network in bundle.manifest.networks:
                 fields = plan_fields(bundle, network, gpu)
                 name = f"{network} for {gpu}"
@@ -297,9 +302,29 @@ class Engine:
                 "free memory on the device, or build it again with `make engines`"
             )
 
+        self._settings = self._runtime_settings()
+
+    def _runtime_settings(self) -> Any:
+        """How contexts are made: in memory of the caller's.
+
+        TensorRT-RTX compiles kernels when a context is made: one cache for all contexts of the engine, and before the
+        first run rather than behind it, or a captured graph would keep the provisional ones for ever.
+        """
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return strategy
+        settings = self.engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        settings.dynamic_shapes_kernel_specialization_strategy = (
+            self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        self._cache = settings.create_runtime_cache()
+        settings.set_runtime_cache(self._cache)
+        return settings
+
     def context(self, scratch: int, size: int) -> Any:
         """An execution context that works in the caller's memory."""
-        context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self.engine.create_execution_context(self._settings)
         if context is None:
             raise DeviceError(f"{self.name}: TensorRT made no execution context: {'; '.join(self._messages[-3:])}")
         context.set_device_memory(scratch, size)
@@ -338,9 +363,17 @@ class EngineNetwork:
         engine.driver("cuCtxSetCurrent", engine.device.context)
         self._scratch = int(engine.driver("cuMemAlloc", engine.scratch_bytes))
         self.capturable = True
+        self._bound: dict[tuple[object, ...], Enqueue] = {}
 
     def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
-        """See cuda.Network. Calls beyond the plan's largest batch run in parts, one after the other."""
+        """See cuda.Network. Calls beyond the plan's largest batch run in parts, one after the other.
+
+        Rounds of different samplers meet in the same addresses: those share a context.
+        """
+        key = (*inputs.items(), output, int(stream))
+        return self._bound.get(key) or self._bound.setdefault(key, self._bind(inputs, output, stream))
+
+    def _bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
         batch, largest = output.shape[0], BATCHES[-1]
         parts = []
         for start in range(0, batch, largest):

@@ -225,17 +225,23 @@ class FakeCuda:
         return (OK,)
 
     def _cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: Stream) -> Any:
-        return self._copy(target, source, size, stream, (None, -1))
+        return self._copy(target, source, size, stream, (stream.device, -1))
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: Stream) -> Any:
-        return self._copy(target, source, size, stream, (-1, None))
+        return self._copy(target, source, size, stream, (-1, stream.device))
 
     def _cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: Stream) -> Any:
         return self._copy(target, source, size, stream, (stream.device, stream.device))
 
-    def _cuMemcpyPeerAsync(self, target: int, to: int, source: int, of: int, size: int, stream: Stream) -> Any:
-        into, out_of = self.view(target, size, to), self.view(source, size, of)
-        zeros = "peer zeros" in self.fault
+    def _owner(self, pointer: int) -> int:
+        return next(d for start, (d, array) in self.memory.items() if start <= pointer < start + array.size)
+
+    def _cuMemcpyAsync(self, target: int, source: int, size: int, stream: Stream) -> Any:
+        into, out_of = self.view(target, size), self.view(source, size)
+        between = {self._owner(target), self._owner(source)}
+        if "peer refused" in self.fault and len(between) > 1:
+            return (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
+        zeros = "peer zeros" in self.fault and len(between) > 1
 
         def copy() -> None:
             into[:] = 0 if zeros else out_of
@@ -249,7 +255,7 @@ class FakeCuda:
         return (OK,)
 
     def _cuMemsetD8Async(self, target: int, value: int, count: int, stream: Stream) -> Any:
-        into = self.view(target, count)
+        into = self.view(target, count, stream.device)
         self.submit(stream, lambda: into.fill(value))
         return (OK,)
 
@@ -411,7 +417,7 @@ class FakeCuda:
         return OK, ordinal
 
     def _cuDeviceGetName(self, length: int, device: int) -> Any:
-        return OK, b"Imaginary GPU".ljust(length, b"\0")
+        return OK, b"Imaginary GPU\0".ljust(length)  # what the driver leaves alone stays blank
 
     def _cuDeviceGetAttribute(self, attribute: Any, device: int) -> Any:
         return OK, 9 if attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR else 0

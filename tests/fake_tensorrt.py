@@ -54,6 +54,7 @@ class FakeEngine:
 
     def create_execution_context(self, strategy: Any) -> Any:
         assert strategy is FakeTensorRT.ExecutionContextAllocationStrategy.USER_MANAGED
+        assert self.module.cuda.current == self.device, "a context is made on another device"
         self.module.contexts += 1
         return FakeContext(self)
 

@@ -40,14 +40,18 @@ MEMBERS = {
     "IProgressMonitor": "phase_start step_complete phase_finish",
     "ITensor": "name shape",
     "Runtime": "deserialize_cuda_engine",
-    "ICudaEngine": "create_execution_context device_memory_size_v2",
+    "ICudaEngine": "create_execution_context create_runtime_config device_memory_size_v2",
     "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3",
     "ILogger": "Severity log",
     "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
     "ExecutionContextAllocationStrategy": "USER_MANAGED",
 }
 RTX_MEMBERS = {
-    "IBuilderConfig": "num_compute_capabilities set_compute_capability",
+    "IBuilderConfig": "num_compute_capabilities set_compute_capability set_flag",
+    "BuilderFlag": "REQUIRE_USER_ALLOCATION",
+    "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy "
+    "create_runtime_cache set_runtime_cache",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
     "IExecutionContext": "is_stream_capturable",
     "ComputeCapability": "SM75 SM80 SM86 SM89 SM120",
 }
