@@ -30,7 +30,8 @@ class TorchNetwork:
 
     def __init__(self, model: Callable[..., Any], device: int, *, captured: bool = True) -> None:
         self.device = device
-        self._model, self._captured, self._pool = model, captured, None
+        self._model, self._captured = model, captured
+        self._pool: Any = None
 
     def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
         """See cuda.Network."""

@@ -315,9 +315,8 @@ class Engine:
             return strategy
         settings = self.engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(strategy)
-        settings.dynamic_shapes_kernel_specialization_strategy = (
-            self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        settings.dynamic_shapes_kernel_specialization_strategy = eager
         self._cache = settings.create_runtime_cache()
         settings.set_runtime_cache(self._cache)
         return settings

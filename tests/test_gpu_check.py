@@ -50,7 +50,11 @@ class Timed(FakeCuda):
         known = [any(a <= p < a + m.size for a, (_, m) in self.memory.items()) for p in (target, source)]
         if all(known):
             return super()._copy(target, source, size, stream, devices)
-        self.submit(stream, lambda: ctypes.memmove(target, source, size))
+
+        def copy() -> None:
+            ctypes.memmove(target, source, size)
+
+        self.submit(stream, copy)
         return (OK,)
 
     def _cuEventElapsedTime(self, start: Any, end: Any) -> Any:
