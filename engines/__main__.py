@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engines.devices import parse_devices, precision
 from engines.errors import BundleError, EngineError
-from engines.load import build_missing, wanted
+from engines.load import build_missing, check, wanted
 from engines.manifest import MANIFEST
 from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
 
@@ -67,6 +67,7 @@ def list_(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> int:
     """Compiles what is missing or damaged."""
     lanes = parse_devices(options.devices)  # refuses unknown devices before any work
+    check(lanes)
     bundle = Bundle.open(options.model, options.build, precision(lanes))
     damaged = bundle.damaged_sources()
     if damaged:

@@ -10,6 +10,8 @@ import numpy as np
 
 from engines.base import Array, Backend, Progress
 from engines.devices import LaneSpec
+from engines.driver import available
+from engines.errors import DeviceError
 from engines.store import Bundle, Plan, plan_key
 
 
@@ -47,6 +49,13 @@ def _runtime(lanes: Sequence[LaneSpec]) -> str:
     return "cpu" if lanes[0].gpu is None else lanes[0].runtime
 
 
+def check(lanes: Sequence[LaneSpec]) -> None:
+    """DeviceError where lanes need a GPU and nothing here can drive one: the first thing to say, before any file."""
+    reason = available() if lanes[0].gpu is not None else None
+    if reason:
+        raise DeviceError(f"there is no {lanes[0].device}: {reason}; use --devices auto or cpu")
+
+
 def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
     """Opens a model on lanes; BundleError when it is not compiled for them, DeviceError when they are not there."""
     runtime = _runtime(lanes)
@@ -67,6 +76,7 @@ def build_missing(
     bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
 ) -> dict[str, Plan | None]:
     """Compiles what is missing or damaged for these lanes: the new plans by name, None for those that were there."""
+    check(lanes)
     runtime = _runtime(lanes)
     if runtime == "cpu":
         from engines import ort

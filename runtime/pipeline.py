@@ -17,6 +17,7 @@ from PIL import Image
 from engines.base import Array, Backend
 from engines.devices import parse_devices, precision
 from engines.errors import DeviceError, NonFiniteError, ParameterError
+from engines.load import check as check_lanes
 from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, choose
@@ -65,7 +66,9 @@ class Pipeline:
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
-        return cls(Bundle.open(model, build, precision(parse_devices(devices))), devices)
+        lanes = parse_devices(devices)
+        check_lanes(lanes)
+        return cls(Bundle.open(model, build, precision(lanes)), devices)
 
     @property
     def device_names(self) -> str:

@@ -132,8 +132,8 @@ SIZES = "multiple of 8"
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "mode": (["--mode", "fast"], ["mode 'fast'", "sequential, conservative, aggressive"]),
     "drafts": (["--drafts", "thawed"], ["drafts 'thawed'", "frozen"]),
-    "device": (["--devices", "gpu"], ["device 'gpu'", "auto, cpu, cpu@THREADS or cpu*LANES"]),
-    "cuda": (["--devices", "cuda:0"], ["cuda:0", "auto, cpu, cpu@THREADS or cpu*LANES"]),
+    "device": (["--devices", "gpu"], ["device 'gpu'", "auto, cpu, cpu@THREADS, cpu*LANES"]),
+    "cuda": (["--devices", "cuda:99"], ["no cuda:99", "--devices auto or cpu"]),
     "scheduler": (["--scheduler", "nothing"], ["scheduler 'nothing'", "ddim"]),
     "model": (["--model", "nothing"], ["model 'nothing'", "make engines MODEL=nothing"]),
     "no steps": (["--steps", "0"], ["num_inference_steps", "1 to 1000", "0"]),

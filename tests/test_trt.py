@@ -169,6 +169,7 @@ def imaginary(half: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(half.folder, folder, ignore=shutil.ignore_patterns("plans"))
     machine = Imaginary(Bundle.open(str(folder)))
     monkeypatch.setattr(trt, "package", lambda: machine.tensorrt)
+    monkeypatch.setattr(load, "available", lambda: None)
     monkeypatch.setattr(trt, "visible_gpus", lambda: [H200, H200])
     monkeypatch.setattr(trt, "build", lambda onnx, *_: str(onnx).encode())
     monkeypatch.setattr(driver, "_load", lambda: machine.cuda)
@@ -295,4 +296,4 @@ def test_without_a_gpu_every_command_says_so(capsys: pytest.CaptureFixture[str])
     ):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 1
-        assert re.match(r"error: there is no .*--devices cpu", done.stderr), done.stderr
+        assert re.match(r"error: there is no cuda:0: .*--devices auto or cpu", done.stderr), done.stderr
