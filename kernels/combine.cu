@@ -64,7 +64,8 @@ __device__ inline bool combine_pack(const Combination &p, const float *rows, uns
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[m][v] = 0.0f;
 
-#pragma unroll 4
+// as many loads in flight as leave registers for the sums
+#pragma unroll(M * V <= 16 ? 4 : 2)
     for (unsigned int j = 0; j < p.inputs; ++j) {
         const Pack<V> in = static_cast<const Pack<V> *>(p.input[j])[index];
 #pragma unroll
@@ -96,6 +97,7 @@ __device__ inline void combine(const Combination &p) {
     const unsigned long long threads = static_cast<unsigned long long>(gridDim.x) * blockDim.x;
     const unsigned long long first = static_cast<unsigned long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     bool finite = true;
+#pragma unroll 1
     for (unsigned long long i = first; i < p.elements / V; i += threads)
         finite = combine_pack<M, V>(p, block + p.rows, i) && finite;
     if (!finite) *p.not_finite = 1u;
@@ -107,7 +109,7 @@ __device__ inline void combine(const Combination &p) {
 
 #ifdef OUTPUTS
 // Elements must be a multiple of WIDTH and every latent aligned to WIDTH of them.
-extern "C" __global__ void __launch_bounds__(256) combine_latents(const __grid_constant__ Combination p) {
+extern "C" __global__ void __launch_bounds__(128, 1) combine_latents(const __grid_constant__ Combination p) {
     combine<OUTPUTS, WIDTH>(p);
 }
 #else
