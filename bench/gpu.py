@@ -417,16 +417,15 @@ def onnxruntime_providers() -> Sequence[str]:
 
 def _pipeline(runtime: str, lanes: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The embedded model end to end, from the exported bundle."""
-    from engines.devices import parse_devices
+    from engines.devices import parse_devices, tensorrt_installed
     from engines.load import build_missing
     from engines.store import BUILD, Bundle
-    from engines.trt import installed as trt_installed
     from runtime.pipeline import Pipeline
 
     suffix = "@onnxruntime" if runtime == "onnxruntime" else ""
     if runtime == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime_providers():
         raise NotPossibleError("ONNX Runtime is not installed with CUDA here")
-    if runtime == "tensorrt" and not trt_installed():
+    if runtime == "tensorrt" and not tensorrt_installed():
         raise NotPossibleError("TensorRT is not installed")
     try:
         bundle = Bundle.open("shapes", BUILD, "fp16")

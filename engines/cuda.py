@@ -104,7 +104,7 @@ class _Lane:
 
 @dataclass
 class _Program:
-    """A round, ready to enqueue: `offsets` say where its launches' coefficients are in the table."""
+    """A round, ready to enqueue. `identities` are the coefficients of its copies, behind those of its combinations."""
 
     name: str
     launches: list[tuple[Any, int, Combination]]

@@ -60,8 +60,13 @@ def precision(lanes: Sequence[LaneSpec]) -> str:
     return lanes[0].precision
 
 
+def tensorrt_installed() -> bool:
+    """Whether a TensorRT package is there, which is asked without importing it."""
+    return any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
+
+
 def _auto() -> str:
-    if not available() and any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+    if not available() and tensorrt_installed():
         from engines.driver import Driver
 
         return ",".join(f"cuda:{n}" for n in range(min(Driver().count, MAX_AUTO_LANES)))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.base import Array, Backend, Progress
-from engines.devices import LaneSpec
+from engines.devices import LaneSpec, tensorrt_installed
 from engines.driver import available
 from engines.errors import DeviceError
 from engines.store import Bundle, Plan, plan_key
@@ -97,7 +97,7 @@ def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
     from engines import ort, trt
 
     networks, cores = bundle.manifest.networks, bundle.manifest.precision == "fp32"
-    kinds = list(dict.fromkeys(trt.visible_gpus())) if trt.installed() else []
+    kinds = list(dict.fromkeys(trt.visible_gpus())) if tensorrt_installed() else []
     found = {network: [trt.plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
     if cores:
         plans = bundle.plans()

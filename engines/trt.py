@@ -6,7 +6,6 @@ plans for a named compute capability without a GPU, which is how they are built 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -61,18 +60,13 @@ def package() -> Any:
     return trt
 
 
-def installed() -> bool:
-    """Whether one of them is there."""
-    return any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
-
-
 def runtime_name(trt: Any) -> str:
     """The package and its version, as plans record it."""
     return f"{trt.__name__} {trt.__version__}"
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs of this machine in CUDA's default order, through NVML, which opens no context; empty without one."""
+    """The GPUs of this machine in NVML's order, which is not CUDA's; empty where there is no driver."""
     try:
         import pynvml
     except ImportError:
