@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from engines.manifest import MANIFEST, Manifest, Network, Parity, TensorSpec, Tokenizer
 from engines.store import BUILD, Bundle
+from runtime.pipeline import Pipeline
+from tests.client import serving
 from tests.transcription import stable_diffusion_alphas_cumprod
 
 
@@ -26,6 +30,21 @@ def shapes() -> Bundle:
     if not (BUILD / "shapes" / MANIFEST).is_file():
         pytest.fail("the embedded model is not exported: run `make engines` first")
     return Bundle.open("shapes")
+
+
+@pytest.fixture(scope="module")
+def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
+    """The embedded model on two lanes."""
+    loaded = Pipeline(shapes, "cpu*2")
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
+    """A client of a server of its own in this process."""
+    with serving(pipeline) as connected:
+        yield connected
 
 
 @pytest.fixture(scope="session")

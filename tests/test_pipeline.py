@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,6 @@ from runtime.samplers import DRAFTS, resolve
 
 PROMPT = "a large red star at the left on blue background"
 MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
-
-
-@pytest.fixture(scope="module")
-def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
-    loaded = Pipeline(shapes, "cpu*2")
-    yield loaded
-    loaded.close()
 
 
 def draw(pipeline: Pipeline, prompt: str = PROMPT, **options: Any) -> Result:

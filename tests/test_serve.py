@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -29,54 +26,12 @@ from engines.errors import DeviceError
 from engines.store import Bundle
 from runtime.pipeline import MAX_SEED, Pipeline
 from runtime.report import Report
-from runtime.serve import MAX_BODY, Limits, make_app
+from runtime.serve import MAX_BODY
+from tests.client import GENERATE, PROMPT, ask, connect, files, serving
 
-GENERATE = "/v1/images/generations"
 JSON = {"Content-Type": "application/json"}
-PROMPT = "a large red star at the left on blue background"
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "matplotlib")
 Pixels = NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module")
-def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
-    loaded = Pipeline(shapes, "cpu*2")
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
-    with serving(pipeline) as connected:
-        yield connected
-
-
-@contextmanager
-def serving(pipeline: Any, limits: Limits | None = None) -> Iterator[httpx.Client]:
-    """Speaks to the application on a real socket, served by a thread of this process."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, limits), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        with connect(listener.getsockname()[1]) as connected:
-            yield connected
-        server.should_exit = True
-        thread.join()
-
-
-def connect(port: int) -> httpx.Client:
-    return httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=110, trust_env=False)
-
-
-def ask(client: httpx.Client, **body: Any) -> dict[str, Any]:
-    response = client.post(GENERATE, json={"prompt": PROMPT, "num_inference_steps": 3, **body})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def files(answer: dict[str, Any]) -> list[bytes]:
-    return [base64.b64decode(item["b64_json"], validate=True) for item in answer["data"]]
 
 
 def received(answer: dict[str, Any]) -> list[Pixels]:

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,25 +18,11 @@ import openai
 import pytest
 from PIL import Image
 
-from engines.store import Bundle
 from runtime.jobs import CancelledError, DeadlineError, Job, Jobs, QueueFullError
 from runtime.pipeline import Pipeline
 from runtime.request import ImageRequest
 from runtime.serve import KEYS_VARIABLE, Limits, Previews, read_keys
-from tests.test_serve import GENERATE, PROMPT, ask, files, serving
-
-
-@pytest.fixture(scope="module")
-def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
-    loaded = Pipeline(shapes, "cpu*2")
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
-    with serving(pipeline) as connected:
-        yield connected
+from tests.client import GENERATE, PROMPT, ask, files, serving
 
 
 def decoded(text: str) -> np.ndarray:
