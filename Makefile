@@ -1,8 +1,13 @@
 # `make engines`, then `python -m runtime.serve`. Everything is made in .venv and build/, both ignored by git.
 MODEL ?= shapes
 DEVICES ?= auto
-# the folder of a model gives its bundle its name
-NAME = $(notdir $(patsubst %/,%,$(MODEL)))
+# LoRA files to fuse, FILE.safetensors or FILE.safetensors:0.8, and the sides of pictures in pixels, as in 512-1024
+LORA ?=
+SIZES ?=
+# the folder of a model and the LoRA files give its bundle its name, as `python -m export` does
+empty :=
+FUSED = $(foreach file,$(LORA),+$(subst .safetensors,,$(notdir $(file))))
+NAME = $(notdir $(patsubst %/,%,$(MODEL)))$(subst $(empty) $(empty),,$(FUSED))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
@@ -11,7 +16,7 @@ TENSORRT ?= trt
 SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
 
 .DEFAULT_GOAL := help
-.PHONY: help engines serve test test-all lint bench gpu-check train clean-engines clean
+.PHONY: help engines serve test test-all soak lint bench bench-full gpu-check train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +28,7 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,export,train,bench,dev,cuda,rtx]'
+	@$(PIP) --editable '.[cpu,export,train,bench,metrics,dev,cuda,rtx]'
 	@touch $@
 
 .venv/.trt .venv/.rtx: .venv/.export
@@ -35,8 +40,8 @@ help: ## this list
 	@$(PIP) --editable '.[export,cuda,gpu]'
 	@touch $@
 
-engines: $(SETUP) ## export MODEL and compile it for DEVICES; a second run does nothing
-	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)"
+engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVICES; a second run does nothing
+	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES))
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
 
@@ -49,15 +54,24 @@ lint: .venv/.dev ## ruff and mypy --strict
 	@$(RUN) -m mypy
 
 test: lint engines ## lint and every quick test
-	@$(RUN) -m pytest -m "not slow"
+	@$(RUN) -m pytest -m "not slow and not soak"
 
-test-all: lint engines ## lint and every test this machine can run
-	@$(RUN) -m pytest
+test-all: lint engines ## lint and every test this machine can run, but for the soak tests
+	@$(RUN) -m pytest -m "not soak"
 
-bench: .venv/.dev engines ## measure this machine; results go to bench/results
-	@$(RUN) -m bench run --json bench/results/run.json
-	@$(RUN) -m bench quality --full --json bench/results/quality.json --plot bench/results/quality.png \
-	  --pictures bench/results/pictures.png
+soak: .venv/.dev engines ## the server under hundreds of clients and thousands of pictures: half an hour
+	@$(RUN) -m pytest -m soak -s
+
+bench: .venv/.dev engines ## measure this machine in under 15 minutes; rebuilds bench/results and the README's tables
+	@$(RUN) -m bench run --devices "$(DEVICES)" --json bench/results/run.json
+	@$(RUN) -m bench simulate --devices "$(DEVICES)" --json bench/results/simulate.json
+	@$(RUN) -m bench scenario single-stream server offline --devices "$(DEVICES)" --json bench/results/scenario.json
+	@$(RUN) -m bench kernel --json bench/results/kernel.json
+	@$(RUN) -m bench report
+
+bench-full: bench ## quality of all samplers and kinds of drafts, too, which takes much longer
+	@$(RUN) -m bench quality --full --devices "$(DEVICES)" --json bench/results/quality.json --pictures bench/results/pictures.png
+	@$(RUN) -m bench drafts --images 40 --seed 200 --devices "$(DEVICES)" --json bench/results/drafts.json
 	@$(RUN) -m bench report
 
 gpu-check: ## test and measure everything that this machine's GPUs can do, without network; says what cannot be done

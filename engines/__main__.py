@@ -56,7 +56,7 @@ def list_(options: argparse.Namespace) -> int:
         print(f"nothing is exported in {options.build} yet: start with `make engines`")
     for bundle in found:
         manifest = bundle.manifest
-        print(f"{manifest.model}  {manifest.family}  {manifest.precision}  {manifest.width}x{manifest.height}")
+        print(f"{manifest.model}  {manifest.family}  {manifest.precision}  {manifest.sizes}")
         current = {plan_key(fields) for several in wanted(bundle).values() for fields in several}
         for key, plan in bundle.plans().items():
             fits = "fits this machine" if key in current else "for another machine, version or export"

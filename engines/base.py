@@ -68,8 +68,19 @@ class Backend(Protocol):
         """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
 
     @property
+    def spans(self) -> Sequence[tuple[float, float]] | None:
+        """When each lane's last call began and ended, by `time.perf_counter`; None where the host does not wait."""
+
+    @property
+    def copied(self) -> Mapping[str, int]:
+        """Copies between devices since the start: `peer`, and `staged` through host memory."""
+
+    @property
     def staged(self) -> tuple[tuple[int, int], ...]:
         """Ordered pairs of devices whose direct copies failed their test, so that latents go through host memory."""
+
+    def settle(self) -> None:
+        """Waits until nothing runs any more of what was asked for: then another backend may use the lanes."""
 
     def dead(self) -> list[int]:
         """The lanes that stopped working; asked after a DeviceError."""

@@ -112,6 +112,7 @@ class _Program:
     calls: list[Callable[[], None]]
     joins: list[Callable[[], None]]
     capturable: bool
+    copies: Mapping[str, int]
     runs: int = 0
     graph: Any = None
 
@@ -123,19 +124,27 @@ class CudaBackend:
     """Plays a sampler on lanes of one or several GPUs; see engines.base.Backend.
 
     dtype: how latents are stored, float16, bfloat16 or float32. graphs: replay rounds as CUDA graphs where the networks
-    allow it.
+    allow it. home: the lane whose device holds the latents. beside: another backend on the same networks, for another
+    picture at the same time; the streams of lanes are shared, so that a lane's work stays in one order.
     """
 
     def __init__(
-        self, driver: Driver, networks: Sequence[Network], dtype: str, cache: Path, *, graphs: bool = True
-    ) -> None:
+        self, driver: Driver, networks: Sequence[Network], dtype: str, cache: Path, *, graphs: bool = True,
+        home: int = 0, beside: CudaBackend | None = None,
+    ) -> None:  # fmt: skip
         self._driver, self._dtype, self._graphs = driver, dtype, graphs
         devices = {ordinal: driver.device(ordinal) for ordinal in sorted({one.device for one in networks})}
-        self._home = devices[networks[0].device]
+        self._home = devices[networks[home].device]
         self._freed: list[Callable[[], None]] = []
-        self._lanes = [self._open(network, devices[network.device]) for network in networks]
-        self._main = self._lanes[0].stream
-        self._staged = self._test_pairs(list(devices.values()))
+        streams: list[Any] = [lane.stream for lane in beside._lanes] if beside else [None] * len(networks)
+        self._lanes: list[_Lane] = [
+            self._open(network, devices[network.device], stream)
+            for network, stream in zip(networks, streams, strict=True)
+        ]
+        self._main = self._lanes[home].stream
+        self._carriers = {device.ordinal: self._carrier(device) for device in devices.values()}
+        self._staged = beside.staged if beside else self._test_pairs(list(devices.values()))
+        self._copied = {"peer": 0, "staged": 0}
         with self._on(self._home):
             self._uploads = driver.stream()
             self._uploaded = [driver.event() for _ in range(TABLE_ROUNDS)]
@@ -261,9 +270,23 @@ class CudaBackend:
         return None
 
     @property
+    def spans(self) -> None:
+        """Not known, for the same reason."""
+        return None
+
+    @property
+    def copied(self) -> Mapping[str, int]:
+        """See Backend.copied."""
+        return self._copied
+
+    @property
     def staged(self) -> tuple[tuple[int, int], ...]:
         """See Backend.staged."""
         return self._staged
+
+    def settle(self) -> None:
+        """See Backend.settle."""
+        self._settle()
 
     def dead(self) -> list[int]:
         """See Backend.dead: an error that a lost device once gave comes again with every call."""
@@ -296,6 +319,7 @@ class CudaBackend:
         """Plays what is pending and then the calls."""
         if not self._pending and not calls:
             return
+        self._driver("cuCtxSetCurrent", self._home.context)  # another network may have run on this thread
         pending, self._pending, self._pending_floats = self._pending, [], 0
         key: Key = (
             tuple((sources, targets) for sources, _, targets in pending),
@@ -332,6 +356,8 @@ class CudaBackend:
             driver("cuEventRecord", self._played[entry], self._main)
         program.runs += 1
         self._round += 1
+        for kind, copies in program.copies.items():
+            self._copied[kind] += copies
 
     def _capture(self, program: _Program) -> Any:
         """The program as a graph, or None where something in it cannot be captured."""
@@ -396,9 +422,14 @@ class CudaBackend:
         self._kernels.function("advance")
         steps = [self._call(lane, call) for lane, call in busy]
         halves = sum(len(call) for _, call in busy)
+        moved = {"peer": 0, "staged": 0}
+        for lane, call in busy:
+            if lane.device is not self._home:
+                kind = "staged" if self._is_staged(lane) else "peer"
+                moved[kind] += 1 + len(_runs([output for _, output, _ in call]))
         return _Program(
             f"round of {halves} halves on {len(busy)} lanes", launches, identities, [call for call, _ in steps],
-            [join for _, join in steps], all(lane.network.capturable for lane, _ in busy),
+            [join for _, join in steps], all(lane.network.capturable for lane, _ in busy), moved,
         )  # fmt: skip
 
     def _call(self, lane: _Lane, call: Sequence[tuple[int, int, int]]) -> tuple[Enqueue, Enqueue]:
@@ -550,12 +581,12 @@ class CudaBackend:
             self._staging[at : at + part.size] = part
             self._staged_bytes = -(-(at + part.size) // 256) * 256
             source = self._staging.ctypes.data + at
-            lane = next(lane for lane in self._lanes if lane.device is device)
+            stream, sent = self._carriers[device.ordinal]
             with self._on(device):
-                self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, lane.stream)
-                if lane.stream is not self._main:
-                    self._driver("cuEventRecord", lane.done, lane.stream)
-                    self._driver("cuStreamWaitEvent", self._main, lane.done, 0)
+                self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, stream)
+                if stream is not self._main:
+                    self._driver("cuEventRecord", sent, stream)
+                    self._driver("cuStreamWaitEvent", self._main, sent, 0)
 
     def _download(self, pointer: int, size: int) -> NDArray[np.uint8]:
         self._settle()
@@ -595,14 +626,25 @@ class CudaBackend:
             if device is not self._home:
                 self._driver("cuCtxSetCurrent", self._home.context)
 
-    def _open(self, network: Network, device: Device) -> _Lane:
+    def _open(self, network: Network, device: Device, stream: Any) -> _Lane:
         with self._on(device):
-            lane = _Lane(network, device, self._driver.stream(), self._driver.event())
-        self._freed += [
-            lambda: self._driver("cuEventDestroy", lane.done),
-            lambda: self._driver("cuStreamDestroy", lane.stream),
-        ]
+            lane = _Lane(network, device, stream or self._driver.stream(), self._driver.event())
+        self._freed.append(lambda: self._driver("cuEventDestroy", lane.done))
+        if stream is None:
+            self._freed.append(lambda: self._driver("cuStreamDestroy", lane.stream))
         return lane
+
+    def _carrier(self, device: Device) -> tuple[Any, Any]:
+        """What takes data to a device outside rounds, with its event: other pictures may be using its lanes."""
+        if device is self._home:
+            return self._main, None
+        with self._on(device):
+            stream, sent = self._driver.stream(), self._driver.event()
+        self._freed += [
+            lambda: self._driver("cuEventDestroy", sent),
+            lambda: self._driver("cuStreamDestroy", stream),
+        ]
+        return stream, sent
 
     def _is_staged(self, lane: _Lane) -> bool:
         pairs = {(self._home.ordinal, lane.device.ordinal), (lane.device.ordinal, self._home.ordinal)}

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import Protocol
@@ -41,19 +42,24 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `critical` adds up the seconds of the longest call of every round since the start, `played` lists the rounds of the
-    image.
+    `beside` is for another picture at the same time, on the same lanes and threads: the two must not share a round.
+    `critical` adds up the seconds of the longest call of every round since the start, `spans` is when each lane's last
+    call began and ended, `played` lists the rounds of the image.
+    `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[Lane], beside: HostBackend | None = None) -> None:
         self._lanes = list(lanes)
-        self._todo: list[SimpleQueue[tuple[int, int, Run] | None]] = [SimpleQueue() for _ in self._lanes[1:]]
+        self._todo: list[SimpleQueue[Run | None]]
+        self._todo = beside._todo if beside else [SimpleQueue() for _ in self._lanes[1:]]
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
         self._dead: set[int] = set()
         self.critical = 0.0
-        self._threads = [threading.Thread(target=self._work, args=(q,), daemon=True) for q in self._todo]
+        self.mark: Callable[[str], None] = lambda part: None
+        own = [] if beside else self._todo
+        self._threads = [threading.Thread(target=_work, args=(q,), daemon=True) for q in own]
         for thread in self._threads:
             thread.start()
         self._shape: tuple[int, ...] = ()
@@ -71,6 +77,7 @@ class HostBackend:
         self, shape: tuple[int, ...], timesteps: Sequence[float], conditioning: Sequence[Mapping[str, Array]]
     ) -> None:
         """See Backend.bind. Memory stays, and what is bound to it, for as long as shapes stay the same."""
+        self.mark("before")
         shapes = [{name: np.shape(value) for name, value in one.items()} for one in conditioning]
         if shape != self._shape or shapes != [{n: v.shape for n, v in one.items()} for one in self._conditioning]:
             self._shape = shape
@@ -81,17 +88,21 @@ class HostBackend:
         self._conditioning = [dict(one) for one in conditioning]
         for halves, arrays in self._inputs.items():
             self._fill(halves, arrays)
-        self._last = [0.0] * len(self._lanes)
+        self.spans = [(0.0, 0.0)] * len(self._lanes)
         self.played: list[Sequence[Call]] = []
 
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
         row = self._row(slot)  # first: it may replace the array
+        self.mark("python")
         self._slots[row] = value.reshape(-1)
+        self.mark("copy")
 
     def read(self, slot: str) -> Array:
         """See Backend.read."""
+        self.mark("python")
         value: Array = self._slots[self._index[slot]].reshape(self._shape).copy()
+        self.mark("copy")
         return value
 
     def runs(self, calls: Sequence[Call]) -> list[tuple[int, Run]]:
@@ -107,17 +118,19 @@ class HostBackend:
         if self._closed:
             raise DeviceError("the lanes are closed: load the model again")
         busy = self._prepare(calls)
+        self.mark("python")
         for _, bound in busy:
             if bound.gather:
                 rows, sample = bound.gather
                 self._slots.take(rows, 0, out=sample, mode="clip")
+        self.mark("copy")
         self._number += 1
         errors: list[Exception | None] = []
         started = 0
         try:
             for n, bound in busy[1:]:
                 started += 1
-                self._todo[n - 1].put((self._number, n, bound.run))
+                self._todo[n - 1].put(partial(self._report, self._number, n, bound.run))
             first, bound = busy[0]
             errors.append(self._attempt(first, bound.run))
         finally:  # also on Ctrl-C: a lane still running would write into the next image
@@ -129,29 +142,39 @@ class HostBackend:
         for error in errors:
             if error is not None:
                 raise error
-        self.critical += max(self._last[n] for n, _ in busy)
+        self.mark("lanes")
+        self.critical += max(self.spans[n][1] - self.spans[n][0] for n, _ in busy)
         self.played.append(calls)
+        self.mark("python")
         for _, bound in busy:
             if bound.scatter:
                 rows, output = bound.scatter
                 self._slots[rows] = output
+        self.mark("copy")
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """See Backend.combine. The result is complete before any of it is stored, so that in place is safe."""
-        result = combine(self._rows([self._index[slot] for slot in sources]), rows)
-        into = [self._row(slot) for slot in targets]
+        indices, into = [self._index[slot] for slot in sources], [self._row(slot) for slot in targets]
+        self.mark("python")
+        inputs = self._rows(indices)
+        self.mark("copy")
+        result = combine(inputs, rows)
+        self.mark("combine")
         if _neighbours(into):
             self._slots[into[0] : into[0] + len(into)] = result
         else:
             self._slots[into] = result
+        self.mark("copy")
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See Backend.distances."""
+        self.mark("python")
         found = []
         for a, b in pairs:
             reference = self._slots[self._index[b]]
             difference = self._slots[self._index[a]] - reference
             found.append(float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference))))
+        self.mark("combine")
         return found
 
     def timed(self, calls: Sequence[Call]) -> float:
@@ -159,6 +182,11 @@ class HostBackend:
         before = self.critical
         self.predict(calls)
         return self.critical - before
+
+    @property
+    def copied(self) -> Mapping[str, int]:
+        """None: there is one memory."""
+        return {}
 
     @property
     def staged(self) -> tuple[tuple[int, int], ...]:
@@ -169,12 +197,18 @@ class HostBackend:
         """See Backend.dead: lanes whose runtime raised."""
         return sorted(self._dead)
 
+    def beside(self) -> HostBackend:
+        """Another backend on the same lanes and threads, to be closed before this one."""
+        return HostBackend(self._lanes, self)
+
+    def settle(self) -> None:
+        """See Backend.settle: `predict` has waited."""
+
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
         self._closed = True
-        for todo in self._todo:
+        for todo, thread in zip(self._todo, self._threads, strict=False):  # none of those that are another backend's
             todo.put(None)
-        for thread in self._threads:
             thread.join()
 
     def _rows(self, indices: list[int]) -> Array:
@@ -237,10 +271,8 @@ class HostBackend:
             for name, value in self._conditioning[half].items():
                 arrays[name][row * images : (row + 1) * images] = value
 
-    def _work(self, todo: SimpleQueue[tuple[int, int, Run] | None]) -> None:
-        while (job := todo.get()) is not None:
-            number, n, run = job
-            self._done.put((number, self._attempt(n, run)))
+    def _report(self, number: int, n: int, run: Run) -> None:
+        self._done.put((number, self._attempt(n, run)))
 
     def _attempt(self, n: int, run: Run) -> Exception | None:
         start = time.perf_counter()
@@ -250,8 +282,13 @@ class HostBackend:
             if isinstance(error, DeviceError):
                 self._dead.add(n)
             return error
-        self._last[n] = time.perf_counter() - start
+        self.spans[n] = (start, time.perf_counter())
         return None
+
+
+def _work(todo: SimpleQueue[Run | None]) -> None:
+    while (job := todo.get()) is not None:
+        job()
 
 
 def _neighbours(rows: Sequence[int]) -> bool:

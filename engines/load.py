@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,24 +18,26 @@ from engines.store import Bundle, Plan, plan_key
 class Runner(Protocol):
     """A network that runs once per image."""
 
-    def run(self, **inputs: np.ndarray) -> Array:
-        """Its first output, of inputs by name with the batch first."""
+    def run(self, **inputs: np.ndarray) -> dict[str, Array]:
+        """Its outputs in float32 of inputs, by name, with the batch first."""
 
 
 class Engines(Protocol):
-    """A loaded model. `plan_folder` belongs to the compiled noise predictor on these lanes."""
+    """A loaded model. `plan_folder` belongs to the compiled denoiser on these lanes."""
 
     @property
-    def text_encoder(self) -> Runner:
-        """Token ids to embeddings."""
-
-    @property
-    def vae_decoder(self) -> Runner:
-        """Latents to pixels."""
+    def runners(self) -> Mapping[str, Runner]:
+        """The networks that run once per image, by name."""
 
     @property
     def backend(self) -> Backend:
-        """The lanes of the noise predictor."""
+        """The lanes of the denoiser."""
+
+    def beside(self, home: int) -> Backend:
+        """Another backend on the same lanes, for another picture at the same time, with its latents at lane `home`.
+
+        It is closed with the model. The two must never use a lane at the same time, nor without `settle` in between.
+        """
 
     @property
     def plan_folder(self) -> Path:
@@ -81,7 +83,7 @@ def build_missing(
     if runtime == "cpu":
         from engines import ort
 
-        return ort.build_missing(bundle)
+        return ort.build_missing(bundle, progress)
     if runtime == "tensorrt":
         from engines import trt
 

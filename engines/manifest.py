@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,62 +17,148 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engines.errors import BundleError
 
 MANIFEST = "manifest.json"
+DENOISER = "denoiser"  # the network that lanes run; every other one runs once per image
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+Axes = Mapping[str, int]
+
+
 class TensorSpec(_Strict):
-    """One input or output; a shape entry is a number, or the name of a dynamic axis."""
+    """One input or output. An axis is a number, a name, or a multiple of a name such as `8*height`.
+
+    Names are `batch`, and the `height` and `width` of the latents.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
 
+    def resolve(self, axes: Axes) -> tuple[int, ...]:
+        """The shape in numbers."""
+        return tuple(axis if isinstance(axis, int) else _times(axis) * axes[_name(axis)] for axis in self.shape)
+
+
+def axes_of(inputs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> Axes:
+    """The numbers behind the names, from the shapes of a network's inputs."""
+    return {
+        _name(axis): size // _times(axis)
+        for one in inputs
+        for axis, size in zip(one.shape, shapes[one.name], strict=True)
+        if isinstance(axis, str)
+    }
+
+
+def _times(axis: str) -> int:
+    return int(axis.rpartition("*")[0] or 1)
+
+
+def _name(axis: str) -> str:
+    return axis.rpartition("*")[2]
+
+
+class File(_Strict):
+    """A file of a bundle or a plan, by its name in the folder."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """What a file is now."""
+        return cls(name=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
+
 
 class Parity(_Strict):
-    """ONNX Runtime against torch on fresh random inputs: largest absolute error over the largest output."""
+    """ONNX Runtime against torch on fresh random inputs, over all outputs and several batches and sizes.
 
+    `relative_error` is the largest error of an output over the largest value of that output, `max_abs_error` the
+    largest error of any.
+    """
+
+    relative_error: float
     max_abs_error: float
-    scale: float
     bound: float
     batches: tuple[int, ...]
 
-    @property
-    def relative_error(self) -> float:
-        """max_abs_error / scale."""
-        return self.max_abs_error / self.scale
-
 
 class Network(_Strict):
-    """One ONNX file and what goes in and out of it."""
+    """One ONNX file, with its weights beside it where they are too large for one, and what goes in and out of it."""
 
-    file: str
-    sha256: str
-    bytes: int
+    file: File
+    data: File | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Parity
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All of it."""
+        return (self.file,) if self.data is None else (self.file, self.data)
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the network with its weights."""
+        return " ".join(file.sha256 for file in self.files)
+
 
 class Tokenizer(_Strict):
-    """A `tokenizers` JSON file and how prompts become fixed-length ids."""
+    """A `tokenizers` JSON file, the text encoder's input it is for, and how prompts become fixed-length ids."""
 
-    file: str
-    sha256: str
+    input: str
+    file: File
     max_length: int
     pad_token_id: int
     eos_token_id: int
 
 
+class Sizes(_Strict):
+    """The pictures that the networks take, in pixels: sides from `least` to `most`, multiples of `multiple`."""
+
+    width: int
+    height: int
+    least: int
+    most: int
+    multiple: int
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"{self.least} pixels"
+        return f"{self.least} to {self.most} pixels in steps of {self.multiple}"
+
+    def allows(self, side: int) -> bool:
+        """Whether a picture may have such a side."""
+        return self.least <= side <= self.most and side % self.multiple == 0
+
+
+class Defaults(_Strict):
+    """What the model's own pipeline uses where nothing is said."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+
+
 class Manifest(_Strict):
     """An exported model. `origin` is what `make engines MODEL=` made it of; `source` identifies its content.
 
-    `alphas_cumprod` is the training schedule's ᾱ per timestep; sizes are in pixels.
+    networks: `text_encoder`, `denoiser`, `vae_decoder` and, where pictures can be started from, `vae_encoder`. The text
+    encoder's outputs are inputs of the denoiser, by name; the others of its inputs are `sample`, `timestep` and, where
+    it takes them, `time_ids` (height, width, crop, crop, height, width) and `guidance`, the scale.
+    alphas_cumprod: the training schedule's ᾱ per timestep; empty for flow matching.
+    guidance: `classifier_free` combines two evaluations; `embedded` is told the scale; `none` knows none.
+    zero_negative: no negative prompt means zeros, not the embedding of no words.
+    clip_skip: the largest that the text encoder can do.
+    patch: latents per side of a token, for schedules that depend on the number of tokens.
+    even_sigmas: noise levels are spaced evenly from 1 to 1/N before they are shifted.
+    strength_up: the number of steps that a strength stands for is rounded up.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model: str
     family: str
     origin: str
@@ -80,16 +166,35 @@ class Manifest(_Strict):
     versions: dict[str, str]
     precision: Literal["fp32", "fp16", "bf16"]
     networks: dict[str, Network]
-    tokenizer: Tokenizer
+    tokenizers: tuple[Tokenizer, ...]
     scheduler: dict[str, Any]
     alphas_cumprod: tuple[float, ...]
     latent_channels: int
     vae_scale_factor: int
-    vae_scaling_factor: float
-    vae_shift_factor: float
-    width: int
-    height: int
+    sizes: Sizes
+    guidance: Literal["classifier_free", "embedded", "none"]
+    zero_negative: bool
+    clip_skip: int
+    patch: int | None
+    even_sigmas: bool
+    strength_up: bool
+    defaults: Defaults
     examples: tuple[str, ...]
+
+    @property
+    def conditioning(self) -> tuple[str, ...]:
+        """What the text encoder makes for the denoiser."""
+        return tuple(output.name for output in self.networks["text_encoder"].outputs)
+
+    def latent_axes(self, width: int, height: int, batch: int) -> Axes:
+        """The names of axes for pictures of some size in pixels."""
+        factor = self.vae_scale_factor
+        return {"batch": batch, "height": height // factor, "width": width // factor}
+
+    @property
+    def image_to_image(self) -> bool:
+        """Whether a picture can be started from."""
+        return "vae_encoder" in self.networks
 
     def write(self, folder: Path) -> None:
         """Writes `manifest.json`; the last file of an export, so that a folder with one is complete."""
@@ -122,12 +227,23 @@ def sha256_files(root: Path, paths: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def check_file(path: Path, sha256: str, repair: str) -> bytes:
-    """The content of a file whose hash is known, read once; BundleError when it is missing or not the same."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing: {repair}") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise BundleError(f"{path} was altered or truncated ({len(content)} bytes, sha256 differs): {repair}")
+def check_file(path: Path, sha256: str, repair: str) -> Path:
+    """The path of a file whose hash is known; BundleError when it is missing or not the same."""
+    found = sha256_file(path) if path.is_file() else None
+    return _checked(path, found, sha256, repair)
+
+
+def read_checked(path: Path, sha256: str, repair: str) -> bytes:
+    """As `check_file`, but the content, read once: what is deserialized is what was checked."""
+    content = path.read_bytes() if path.is_file() else b""
+    _checked(path, hashlib.sha256(content).hexdigest() if path.is_file() else None, sha256, repair)
     return content
+
+
+def _checked(path: Path, found: str | None, sha256: str, repair: str) -> Path:
+    if found is None:
+        raise BundleError(f"{path} is missing: {repair}")
+    if found != sha256:
+        size = path.stat().st_size
+        raise BundleError(f"{path} was altered or truncated ({size} bytes, sha256 differs): {repair}")
+    return path

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from engines.base import Array, Call, Rows
 
 
-class NullBackend:
-    """Checks every slot access of a plan and counts; its clock runs on a cost table instead of on hardware.
+class Costs(Protocol):
+    """What the virtual clock runs on: seconds that a machine would need."""
 
-    `call_seconds(halves)` is the virtual duration of one call; `seconds` adds up the longest call of every round.
+    def round(self, calls: Sequence[Call]) -> float:
+        """The calls of a round, with what starting them and moving their latents takes."""
+
+    def combine(self, sources: int, targets: int) -> float:
+        """One combination."""
+
+    def distances(self, pairs: int) -> float:
+        """Measuring and waiting for the answer."""
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """Nothing but the longest call of every round; `seconds(halves)` is how long a call with so many halves takes."""
+
+    seconds: Callable[[int], float] = lambda halves: 0.0
+
+    def round(self, calls: Sequence[Call]) -> float:
+        """See Costs."""
+        return max(self.seconds(len(call)) for call in calls if call)
+
+    def combine(self, sources: int, targets: int) -> float:
+        """See Costs."""
+        return 0.0
+
+    def distances(self, pairs: int) -> float:
+        """See Costs."""
+        return 0.0
+
+
+class NullBackend:
+    """Checks every slot access of a plan and counts; its clock, `seconds`, runs on costs instead of on hardware.
+
+    Distances are zero, or what was once measured: `answers` gives them in the order in which they were asked for.
     Reading a slot that nobody wrote, or two jobs of a round meeting in one slot, is an AssertionError: plans are ours.
     """
 
-    def __init__(self, lanes: int, call_seconds: Callable[[int], float] = lambda halves: 0.0) -> None:
+    def __init__(self, lanes: int, costs: Costs | None = None, answers: Iterator[float] | None = None) -> None:
         self.lanes = lanes
-        self._call_seconds = call_seconds
+        self._costs = costs or CallCosts()
+        self._answers = answers
         self.bind((), (), ())
 
     def bind(
@@ -55,7 +90,7 @@ class NullBackend:
         self.rounds += 1
         self.halves += len(halves)
         self.calls += sum(1 for call in calls if call)
-        self.seconds += max(self._call_seconds(len(call)) for call in calls if call)
+        self.seconds += self._costs.round(calls)
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
         """Checks shapes and slots."""
@@ -66,13 +101,15 @@ class NullBackend:
             assert slot in self.written, f"slot {slot!r} is read but was never written"
         self.written.update(targets)
         self.combines += 1
+        self.seconds += self._costs.combine(len(sources), len(targets))
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Zeros, if the slots were written."""
+        """Recorded answers or zeros, if the slots were written."""
         for pair in pairs:
             for slot in pair:
                 self.read(slot)
-        return [0.0] * len(pairs)
+        self.seconds += self._costs.distances(len(pairs))
+        return [0.0 if self._answers is None else next(self._answers) for _ in pairs]
 
     def timed(self, calls: Sequence[Call]) -> float:
         """The virtual seconds of one round."""
@@ -86,9 +123,22 @@ class NullBackend:
         return self.seconds
 
     @property
+    def spans(self) -> None:
+        """Not known: no time passes here."""
+        return None
+
+    @property
+    def copied(self) -> dict[str, int]:
+        """None: nothing is copied."""
+        return {}
+
+    @property
     def staged(self) -> tuple[tuple[int, int], ...]:
         """None: nothing is copied."""
         return ()
+
+    def settle(self) -> None:
+        """Nothing runs."""
 
     def dead(self) -> list[int]:
         """None: nothing here can break."""

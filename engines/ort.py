@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from engines.base import Array
+from engines.base import Array, Progress
 from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
 from engines.host import HostBackend, Run
+from engines.manifest import DENOISER
 from engines.store import Bundle, Plan, locked, plan_key
 
 
@@ -60,43 +61,56 @@ def build_plan(bundle: Bundle, network: str) -> Plan:
         target = Path(scratch) / f"{network}.onnx"
         options = _options(cores())
         options.optimized_model_filepath = str(target)
+        data = target.with_suffix(".data")
+        if bundle.manifest.networks[network].data is not None:  # more than one file of the format may hold
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
             onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many types of its own
             raise BundleError(
                 f"{source} cannot be compiled ({error}): see that the disk is not full, or {bundle.repair}"
             ) from error
-        return bundle.add_plan(network, plan_fields(bundle, network), target, time.perf_counter() - start)
+        files = [path for path in (target, data) if path.is_file()]
+        return bundle.add_plan(network, plan_fields(bundle, network), files, time.perf_counter() - start)
 
 
-def build_missing(bundle: Bundle) -> dict[str, Plan | None]:
+def build_missing(bundle: Bundle, progress: Progress | None = None) -> dict[str, Plan | None]:
     """Builds every plan that is missing or damaged; per network the new plan, or None where it was there."""
+    networks = bundle.manifest.networks
+    found: dict[str, Plan | None] = {}
     with locked(bundle.folder):
-        return {
-            network: None if bundle.has_intact_plan(plan_fields(bundle, network)) else build_plan(bundle, network)
-            for network in bundle.manifest.networks
-        }
+        for done, network in enumerate(networks):
+            if progress is not None:
+                progress("compile", done, len(networks))
+            there = bundle.has_intact_plan(plan_fields(bundle, network))
+            found[network] = None if there else build_plan(bundle, network)
+    return found
 
 
 class Session:
-    """One network ready to run; `run(**inputs)` returns its first output."""
+    """One network ready to run."""
 
     def __init__(self, bundle: Bundle, network: str, threads: int, *, spin: bool = False) -> None:
-        content = bundle.plan_content(network, plan_fields(bundle, network))
+        plan = bundle.plan(network, plan_fields(bundle, network))
+        content = bundle.plan_content(plan)
         options = _options(threads)
+        if plan.data is not None:
+            folder = str(bundle.plan_folder(plan.key))
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the plan has it all
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
         self.network = network
         self.spec = bundle.manifest.networks[network]
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
-    def run(self, **inputs: np.ndarray) -> Array:
-        """The network's first output."""
+    def run(self, **inputs: np.ndarray) -> dict[str, Array]:
+        """See load.Runner."""
         try:
-            result: Array = self.session.run(None, inputs)[0]
+            found = self.session.run(None, inputs)
         except Exception as error:  # the library raises many types of its own
             raise DeviceError(f"{self.network} failed in ONNX Runtime: {error}") from error
-        return result
+        return {output.name: value for output, value in zip(self.spec.outputs, found, strict=True)}
 
 
 class SessionLane:
@@ -123,15 +137,20 @@ class SessionLane:
 
 
 class Engines:
-    """A loaded model: text encoder and VAE decoder on all cores, and the lanes of the noise predictor."""
+    """A loaded model: what runs once per image on all cores, and the lanes of the denoiser."""
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
         threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
-        self.text_encoder = Session(bundle, "text_encoder", threads)
-        self.vae_decoder = Session(bundle, "vae_decoder", threads)
-        sessions = [Session(bundle, "unet", lane.threads, spin=len(lanes) == 1) for lane in lanes]
-        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet")))
-        self.backend = HostBackend([SessionLane(session) for session in sessions])
+        self.runners = {
+            network: Session(bundle, network, threads) for network in bundle.manifest.networks if network != DENOISER
+        }
+        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes]
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
+        self.backend = HostBackend([SessionLane(session) for session in self._sessions])
+
+    def beside(self, home: int) -> HostBackend:
+        """See load.Engines."""
+        return self.backend.beside()
 
     def close(self) -> None:
         """Stops the lanes."""

@@ -6,6 +6,7 @@ Weights are loaded once per lane, and what a session enqueues cannot become part
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from engines.devices import LaneSpec
 from engines.driver import Driver
 from engines.errors import DeviceError
 from engines.kernel import CACHE
+from engines.manifest import DENOISER
 from engines.store import Bundle
 
 PROVIDER = "CUDAExecutionProvider"
 
 
-def open_session(model: bytes, name: str, device: int, stream: Any = None) -> onnxruntime.InferenceSession:
+def open_session(model: str, name: str, device: int, stream: Any = None) -> onnxruntime.InferenceSession:
     """A session that really runs on the GPU: by itself ONNX Runtime would fall back to the processor in silence."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -50,7 +52,7 @@ class ProviderNetwork:
 
     capturable = False
 
-    def __init__(self, model: bytes, name: str, output: str, device: int) -> None:
+    def __init__(self, model: str, name: str, output: str, device: int) -> None:
         self.device = device
         self._model, self._name, self._output = model, name, output
         self._session: onnxruntime.InferenceSession | None = None
@@ -82,16 +84,18 @@ class ProviderNetwork:
 class ProviderSession:
     """A network that runs once per image, from host memory to host memory."""
 
-    def __init__(self, model: bytes, name: str, device: int, dtypes: Mapping[str, str]) -> None:
+    def __init__(self, model: str, name: str, device: int, dtypes: Mapping[str, str]) -> None:
         self._session, self._name, self._dtypes = open_session(model, name, device), name, dtypes
 
-    def run(self, **inputs: np.ndarray) -> Array:
-        """The network's first output as float32."""
+    def run(self, **inputs: np.ndarray) -> dict[str, Array]:
+        """See load.Runner."""
         feeds = {name: np.asarray(value, self._dtypes[name]) for name, value in inputs.items()}
         try:
-            return np.asarray(self._session.run(None, feeds)[0], np.float32)
+            found = self._session.run(None, feeds)
         except Exception as error:  # the library raises many types of its own
             raise DeviceError(f"{self._name} failed in ONNX Runtime: {error}") from error
+        names = [output.name for output in self._session.get_outputs()]
+        return {name: np.asarray(value, np.float32) for name, value in zip(names, found, strict=True)}
 
 
 class Engines:
@@ -103,22 +107,30 @@ class Engines:
         driver = driver or Driver()
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}
-        models = {network: bundle.onnx(network).read_bytes() for network in bundle.manifest.networks}
+        models = {network: str(bundle.onnx(network)) for network in bundle.manifest.networks}
 
         def once(network: str) -> ProviderSession:
             dtypes = {one.name: one.dtype for one in bundle.manifest.networks[network].inputs}
             return ProviderSession(models[network], network, ordinals[0], dtypes)
 
-        self.text_encoder, self.vae_decoder = once("text_encoder"), once("vae_decoder")
-        output = bundle.manifest.networks["unet"].outputs[0]
-        self._networks = [ProviderNetwork(models["unet"], "unet", output.name, ordinal) for ordinal in ordinals]
+        self.runners = {network: once(network) for network in models if network != DENOISER}
+        output = bundle.manifest.networks[DENOISER].outputs[0]
+        self._networks = [ProviderNetwork(models[DENOISER], DENOISER, output.name, ordinal) for ordinal in ordinals]
         name = devices[ordinals[0]].name.replace(" ", "-")
         self.plan_folder = bundle.folder / f"onnxruntime-{onnxruntime.__version__}-{name}"
         self.plan_folder.mkdir(exist_ok=True)
-        self.backend = CudaBackend(driver, self._networks, output.dtype, CACHE / "kernels")
+        self._beside: list[CudaBackend] = []
+        self._open = partial(CudaBackend, driver, self._networks, output.dtype, CACHE / "kernels")
+        self.backend = self._open()
+
+    def beside(self, home: int) -> CudaBackend:
+        """See load.Engines. A lane's session stays on the stream that all of them share."""
+        self._beside.append(self._open(home=home, beside=self.backend))
+        return self._beside[-1]
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
         for network in self._networks:
             network.close()
-        self.backend.close()
+        for backend in (*self._beside, self.backend):
+            backend.close()

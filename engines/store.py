@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import BundleError
-from engines.manifest import MANIFEST, Manifest, check_file, sha256_file
+from engines.manifest import MANIFEST, File, Manifest, Tokenizer, check_file, read_checked
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 PLAN = "plan.json"
@@ -31,18 +31,30 @@ PARTIAL = ".partial-"
 
 
 class Plan(BaseModel):
-    """The sidecar of a compiled network: all that its key was made of, in clear, and the hash of its file."""
+    """The sidecar of a compiled network: all that its key was made of, in clear, and the hashes of its files.
+
+    `data` has weights that are too large for the file itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     network: str
     key: str
     fields: dict[str, str]
-    file: str
-    sha256: str
-    bytes: int
+    file: File
+    data: File | None = None
     build_seconds: float
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All of it."""
+        return (self.file,) if self.data is None else (self.file, self.data)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
 
 
 def bundle_name(model: str, precision: str) -> str:
@@ -78,6 +90,22 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resuming(folder: Path, key: str) -> Iterator[Path]:
+    """As `replacing`, but what was finished stays for the same key when the process is interrupted or killed."""
+    kept = folder.parent / f"{PARTIAL}{folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    kept.mkdir(parents=True, exist_ok=True)
+    try:
+        yield kept
+        with replacing(folder) as partial:
+            for path in kept.iterdir():
+                os.replace(path, partial / path.name)
+    except Exception:
+        shutil.rmtree(kept, ignore_errors=True)
+        raise
+    kept.rmdir()
 
 
 def _flush(path: Path) -> None:
@@ -135,15 +163,14 @@ class Bundle:
         return f"make it again with {self.command}"
 
     def onnx(self, network: str) -> Path:
-        """The ONNX file of a network, checked against the manifest."""
-        spec = self.manifest.networks[network]
-        check_file(self.folder / spec.file, spec.sha256, self.repair)
-        return self.folder / spec.file
+        """The ONNX file of a network, checked against the manifest with what it refers to."""
+        files = self.manifest.networks[network].files
+        paths = [check_file(self.folder / file.name, file.sha256, self.repair) for file in files]
+        return paths[0]
 
-    def tokenizer(self) -> bytes:
-        """The tokenizer's JSON, checked against the manifest."""
-        spec = self.manifest.tokenizer
-        return check_file(self.folder / spec.file, spec.sha256, self.repair)
+    def tokenizer(self, spec: Tokenizer) -> bytes:
+        """A tokenizer's JSON, checked against the manifest."""
+        return read_checked(self.folder / spec.file.name, spec.file.sha256, self.repair)
 
     def plans(self) -> dict[str, Plan]:
         """All plans of this bundle by key whose sidecars can be trusted; the others are rebuilt or left to `gc`."""
@@ -161,13 +188,20 @@ class Bundle:
         """Where the plan of a key lives."""
         return self.folder / "plans" / key
 
-    def plan_content(self, network: str, fields: Mapping[str, str]) -> bytes:
-        """The compiled network for these fields, hash-checked; BundleError names what differs and the repair."""
+    def plan(self, network: str, fields: Mapping[str, str]) -> Plan:
+        """The compiled network for these fields; BundleError names what differs and the repair."""
         plan = self.plans().get(plan_key(fields))
         if plan is None:
             reasons = "; ".join(self.explain(network, fields))
             raise BundleError(f"no compiled {network} for this machine ({reasons}): build it with {self.command}")
-        return check_file(self.plan_folder(plan.key) / plan.file, plan.sha256, f"build it again with {self.command}")
+        return plan
+
+    def plan_content(self, plan: Plan) -> bytes:
+        """Its file, with all files checked against the sidecar; `data` lies beside it in the plan's folder."""
+        folder, repair = self.plan_folder(plan.key), f"build it again with {self.command}"
+        if plan.data is not None:
+            check_file(folder / plan.data.name, plan.data.sha256, repair)
+        return read_checked(folder / plan.file.name, plan.file.sha256, repair)
 
     def explain(self, network: str, fields: Mapping[str, str]) -> list[str]:
         """Why no existing plan of a network fits, field by field against the nearest one; empty when one fits."""
@@ -180,38 +214,38 @@ class Bundle:
         differences = [_differences(plan.fields, fields) for plan in candidates]
         return min(differences, key=len)
 
-    def add_plan(self, network: str, fields: Mapping[str, str], source: Path, seconds: float) -> Plan:
-        """Takes a compiled file into the store."""
+    def add_plan(self, network: str, fields: Mapping[str, str], sources: Sequence[Path], seconds: float) -> Plan:
+        """Takes a compiled file into the store, and after it what it refers to."""
         key = plan_key(fields)
         with replacing(self.plan_folder(key)) as partial:
-            target = Path(shutil.move(source, partial / source.name))
+            files = [File.of(Path(shutil.move(source, partial / source.name))) for source in sources]
             plan = Plan(
-                schema_version=1, network=network, key=key, fields=dict(fields), file=target.name,
-                sha256=sha256_file(target), bytes=target.stat().st_size, build_seconds=round(seconds, 3),
+                schema_version=2, network=network, key=key, fields=dict(fields), file=files[0],
+                data=files[1] if len(files) > 1 else None, build_seconds=round(seconds, 3),
             )  # fmt: skip
             (partial / PLAN).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n")
         return plan
 
     def has_intact_plan(self, fields: Mapping[str, str]) -> bool:
-        """Whether a plan for these fields exists and its file is what its sidecar says."""
+        """Whether a plan for these fields exists and its files are what its sidecar says."""
         plan = self.plans().get(plan_key(fields))
-        if plan is None:
-            return False
-        path = self.plan_folder(plan.key) / plan.file
-        return path.is_file() and sha256_file(path) == plan.sha256
+        return plan is not None and not _damaged(self._files_of(plan), "")
+
+    def _files_of(self, plan: Plan) -> Iterator[tuple[Path, str]]:
+        return ((self.plan_folder(plan.key) / file.name, file.sha256) for file in plan.files)
 
     def damaged_sources(self) -> list[str]:
         """One message per exported file that is not what the manifest says."""
-        files = [(network.file, network.sha256) for network in self.manifest.networks.values()]
-        files.append((self.manifest.tokenizer.file, self.manifest.tokenizer.sha256))
-        return _damaged(((self.folder / file, sha256) for file, sha256 in files), self.repair)
+        files = [file for network in self.manifest.networks.values() for file in network.files]
+        files += [tokenizer.file for tokenizer in self.manifest.tokenizers]
+        return _damaged(((self.folder / file.name, file.sha256) for file in files), self.repair)
 
     def problems(self) -> list[str]:
         """One message per file of the bundle or of its plans that is not what its record says."""
         plans, repair = self.plans(), f"build it again with {self.command}"
         folders = [path for path in sorted((self.folder / "plans").glob("[!.]*")) if path.name not in plans]
         sidecars = [f"{path / PLAN} is missing or damaged: {repair}" for path in folders]
-        files = ((self.plan_folder(key) / plan.file, plan.sha256) for key, plan in plans.items())
+        files = (file for plan in plans.values() for file in self._files_of(plan))
         return self.damaged_sources() + sidecars + _damaged(files, repair)
 
     def garbage(self, wanted: set[str]) -> list[Path]:

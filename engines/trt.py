@@ -9,20 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engines.base import Array, Progress
-from engines.cuda import CudaBackend, Enqueue, Network, Tensor, narrow, pinned, widen
+from engines.cuda import CudaBackend, Enqueue, Tensor, narrow, pinned, widen
+from engines.cuda import Network as LaneNetwork
 from engines.devices import LaneSpec
 from engines.driver import Device, Driver, available, release
 from engines.errors import DeviceError
 from engines.kernel import BYTES, CACHE
+from engines.manifest import DENOISER, Manifest, Network, axes_of
+from engines.memory import require
 from engines.store import Bundle, Plan, locked, plan_key
 
 log = logging.getLogger(__name__)
@@ -111,6 +116,7 @@ def gpus_of(lanes: Sequence[LaneSpec]) -> list[Gpu]:
 
 def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
     """Everything that the compiled form of a network depends on."""
+    sizes = bundle.manifest.sizes
     return {
         "network": network,
         "onnx_sha256": bundle.manifest.networks[network].sha256,
@@ -120,6 +126,7 @@ def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
         "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
         "driver": gpu.driver,
         "batches": "-".join(map(str, BATCHES)),
+        "sides": f"{sizes.least}-{sizes.width}x{sizes.height}-{sizes.most}",
         "flags": "strongly typed, user allocation",
     }
 
@@ -127,19 +134,27 @@ def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def build(onnx: Path, gpu: Gpu, progress: Progress | None = None, timing: Path | None = None) -> bytes:
-    """A plan of an ONNX file, whose types it keeps, for one kind of GPU.
+def build(
+    bundle: Bundle, network: str, gpu: Gpu, progress: Progress | None = None, timing: Path | None = None
+) -> bytes:
+    """A plan of a network, whose types it keeps, for one kind of GPU and all batches and sizes of the bundle.
 
     With tensorrt_rtx no GPU is needed. `timing` keeps measured kernel times between builds. DeviceError when the
     network cannot be built, or when this machine has too little memory for it.
     """
-    trt = package()
-    _check_memory(onnx)
+    trt, spec = package(), bundle.manifest.networks[network]
+    size = sum(file.bytes for file in spec.files)
+    require(
+        int(size * HOST_BYTES_PER_ONNX_BYTE + HOST_BYTES),
+        f"building a plan of {network}",
+        "copy build/ from a larger machine with the same GPU",
+    )
+    onnx = bundle.onnx(network)
     messages: list[str] = []
     logger = _logger(trt, messages)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    graph = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(graph, logger)
     if not parser.parse_from_file(str(onnx)):
         errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
         raise DeviceError(f"TensorRT cannot read {onnx}: {errors}")
@@ -147,15 +162,13 @@ def build(onnx: Path, gpu: Gpu, progress: Progress | None = None, timing: Path |
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a lane may not be captured
     _target(trt, config, gpu)
-    config.add_optimization_profile(_profile(builder, network))
+    config.add_optimization_profile(_profile(builder, bundle.manifest, spec))
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     cache = _timing_cache(trt, config, timing)
-    plan = builder.build_serialized_network(network, config)
+    plan = builder.build_serialized_network(graph, config)
     if plan is None:
-        raise DeviceError(
-            f"TensorRT cannot build {onnx.name} for {gpu}: {'; '.join(messages[-3:]) or 'it says no more'}"
-        )
+        raise DeviceError(f"TensorRT cannot build {network} for {gpu}: {'; '.join(messages[-3:]) or 'it says no more'}")
     if timing is not None and cache is not None:
         _replace(timing, bytes(cache.serialize()))
     return bytes(plan)
@@ -182,15 +195,13 @@ def _target(trt: Any, config: Any, gpu: Gpu) -> None:
     config.set_compute_capability(capability, 0)
 
 
-def _profile(builder: Any, network: Any) -> Any:
-    """Every input has the batch as its first axis, and only that is dynamic."""
-    profile = builder.create_optimization_profile()
-    for number in range(network.num_inputs):
-        tensor = network.get_input(number)
-        rest = tuple(tensor.shape)[1:]
-        if any(axis < 0 for axis in rest):
-            raise DeviceError(f"input {tensor.name} has more dynamic axes than the batch: {tuple(tensor.shape)}")
-        profile.set_shape(tensor.name, *((batch, *rest) for batch in BATCHES))
+def _profile(builder: Any, manifest: Manifest, network: Network) -> Any:
+    """The smallest, the usual and the largest shape of every input."""
+    sizes, profile = manifest.sizes, builder.create_optimization_profile()
+    pictures = ((sizes.least, sizes.least), (sizes.width, sizes.height), (sizes.most, sizes.most))
+    several = [manifest.latent_axes(*picture, batch) for picture, batch in zip(pictures, BATCHES, strict=True)]
+    for one in network.inputs:
+        profile.set_shape(one.name, *(one.resolve(axes) for axes in several))
     return profile
 
 
@@ -219,20 +230,6 @@ def _timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     return cache if config.set_timing_cache(cache, False) else None
-
-
-def _check_memory(onnx: Path) -> None:
-    needed = int(onnx.stat().st_size * HOST_BYTES_PER_ONNX_BYTE + HOST_BYTES)
-    facts = Path("/proc/meminfo")
-    if not facts.is_file():
-        return
-    line = next(line for line in facts.read_text().splitlines() if line.startswith("MemAvailable"))
-    free = int(line.split()[1]) * 1024
-    if free < needed:
-        raise DeviceError(
-            f"building {onnx.name} needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
-            "close other programs, or build on a larger machine of the same GPU and copy build/"
-        )
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -266,8 +263,8 @@ def _build_plan(bundle: Bundle, network: str, gpu: Gpu, progress: Progress | Non
     timing = CACHE / "timing" / f"{plan_key({name: fields[name] for name in ('runtime', 'gpu', 'driver')})}.cache"
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.folder.parent) as scratch:
         target = Path(scratch) / f"{network}.plan"
-        target.write_bytes(build(bundle.onnx(network), gpu, progress, timing))
-        return bundle.add_plan(network, fields, target, time.perf_counter() - start)
+        target.write_bytes(build(bundle, network, gpu, progress, timing))
+        return bundle.add_plan(network, fields, [target], time.perf_counter() - start)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -280,6 +277,7 @@ class Engine:
         self.driver, self.device, self.name = driver, device, name
         self._trt = package()
         self._messages: list[str] = []
+        self._lock = threading.Lock()
         driver("cuCtxSetCurrent", device.context)
         free, total = driver("cuMemGetInfo")
         if len(plan) > free:
@@ -317,14 +315,15 @@ class Engine:
 
     def context(self, scratch: int, size: int) -> Any:
         """An execution context that works in the caller's memory."""
-        context = self.engine.create_execution_context(self._settings)
+        with self._lock:  # pictures at the same time meet here
+            context = self.engine.create_execution_context(self._settings)
         if context is None:
             raise DeviceError(f"{self.name}: TensorRT made no execution context: {'; '.join(self._messages[-3:])}")
         context.set_device_memory(scratch, size)
         return context
 
     def bind(
-        self, scratch: int, size: int, inputs: Mapping[str, Tensor], output: tuple[str, Tensor], stream: Any
+        self, scratch: int, size: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: Any
     ) -> tuple[Enqueue, Any]:
         """What runs the engine on these addresses, which are set once, and its context."""
         context = self.context(scratch, size)
@@ -332,7 +331,8 @@ class Engine:
             if not context.set_input_shape(name, tensor.shape):
                 raise DeviceError(f"{self.name}: {name} cannot be of shape {tensor.shape} in this plan: build it again")
             context.set_tensor_address(name, tensor.pointer)
-        context.set_tensor_address(output[0], output[1].pointer)
+        for name, tensor in outputs.items():
+            context.set_tensor_address(name, tensor.pointer)
         handle, execute = int(stream), context.execute_async_v3
 
         def enqueue() -> None:
@@ -373,7 +373,7 @@ class EngineNetwork:
             rows = slice(start, min(start + largest, batch))
             own = {name: _rows(tensor, rows) for name, tensor in inputs.items()}
             enqueue, context = self._engine.bind(
-                self._scratch, self._engine.scratch_bytes, own, (self._output, _rows(output, rows)), stream
+                self._scratch, self._engine.scratch_bytes, own, {self._output: _rows(output, rows)}, stream
             )
             if hasattr(context, "is_stream_capturable"):
                 self.capturable = self.capturable and bool(context.is_stream_capturable(int(stream)))
@@ -399,15 +399,16 @@ def _rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 class EngineSession:
-    """A network that runs once per image, from host memory to host memory: the text encoder, the VAE decoder.
+    """A network that runs once per image, from host memory to host memory.
 
-    Memory and bindings of every batch size that was met are kept.
+    Memory and bindings of every shape that was met are kept. Threads take turns.
     """
 
     def __init__(self, engine: Engine, bundle: Bundle, network: str) -> None:
         self._engine, self._spec = engine, bundle.manifest.networks[network]
+        self._lock = threading.Lock()
         self._freed: list[Callable[[], None]] = []
-        self._bound: dict[int, tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]] = {}
+        self._bound: dict[tuple[tuple[int, ...], ...], tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]] = {}
         driver = engine.driver
         driver("cuCtxSetCurrent", engine.device.context)
         self._stream, self._done = driver.stream(), driver.event()
@@ -417,47 +418,56 @@ class EngineSession:
         ]
         self._scratch = self._allocate(engine.scratch_bytes)
 
-    def run(self, **inputs: np.ndarray) -> Array:
-        """The network's first output as float32."""
+    def run(self, **inputs: np.ndarray) -> dict[str, Array]:
+        """See load.Runner."""
         batch, largest = len(next(iter(inputs.values()))), BATCHES[-1]
         parts = (slice(start, start + largest) for start in range(0, batch, largest))
-        return np.concatenate([self._run({name: value[part] for name, value in inputs.items()}) for part in parts])
+        with self._lock:
+            found = [self._run({name: value[part] for name, value in inputs.items()}) for part in parts]
+        return {one.name: np.concatenate([part[one.name] for part in found]) for one in self._spec.outputs}
 
     def close(self) -> None:
-        """Frees the memory."""
-        self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
-        release(self._freed)
+        """Frees the memory, after a run of another thread."""
+        with self._lock:
+            self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
+            release(self._freed)
 
-    def _run(self, inputs: Mapping[str, np.ndarray]) -> Array:
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Array]:
         engine, driver = self._engine, self._engine.driver
         driver("cuCtxSetCurrent", engine.device.context)
-        batch = len(next(iter(inputs.values())))
-        enqueue, memory = self._bound.get(batch) or self._bound.setdefault(batch, self._bind(batch))
-        dtypes = {one.name: one.dtype for one in self._spec.inputs}
-        for name, value in inputs.items():
-            pointer, host = memory[name]
-            host[...] = narrow(value, "bfloat16") if dtypes[name] == "bfloat16" else value
+        shapes = tuple(inputs[one.name].shape for one in self._spec.inputs)
+        enqueue, memory = self._bound.get(shapes) or self._bound.setdefault(shapes, self._bind(shapes))
+        for one in self._spec.inputs:
+            pointer, host = memory[one.name]
+            value = inputs[one.name]
+            host[...] = narrow(value, "bfloat16") if one.dtype == "bfloat16" else value
             driver("cuMemcpyHtoDAsync", pointer, host.ctypes.data, host.nbytes, self._stream)
         enqueue()
-        pointer, host = memory[self._spec.outputs[0].name]
-        driver("cuMemcpyDtoHAsync", host.ctypes.data, pointer, host.nbytes, self._stream)
+        for one in self._spec.outputs:
+            pointer, host = memory[one.name]
+            driver("cuMemcpyDtoHAsync", host.ctypes.data, pointer, host.nbytes, self._stream)
         driver("cuEventRecord", self._done, self._stream)
         driver.wait(self._done, f"{engine.name} on {engine.device.name}")
-        return widen(host.reshape(-1).view(np.uint8), self._spec.outputs[0].dtype).reshape(host.shape)
+        hosts = {one.name: (memory[one.name][1], one.dtype) for one in self._spec.outputs}
+        return {
+            name: widen(host.reshape(-1).view(np.uint8), dtype).reshape(host.shape)
+            for name, (host, dtype) in hosts.items()
+        }
 
-    def _bind(self, batch: int) -> tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]:
+    def _bind(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]:
+        spec = self._spec
+        axes = axes_of(spec.inputs, dict(zip((one.name for one in spec.inputs), shapes, strict=True)))
         memory, tensors = {}, {}
-        for one in (*self._spec.inputs, *self._spec.outputs[:1]):
-            shape = (batch, *(int(axis) for axis in one.shape[1:]))
+        for one in (*spec.inputs, *spec.outputs):
+            shape = one.resolve(axes)
             dtype = np.dtype("uint16" if one.dtype == "bfloat16" else one.dtype)
             size = int(np.prod(shape)) * dtype.itemsize
             host, free = pinned(self._engine.driver, size)
             self._freed.append(free)
             tensors[one.name] = Tensor(self._allocate(size), shape, one.dtype)
             memory[one.name] = tensors[one.name].pointer, host.view(dtype).reshape(shape)
-        output = self._spec.outputs[0].name
-        goal = output, tensors.pop(output)
-        enqueue, _ = self._engine.bind(self._scratch, self._engine.scratch_bytes, tensors, goal, self._stream)
+        goals = {one.name: tensors.pop(one.name) for one in spec.outputs}
+        enqueue, _ = self._engine.bind(self._scratch, self._engine.scratch_bytes, tensors, goals, self._stream)
         return enqueue, memory
 
     def _allocate(self, size: int) -> int:
@@ -467,7 +477,7 @@ class EngineSession:
 
 
 class Engines:
-    """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
+    """A loaded model on GPUs: what runs once per image on the first lane's device, and the lanes."""
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
         driver = driver or Driver()
@@ -478,21 +488,29 @@ class Engines:
         home = next(iter(devices))
 
         def engine(network: str, ordinal: int) -> Engine:
-            content = bundle.plan_content(network, plan_fields(bundle, network, fields[ordinal]))
+            content = bundle.plan_content(bundle.plan(network, plan_fields(bundle, network, fields[ordinal])))
             return Engine(driver, devices[ordinal], content, network)
 
-        self.text_encoder = EngineSession(engine("text_encoder", home), bundle, "text_encoder")
-        self.vae_decoder = EngineSession(engine("vae_decoder", home), bundle, "vae_decoder")
-        unets = {ordinal: engine("unet", ordinal) for ordinal in devices}
-        output = bundle.manifest.networks["unet"].outputs[0].name
-        self._networks = [EngineNetwork(unets[lane.gpu], output) for lane in lanes if lane.gpu is not None]
-        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, "unet", fields[home])))
-        dtype = bundle.manifest.networks["unet"].outputs[0].dtype
-        networks: Sequence[Network] = self._networks
-        self.backend = CudaBackend(driver, networks, dtype, CACHE / "kernels")
+        once = [network for network in bundle.manifest.networks if network != DENOISER]
+        self.runners = {network: EngineSession(engine(network, home), bundle, network) for network in once}
+        denoisers = {ordinal: engine(DENOISER, ordinal) for ordinal in devices}
+        output = bundle.manifest.networks[DENOISER].outputs[0]
+        self._networks = [EngineNetwork(denoisers[lane.gpu], output.name) for lane in lanes if lane.gpu is not None]
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER, fields[home])))
+        dtype = output.dtype
+        networks: Sequence[LaneNetwork] = self._networks
+        self._beside: list[CudaBackend] = []
+        self._open = partial(CudaBackend, driver, networks, dtype, CACHE / "kernels")
+        self.backend = self._open()
+
+    def beside(self, home: int) -> CudaBackend:
+        """See load.Engines."""
+        self._beside.append(self._open(home=home, beside=self.backend))
+        return self._beside[-1]
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
-        self.backend.close()
+        for backend in (*self._beside, self.backend):
+            backend.close()
         release([network.close for network in self._networks])
-        release([self.text_encoder.close, self.vae_decoder.close])
+        release([runner.close for runner in self.runners.values()])

@@ -2,115 +2,192 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
+import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 
 from engines.errors import ExportError
-from engines.manifest import Network, Parity, TensorSpec, sha256_file
-from export.models import MAX_BATCH, NetworkExport
+from engines.manifest import Axes, File, Network, Parity, TensorSpec
+from export.families import Axis, Exported, Sides
 
 OPSET = 20  # the newest that needs no Attention operator, which TensorRT-RTX cannot build
-# of the output's scale; every layer rounds to 5e-4 in half and to 4e-3 in bfloat16
+MAX_BATCH = 64
+# of an output's largest value; every layer rounds to 5e-4 in half and to 4e-3 in bfloat16
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 PARITY_BATCHES = (1, 3, 4)
+LARGE = 1_500_000_000  # bytes of weights from which they lie beside the graph: the format ends at 2 GB
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def export_network(name: str, network: NetworkExport, folder: Path, precision: str) -> Network:
-    """Writes `<name>.onnx` with a dynamic batch axis and measures it against torch.
+def export_network(
+    name: str, make: Callable[[], Exported], folder: Path, sides: Sides, factor: int, batches: Sequence[int]
+) -> Network:
+    """Writes `<name>.onnx` with dynamic axes and measures it against torch in float32 with the same weights.
 
-    ExportError when the largest difference exceeds PARITY_BOUND of the output's scale, or is not finite.
+    `factor` is how many pixels a latent is wide, `batches` how many rows the fresh inputs have that are compared.
+    ExportError when the largest difference exceeds PARITY_BOUND of the output's scale, or is not finite. Torch has
+    let go of the weights before ONNX Runtime loads them, in a process of its own.
     """
     path = folder / f"{name}.onnx"
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    network.module.eval()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            network.module,
-            network.example(2),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(network.inputs),
-            output_names=[network.output],
-            dynamic_shapes=tuple({0: batch} for _ in network.inputs),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path, external_data=False)
+    network = make()
+    network.module.eval().requires_grad_(requires_grad=False)
+    axes: list[Axes] = [_axes(sides, factor, batch) for batch in batches]
+    precision = _precision(network.module)
+    with torch.no_grad():
+        _write(network, path, sides, factor)
+        drawn = [[one.values(_resolve(one.axes, numbers)) for one in network.inputs] for numbers in axes]
+        network.module.float()  # torch has no fast half on processors, and this is the better yardstick
+        found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
+    names, inputs, outputs = [one.name for one in network.inputs], network.inputs, network.outputs
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pairs = Path(scratch) / "pairs.npz"
+        _save(pairs, names, drawn, list(outputs), found)
+        del network, found
+        gc.collect()
+        parity = measure_parity(name, path, pairs, PARITY_BOUND[precision], batches)
     graph = onnx.load(path, load_external_data=False).graph
+    data = path.with_suffix(".data")
     return Network(
-        file=path.name,
-        sha256=sha256_file(path),
-        bytes=path.stat().st_size,
-        inputs=tuple(_spec(value) for value in graph.input),
-        outputs=tuple(_spec(value) for value in graph.output),
-        parity=measure_parity(name, network, path, PARITY_BOUND[precision]),
+        file=File.of(path),
+        data=File.of(data) if data.is_file() else None,
+        inputs=tuple(_spec(value, one.axes) for value, one in zip(graph.input, inputs, strict=True)),
+        outputs=tuple(_spec(value, outputs[value.name]) for value in graph.output),
+        parity=parity,
     )
 
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-    # the first axis is the batch in every network; exporters sometimes rename it on outputs
-    rest = [axis.dim_param or int(axis.dim_value) for axis in tensor.shape.dim[1:]]
-    return TensorSpec(name=value.name, dtype=dtype, shape=("batch", *rest))
+def _precision(module: torch.nn.Module) -> str:
+    """The type that most of a module computes in."""
+    types = [parameter.dtype for parameter in module.parameters() if parameter.dtype in _DTYPES]
+    return _DTYPES[max(set(types), key=types.count)] if types else "fp32"
 
 
-def _widened(model: onnx.ModelProto) -> bytes | None:
-    """A bfloat16 model with float32 in its place everywhere; None for a model without bfloat16."""
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    graph, found = model.graph, False
-    tensors = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]
-    for tensor in tensors:
-        if tensor.data_type == narrow:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-            found = True
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
-    for node in graph.node:
-        for attribute in node.attribute:
-            if (
-                attribute.type == onnx.AttributeProto.INT
-                and attribute.name in ("to", "dtype")
-                and attribute.i == narrow
-            ):
-                attribute.i = wide
-    return model.SerializeToString() if found else None
+def _axes(sides: Sides, factor: int, batch: int) -> Axes:
+    """A size for comparing, another for every batch, none of them square: small ones, because they take less time."""
+    steps = (sides.most - sides.least) // sides.multiple
+    height, width = (sides.least + sides.multiple * min(steps, more) for more in (batch // 2, batch))
+    return {"batch": batch, "height": height // factor, "width": width // factor}
 
 
-@torch.no_grad()
-def measure_parity(name: str, network: NetworkExport, path: Path, bound: float) -> Parity:
-    """ONNX Runtime against torch on fresh random inputs of several batch sizes.
+def _resolve(axes: Sequence[Axis], numbers: Axes) -> tuple[int, ...]:
+    return TensorSpec(name="", dtype="", shape=tuple(axes)).resolve(numbers)
 
-    ONNX Runtime has few bfloat16 kernels for processors, so such a graph runs in float32, with the same weights.
-    """
-    model = onnx.load(path)
-    wide = _widened(model)
-    session = onnxruntime.InferenceSession(wide or path, providers=["CPUExecutionProvider"])
-    error = scale = 0.0
-    for batch in PARITY_BATCHES:
-        inputs = network.example(batch)
-        expected = network.module(*inputs).float().numpy()
-        feeds = {
-            key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-            for key, value in zip(network.inputs, inputs, strict=True)
-        }
-        actual = session.run(None, feeds)[0]
-        error = max(error, float(np.abs(actual - expected).max()))
-        scale = max(scale, float(np.abs(expected).max()))
-    parity = Parity(max_abs_error=error, scale=scale, bound=bound, batches=PARITY_BATCHES)
-    if not parity.relative_error <= bound:
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _as_tuple(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _write(network: Exported, path: Path, sides: Sides, factor: int) -> None:
+    """Torch's exporter, told which axes may change and how much."""
+    unit, low, high = sides.multiple // factor, sides.least // sides.multiple, sides.most // sides.multiple
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    free = {name: torch.export.Dim(f"{name}_{unit}", min=low, max=high) for name in ("height", "width")}
+
+    def dynamic(axis: str) -> object:
+        times, _, name = axis.rpartition("*")
+        multiple = int(times or 1) * unit
+        if name == "batch":
+            return batch
+        if low == high:
+            return None
+        return free[name] if multiple == 1 else multiple * free[name]
+
+    shapes = tuple(
+        {number: dynamic(axis) for number, axis in enumerate(one.axes) if isinstance(axis, str)}
+        for one in network.inputs
+    )
+    numbers = _axes(sides, factor, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                network.module,
+                tuple(one.values(_resolve(one.axes, numbers)) for one in network.inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[one.name for one in network.inputs],
+                output_names=list(network.outputs),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(f"{path.stem} cannot be exported by torch: {cause}") from error
+    assert program is not None
+    weights = sum(one.numel() * one.element_size() for one in network.module.state_dict().values())
+    if weights < LARGE:
+        program.save(path, external_data=False)
+        return
+    program.save(path, external_data=True)
+    _rename_data(path)
+
+
+def _rename_data(path: Path) -> None:
+    """Gives the file beside the graph the name that the manifest knows."""
+    model = onnx.load(path, load_external_data=False)
+    goal, written = path.with_suffix(".data"), set()
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                written.add(entry.value)
+                entry.value = goal.name
+    assert len(written) == 1, written
+    (path.parent / written.pop()).rename(goal)
+    onnx.save(model, path)
+
+
+def _spec(value: onnx.ValueInfoProto, axes: Sequence[Axis]) -> TensorSpec:
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)).name
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(axes))
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+def _save(
+    path: Path, inputs: Sequence[str], drawn: Sequence[Sequence[torch.Tensor]], outputs: Sequence[str],
+    found: Sequence[Sequence[torch.Tensor]],
+) -> None:  # fmt: skip
+    """Inputs and what torch made of them; bfloat16 as float32, which NumPy has."""
+    arrays: dict[str, np.ndarray] = {}
+    for number, (given, made) in enumerate(zip(drawn, found, strict=True)):
+        for name, value in zip(inputs, given, strict=True):
+            arrays[f"in/{number}/{name}"] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in zip(outputs, made, strict=True):
+            arrays[f"out/{number}/{name}"] = value.float().numpy()
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def measure_parity(name: str, path: Path, pairs: Path, bound: float, batches: Sequence[int]) -> Parity:
+    """ONNX Runtime against what torch made of the same inputs; ExportError beyond the bound."""
+    run = [sys.executable, "-m", "export.parity", str(path), str(pairs)]
+    done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise ExportError(f"{name}: ONNX Runtime cannot run the export: {last}")
+    differences: Mapping[str, tuple[float, float]] = json.loads(done.stdout)
+    shares = {output: error / scale for output, (error, scale) in differences.items()}
+    worst = max(shares, key=lambda output: shares[output] if shares[output] == shares[output] else float("inf"))
+    error, scale = differences[worst]
+    if not shares[worst] <= bound:
         raise ExportError(
-            f"{name}: ONNX Runtime differs from torch by {error:.3g} where the output's scale is {scale:.3g}; "
+            f"{name}: ONNX Runtime differs from torch by {error:.3g} in {worst}, whose scale is {scale:.3g}; "
             f"allowed is {bound:g} of it"
         )
-    return parity
+    largest = max(error for error, _ in differences.values())
+    return Parity(relative_error=shares[worst], max_abs_error=largest, bound=bound, batches=tuple(batches))

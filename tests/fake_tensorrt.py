@@ -74,7 +74,8 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         wanted = next(one for one in self.engine.session.get_inputs() if one.name == name)
         self.shapes[name] = shape
-        return len(shape) == len(wanted.shape) and tuple(wanted.shape[1:]) == tuple(shape[1:]) and shape[0] <= 16
+        fits = (axis == size or isinstance(axis, str) for axis, size in zip(wanted.shape[1:], shape[1:], strict=True))
+        return all(fits) and shape[0] <= 16
 
     def set_tensor_address(self, name: str, pointer: int) -> None:
         self.addresses[name] = pointer
@@ -89,15 +90,14 @@ class FakeContext:
             size = int(np.prod(self.shapes[one.name])) * dtype.itemsize
             raw = cuda.view(self.addresses[one.name], size, self.engine.device)
             views[one.name] = raw.view(dtype).reshape(self.shapes[one.name])
-        batch = next(iter(self.shapes.values()))[0]
-        goal = session.get_outputs()[0]
-        shape = (batch, *goal.shape[1:])
-        dtype = np.dtype(_TYPES[goal.type])
-        into = cuda.view(self.addresses[goal.name], int(np.prod(shape)) * dtype.itemsize, self.engine.device)
+        names = [one.name for one in session.get_outputs()]
+        goals = {name: cuda.view(self.addresses[name], 1, self.engine.device) for name in names}
 
         def work() -> None:
-            result = session.run(None, {name: view.copy() for name, view in views.items()})[0]
-            into[:] = np.ascontiguousarray(result).view(np.uint8).reshape(-1)
+            results = session.run(None, {name: view.copy() for name, view in views.items()})
+            for name, result in zip(goals, results, strict=True):
+                into = cuda.view(self.addresses[name], result.nbytes, self.engine.device)
+                into[:] = np.ascontiguousarray(result).view(np.uint8).reshape(-1)
 
         cuda.submit(stream, work)
         return True

@@ -24,7 +24,7 @@ from engines.manifest import MANIFEST
 from engines.store import PARTIAL, PLAN, Bundle, delete_leftovers, plan_key, replacing
 from tests.copies import DAMAGES, NETWORK, NETWORKS, contents, cut_in_half, small_copy
 
-FIELDS = {"network": "unet", "onnx_sha256": "ab" * 32, "runtime": "onnxruntime 1.0", "machine": "Linux CPU (0123)"}
+FIELDS = {"network": "denoiser", "onnx_sha256": "ab" * 32, "runtime": "onnxruntime 1.0", "machine": "Linux CPU (0123)"}
 REPAIR = "`make engines MODEL=shapes`"
 
 
@@ -51,13 +51,13 @@ def fields(bundle: Bundle, network: str = NETWORK) -> dict[str, str]:
 def plan_path(bundle: Bundle, file: str | None = None, network: str = NETWORK) -> Path:
     """The compiled file of a network's plan here, or another file beside it."""
     key = plan_key(fields(bundle, network))
-    return bundle.plan_folder(key) / (file or bundle.plans()[key].file)
+    return bundle.plan_folder(key) / (file or bundle.plans()[key].file.name)
 
 
 def add_plan(bundle: Bundle, plan_fields: dict[str, str]) -> None:
     source = bundle.folder / "compiled"
     source.write_text("compiled")
-    bundle.add_plan(NETWORK, plan_fields, source, 0.0)
+    bundle.add_plan(NETWORK, plan_fields, [source], 0.0)
 
 
 def partials(folder: Path) -> list[Path]:
@@ -100,7 +100,8 @@ def another_runtime(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> Bundle:
 
 def another_export(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> Bundle:
     networks = dict(bundle.manifest.networks)
-    networks[NETWORK] = networks[NETWORK].model_copy(update={"sha256": "01" * 32})
+    file = networks[NETWORK].file.model_copy(update={"sha256": "01" * 32})
+    networks[NETWORK] = networks[NETWORK].model_copy(update={"file": file})
     return Bundle(bundle.folder, bundle.manifest.model_copy(update={"networks": networks}))
 
 
@@ -148,11 +149,11 @@ def test_explain_says_when_nothing_was_ever_built(bundle: Bundle) -> None:
 
 
 def onnx_path(bundle: Bundle) -> Path:
-    return bundle.folder / bundle.manifest.networks[NETWORK].file
+    return bundle.folder / bundle.manifest.networks[NETWORK].file.name
 
 
 def tokenizer_path(bundle: Bundle) -> Path:
-    return bundle.folder / bundle.manifest.tokenizer.file
+    return bundle.folder / bundle.manifest.tokenizers[0].file.name
 
 
 def sidecar_path(bundle: Bundle) -> Path:
@@ -168,7 +169,7 @@ def load(bundle: Bundle) -> object:
     ("find", "use"),
     [
         (onnx_path, lambda bundle: bundle.onnx(NETWORK)),
-        (tokenizer_path, Bundle.tokenizer),
+        (tokenizer_path, lambda bundle: bundle.tokenizer(bundle.manifest.tokenizers[0])),
         (plan_path, load),
         (sidecar_path, load),
     ],
@@ -198,7 +199,7 @@ def test_a_sidecar_with_another_field_than_its_key_is_made_of_is_refused(bundle:
     ("words", "change"),
     [
         ("colour", lambda text: json.dumps(json.loads(text) | {"colour": "red"})),
-        ("schema_version", lambda text: json.dumps(json.loads(text) | {"schema_version": 2})),
+        ("schema_version", lambda text: json.dumps(json.loads(text) | {"schema_version": 1})),
         ("networks", lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "networks"})),
         ("Invalid JSON", lambda text: text[: len(text) // 2]),
         ("Invalid JSON", lambda text: ""),
@@ -302,7 +303,7 @@ def test_a_full_disk_leaves_plans_as_they_were(
     source.write_text("compiled")
     monkeypatch.setattr(owner, function, no_space)
     with pytest.raises(OSError, match="No space left"):
-        bundle.add_plan(NETWORK, fields(bundle) | ({} if there else {"machine": "another"}), source, 0.0)
+        bundle.add_plan(NETWORK, fields(bundle) | ({} if there else {"machine": "another"}), [source], 0.0)
     monkeypatch.undo()
     assert contents(bundle.folder) == before and partials(bundle.folder) == []
 
@@ -321,8 +322,8 @@ def test_a_build_that_cannot_write_ends_with_one_message_and_changes_nothing(bun
     command = [sys.executable, "-c", SMALL_FILES, str(bundle.folder.parent)]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
+    *_, line = done.stderr.replace("\r", "\n").splitlines()
+    assert line.strip().startswith("error: ")
     assert contents(bundle.folder.parent) == before and partials(bundle.folder.parent) == []
 
 

@@ -18,6 +18,7 @@ import pytest
 from engines import driver, load, trt
 from engines.devices import parse_devices
 from engines.errors import BundleError, DeviceError
+from engines.manifest import File
 from engines.store import BUILD, Bundle
 from engines.trt import Gpu
 from runtime.calibrate import calibrate
@@ -25,20 +26,18 @@ from runtime.pipeline import Pipeline
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import FakeTensorRT
 
-NETWORKS = ("text_encoder", "unet", "vae_decoder")
+NETWORKS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 H200 = Gpu("NVIDIA H200", (9, 0), "580.1")
 RTX = Gpu("NVIDIA GeForce RTX 4090", (8, 9), "580.1")
 # what engines/trt.py uses of each class, in both packages
 MEMBERS = {
     "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
-    "INetworkDefinition": "num_inputs get_input",
     "OnnxParser": "parse_from_file num_errors get_error",
     "ParserError": "desc",
     "IBuilderConfig": "add_optimization_profile progress_monitor create_timing_cache set_timing_cache",
     "IOptimizationProfile": "set_shape",
     "ITimingCache": "serialize",
     "IProgressMonitor": "phase_start step_complete phase_finish",
-    "ITensor": "name shape",
     "Runtime": "deserialize_cuda_engine",
     "ICudaEngine": "create_execution_context create_runtime_config device_memory_size_v2",
     "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3",
@@ -70,27 +69,29 @@ def half() -> Bundle:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_real_plans_are_built_without_a_gpu(half: Bundle, network: str, capability: tuple[int, int]) -> None:
     phases: list[tuple[str, int, int]] = []
-    plan = trt.build(half.onnx(network), Gpu("some", capability, "580"), lambda *step: phases.append(step))
+    plan = trt.build(half, network, Gpu("some", capability, "580"), lambda *step: phases.append(step))
     assert len(plan) > 1e6
     assert any(done == steps > 1 for _, done, steps in phases), "no progress was shown"
 
 
 def test_a_card_that_the_package_does_not_build_for(half: Bundle) -> None:
     with pytest.raises(DeviceError, match=r"builds no plans for NVIDIA H200 \(9\.0\): install tensorrt instead"):
-        trt.build(half.onnx("unet"), H200)
+        trt.build(half, "denoiser", H200)
 
 
 def test_too_little_memory_says_how_much(half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt, "HOST_BYTES", 10**15)
     with pytest.raises(DeviceError, match=r"needs about 1000000\.0 GB of memory and .* GB are free"):
-        trt.build(half.onnx("unet"), RTX)
+        trt.build(half, "denoiser", RTX)
 
 
-def test_a_file_that_is_no_network(tmp_path: Path) -> None:
-    path = tmp_path / "unet.onnx"
+def test_a_file_that_is_no_network(half: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "denoiser.onnx"
     path.write_bytes(b"no network")
+    broken = half.manifest.networks["denoiser"].model_copy(update={"file": File.of(path)})
+    bundle = Bundle(tmp_path, half.manifest.model_copy(update={"networks": {"denoiser": broken}}))
     with pytest.raises(DeviceError, match="TensorRT cannot read"):
-        trt.build(path, RTX)
+        trt.build(bundle, "denoiser", RTX)
 
 
 def test_names_of_tensorrt_rtx() -> None:
@@ -139,13 +140,13 @@ def test_the_names_are_those_that_are_used() -> None:
     """Every call on a TensorRT object in engines/trt.py is in the tables above, and the other way round."""
     text = Path(trt.__file__).read_text()
     objects = (
-        r"(?:builder|config|network|parser|profile|cache|context|engine\.engine|self\._runtime|self\.engine|tensor)"
+        r"(?:builder|config|network|parser|profile|cache|context|engine\.engine|self\._runtime|self\.engine|graph)"
     )
     used = set(
         re.findall(objects + r"\.([a-z][a-z_0-9]+)", text[text.index("def build(") : text.index("class EngineSession")])
     )
     known = {member for table in (MEMBERS, RTX_MEMBERS) for members in table.values() for member in members.split()}
-    ours = {"pointer", "dtype", "is_file", "scratch_bytes", "bind", "device", "driver", "engine", "manifest"}
+    ours = {"pointer", "dtype", "is_file", "scratch_bytes", "bind", "device", "driver", "engine", "manifest", "inputs"}
     assert used - known - ours == set()
     for member in known - set(RTX_MEMBERS["ComputeCapability"].split()):
         assert re.search(rf"\b{member}\b", text), f"{member} is not used any more"
@@ -171,7 +172,7 @@ def imaginary(half: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(trt, "package", lambda: machine.tensorrt)
     monkeypatch.setattr(load, "available", lambda: None)
     monkeypatch.setattr(trt, "visible_gpus", lambda: [H200, H200])
-    monkeypatch.setattr(trt, "build", lambda onnx, *_: str(onnx).encode())
+    monkeypatch.setattr(trt, "build", lambda bundle, network, *_: str(bundle.onnx(network)).encode())
     monkeypatch.setattr(driver, "_load", lambda: machine.cuda)
     monkeypatch.setattr("engines.cuda.PAIR_BYTES", (64,))
     monkeypatch.setattr(
@@ -186,7 +187,7 @@ def test_one_plan_per_kind_of_gpu(imaginary: Imaginary) -> None:
     assert list(built) == [f"{network} for NVIDIA H200 (9.0)" for network in NETWORKS]
     assert all(built.values())
     assert not any(load.build_missing(imaginary.bundle, lanes).values())
-    fields = imaginary.bundle.plans()[built["unet for NVIDIA H200 (9.0)"].key].fields  # type: ignore[union-attr]
+    fields = imaginary.bundle.plans()[built["denoiser for NVIDIA H200 (9.0)"].key].fields  # type: ignore[union-attr]
     assert (fields["gpu"], fields["capability"], fields["driver"]) == ("NVIDIA H200", "9.0", "580.1")
 
 
@@ -212,15 +213,17 @@ def test_pictures_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devic
     assert np.array_equal(got.latents, again.latents)
     difference = np.asarray(got.images[0], float) - np.asarray(wanted.images[0], float)
     assert np.sqrt(np.mean(difference**2)) < 2.5
-    assert imaginary.tensorrt.loaded.count("unet") == (2 if "," in devices else 1), "weights once per device"
+    assert imaginary.tensorrt.loaded.count("denoiser") == (2 if "," in devices else 1), "weights once per device"
     assert imaginary.cuda.calls["cuGraphLaunch"] > 0
     assert got.report.critical_seconds is None
     assert got.report.staged == ()
+    assert got.report.timeline and {(span.start, span.end) for span in got.report.timeline} == {(None, None)}
+    assert len([span for span in got.report.timeline if span.kind == "call"]) == got.report.calls
 
 
 def _generate(pipeline: Pipeline, mode: str) -> Any:
     prompt = "a large red star at the left on blue background"
-    return pipeline.generate(prompt, mode=mode, k=2, num_inference_steps=8, seed=3)
+    return pipeline.generate(prompt, mode=mode, k=2, num_inference_steps=8, seed=3, timeline=True)
 
 
 def test_a_plan_that_is_too_big_says_how_big(imaginary: Imaginary) -> None:
@@ -233,9 +236,9 @@ def test_a_plan_that_is_too_big_says_how_big(imaginary: Imaginary) -> None:
 def test_auto_measures_and_chooses_on_gpus(imaginary: Imaginary) -> None:
     """The cost model is fed with call times of these lanes, whatever they are."""
     load.build_missing(imaginary.bundle, parse_devices("cuda:0*2"))
-    model, pictures = str(imaginary.bundle.folder), {"pictures": 1, "again": False}
-    assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, **pictures)  # type: ignore[arg-type]
-    assert not calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, **pictures)  # type: ignore[arg-type]
+    model = str(imaginary.bundle.folder)
+    for said in ("calibrated", "calibration is up to date"):
+        assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, budget=600.0, pictures=1, again=False) == said
     pipeline = Pipeline.load(model, "cuda:0*2")
     report = pipeline.generate("a large red star at the left on blue background", num_inference_steps=6).report
     pipeline.close()

@@ -1,0 +1,34 @@
+"""How much memory this machine has left, asked before work that needs much of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engines.errors import DeviceError
+
+_FACTS = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def free() -> int | None:
+    """Bytes that can be had without swapping, also where a container limits them; None where nobody tells."""
+    if not _FACTS.is_file():
+        return None
+    facts = dict(line.split(":", 1) for line in _FACTS.read_text().splitlines() if ":" in line)
+    found = int(facts["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return found
+    return min(found, limit - used + int(kept["inactive_file"]))
+
+
+def require(needed: int, what: str, otherwise: str) -> None:
+    """DeviceError when there is less than that, before the work begins rather than in the middle of it."""
+    there = free()
+    if there is not None and there < needed:
+        raise DeviceError(
+            f"{what} needs about {needed / 1e9:.1f} GB of memory and {there / 1e9:.1f} GB are free: "
+            f"close other programs, or {otherwise}"
+        )
