@@ -10,6 +10,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from engines.errors import EngineError, ParameterError
@@ -35,18 +36,24 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=int, help="of srds, at most; default: until it is exact")
     parser.add_argument("--plain", action="store_false", dest="pipelined", help="srds without pipelining")
     parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 adds no noise, 1 is ddpm")
-    parser.add_argument("--steps", type=int, default=50, dest="num_inference_steps")
-    parser.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="default: the model's own")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
+    parser.add_argument("--image", type=Path, help="a picture to start from")
+    parser.add_argument("--strength", type=float, help="of --image, 0 to 1: the share of the steps that is made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scheduler", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--num-images-per-prompt", type=int, default=1)
+    parser.add_argument("--lanes", type=int, help="how many of the lanes work, all by default; k stays the same")
     parser.add_argument("--latents", type=Path, help=".npy with the initial noise, unit variance")
     parser.add_argument("--save-latents", type=Path, help=".npy for the finished latents")
     parser.add_argument("--out", type=Path, default=Path("image.png"))
-    parser.add_argument("--report", type=Path, help="JSON with rounds, evaluations and seconds")
+    parser.add_argument(
+        "--report", type=Path, help="JSON with rounds, evaluations, seconds and the timeline of the lanes"
+    )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -64,6 +71,17 @@ def load_latents(path: Path | None) -> np.ndarray | None:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise ParameterError("latents", f"{path} cannot be used as latents: save one array of numbers with numpy.save")
     return array
+
+
+def load_image(path: Path | None) -> Image.Image | None:
+    """A picture from a file; ParameterError when it is none."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ParameterError("image", f"{path} cannot be read as a picture: {error}") from error
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
@@ -84,13 +102,16 @@ def run(options: dict[str, Any]) -> None:
     model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")
     quiet = options.pop("quiet")
     options["latents"] = load_latents(options["latents"])
+    options["image"] = load_image(options["image"])
     pipeline = Pipeline.load(model, devices, build)
-    with tqdm(total=options["num_inference_steps"], unit="step", disable=quiet, mininterval=0.05, delay=0.1) as bar:
+    total = options["num_inference_steps"] or pipeline.manifest.defaults.num_inference_steps
+    with tqdm(total=total, unit="step", disable=quiet, mininterval=0.05, delay=0.1) as bar:
 
-        def progress(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
-            bar.update(step + 1 - bar.n)
+        def progress(finished: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(finished - bar.n)
 
-        result = pipeline.generate(**options, callback_on_step_end=progress)
+        result = pipeline.generate(**options, progress=progress, timeline=report is not None)
     pipeline.close()
     for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
         image.save(path)

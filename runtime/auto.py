@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.null import NullBackend
-from runtime.execute import execute, plan
+from engines.null import CallCosts, NullBackend
+from runtime.execute import Counts, execute, plan
 from runtime.samplers import STATE, Options, noise_slots, resolve
 from runtime.schedule import Schedule
 
@@ -117,16 +117,30 @@ def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
 def predicted_seconds(
     candidate: Candidate, schedule: Schedule, lanes: int, guidance_scale: float, measured: dict[int, float], images: int
 ) -> float:
-    """The model calls on the critical path, on a backend that only keeps a clock."""
-    options = candidate.options
+    """The model calls on the critical path of a candidate."""
     seconds = call_seconds(measured)
-    backend = NullBackend(lanes, lambda halves: seconds(halves * images))
+    return played_seconds(candidate.mode, candidate.options, schedule, lanes, guidance_scale, seconds, images)
+
+
+def played_seconds(
+    mode: str, options: Options, schedule: Schedule, lanes: int, guidance_scale: float,
+    seconds: Callable[[int], float], images: int,
+) -> float:  # fmt: skip
+    """The model calls on the critical path, on a backend that only keeps a clock."""
+    backend = NullBackend(lanes, CallCosts(lambda halves: seconds(halves * images)))
+    rehearse(mode, options, schedule, guidance_scale, backend)
+    return backend.seconds
+
+
+def rehearse(
+    mode: str, options: Options, schedule: Schedule, guidance_scale: float, backend: NullBackend
+) -> Counts:  # fmt: skip
+    """Plays a sampler on a backend without models."""
     backend.bind((), schedule.timesteps, ())
     backend.written.add(STATE)
     for step in schedule.stochastic_steps:
         backend.written.update(slot for slot, _ in noise_slots(step, schedule.steps, options))
-    execute(plan(candidate.mode, schedule, options, lanes, guidance_scale), backend, lambda finished: None)
-    return backend.seconds
+    return execute(plan(mode, schedule, options, backend.lanes, guidance_scale), backend, lambda finished: None)
 
 
 def choose(
@@ -137,12 +151,15 @@ def choose(
     setting: Setting,
     tolerance: float,
     images: int = 1,
+    *,
+    guided: bool = True,
 ) -> tuple[Choice, list[str]]:
     """The fastest candidate within the tolerance, and warnings; sequential where nothing was measured.
 
     A tolerance of 0 is exact. The drift of a candidate is its 90th percentile over the pictures that were measured.
+    `guided` says whether the model makes a second pass for guidance.
     """
-    if tolerance == 0:
+    if tolerance == 0 or not schedule.draftable:
         return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), []
     measured, drifts = calibration.calls.get(devices), calibration.for_setting(setting)
     if not measured or not drifts:
@@ -150,12 +167,13 @@ def choose(
         return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), [
             f"mode auto plays sequential: the {missing} was never measured; `python -m runtime.calibrate` does it"
         ]
+    scale = setting.guidance_scale if guided else 1.0
     wanted = candidates()  # an older file may know others
     allowed = [(EXACT, 0.0), *((d.candidate, d.p90) for d in drifts if d.p90 <= tolerance and d.candidate in wanted)]
     timed = [
         Choice(
             candidate=candidate,
-            seconds=predicted_seconds(candidate, schedule, lanes, setting.guidance_scale, measured, images),
+            seconds=predicted_seconds(candidate, schedule, lanes, scale, measured, images),
             drift_p90=p90,
         )
         for candidate, p90 in allowed

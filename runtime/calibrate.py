@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,19 +17,33 @@ from engines.store import BUILD, locked
 from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
 from runtime.pipeline import Pipeline
 from runtime.samplers import STATE
+from runtime.schedulers import make_schedule
 
 BATCHES = (1, 2, 3, 4, 6, 8, 16)
 REPEATS = 7
 
 
-def measure_calls(pipeline: Pipeline) -> dict[int, float]:
-    """Median seconds of a call per batch size, with all lanes at work."""
+def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
+    """Median seconds of a call per batch size, with all lanes at work; larger batches only while the budget lasts."""
     pipeline.generate(pipeline.manifest.examples[0], num_inference_steps=1)  # binds an image
-    backend, found = pipeline.backend, {}
+    backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
     for batch in BATCHES:
         calls = [[Half(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
-        found[batch] = float(np.median([backend.timed(calls) for _ in range(REPEATS)]))
+        once = backend.timed(calls)
+        left = budget - (time.monotonic() - started)
+        found[batch] = float(np.median([backend.timed(calls) for _ in range(min(REPEATS, int(left / once)))] or [once]))
+        if left < 2 * once:
+            break  # larger ones are taken to cost in proportion
     return found
+
+
+def drift_seconds(
+    pipeline: Pipeline, calls: dict[int, float], steps: int, guidance_scale: float, pictures: int
+) -> float:
+    """About how long measuring the drifts of all candidates takes: as many sequential evaluations and one more."""
+    halves = 2 if guidance_scale > 1 and pipeline.manifest.guidance == "classifier_free" else 1
+    per_half = min(seconds / batch for batch, seconds in calls.items()) / pipeline.backend.lanes
+    return (len(candidates()) + 1) * steps * halves * pictures * per_half
 
 
 def measure_drifts(
@@ -58,10 +73,10 @@ def measure_drifts(
 
 
 def calibrate(
-    model: str, build: Path, devices: str, steps: Sequence[int], guidance_scale: float, scheduler: str | None,
-    pictures: int, *, again: bool,
-) -> bool:  # fmt: skip
-    """Measures what is missing and stores it; returns whether anything was."""
+    model: str, build: Path, devices: str, steps: Sequence[int], guidance_scale: float | None, scheduler: str | None,
+    pictures: int, budget: float, *, again: bool,
+) -> str:  # fmt: skip
+    """Measures what is missing and stores it; returns what was done, in words."""
     if pictures < 1:
         raise ParameterError("pictures", f"pictures must be at least 1, not {pictures}")
     pipeline = Pipeline.load(model, devices, build)
@@ -70,19 +85,29 @@ def calibrate(
         with locked(path.parent):
             before = known = Calibration() if again else Calibration.read(path)
             if pipeline.calibration_key not in known.calls:
-                calls = {**known.calls, pipeline.calibration_key: measure_calls(pipeline)}
+                calls = {**known.calls, pipeline.calibration_key: measure_calls(pipeline, budget)}
                 known = known.model_copy(update={"calls": calls})
                 known.write(path)
-            for count in steps:
+            if not make_schedule(pipeline.manifest, scheduler, 1).draftable:
+                return "nothing to choose from: its scheduler's steps are too long to be drafted"
+            defaults = pipeline.manifest.defaults
+            guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+            for count in steps or (defaults.num_inference_steps,):
                 there = {
                     drift.candidate for drift in known.for_setting(pipeline.setting(scheduler, count, guidance_scale))
                 }
                 missing = [candidate for candidate in candidates() if candidate not in there]
+                needed = drift_seconds(pipeline, known.calls[pipeline.calibration_key], count, guidance_scale, pictures)
+                if missing and needed > budget:
+                    return (
+                        f"not measured, as it would take about {needed / 60:.0f} minutes; mode auto plays sequential "
+                        f"until `python -m runtime.calibrate {model} --devices {devices} --budget inf` has done it"
+                    )
                 if missing:
                     found = measure_drifts(pipeline, count, guidance_scale, scheduler, pictures, missing)
                     known = known.model_copy(update={"drifts": (*known.drifts, *found)})
                     known.write(path)
-            return known != before
+            return "calibrated" if known != before else "calibration is up to date"
     finally:
         pipeline.close()
 
@@ -93,18 +118,19 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="shapes")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--devices", default="auto")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50], help="one or more; auto knows these only")
-    parser.add_argument("--guidance", type=float, default=4.0, dest="guidance_scale")
+    parser.add_argument("--steps", type=int, nargs="+", default=(), help="one or more; auto knows these only")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
+    parser.add_argument("--budget", type=float, default=600, help="seconds; what would take longer is left out")
     parser.add_argument("--scheduler", help="default: the model's own")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = vars(parser.parse_args())
     try:
-        changed = calibrate(**options)
+        done = calibrate(**options)
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options['model']}: {'calibrated' if changed else 'calibration is up to date'}")
+    print(f"{options['model']}: {done}")
     return 0
 
 

@@ -13,6 +13,7 @@ from runtime.noise import step_noise
 from runtime.place import place
 from runtime.samplers import SAMPLERS, STATE, Combine, Distance, Operation, Options, Predict, measures
 from runtime.schedule import Schedule
+from runtime.timeline import SHORTEST, Timeline
 
 
 @dataclass
@@ -131,8 +132,14 @@ def plan(mode: str, schedule: Schedule, options: Options, lanes: int, guidance_s
         return accepted
 
 
-def execute(planned: Plan, backend: Backend, finished: Callable[[int], None]) -> Counts:
-    """Plays a plan; `finished(steps)` is called when more steps are done."""
+def execute(
+    planned: Plan, backend: Backend, finished: Callable[[int], None], timeline: Timeline | None = None
+) -> Counts:
+    """Plays a plan; `finished(steps)` is called when more steps are done. A timeline notes what took how long."""
+    predict, combine, distances = backend.predict, backend.combine, backend.distances
+    if timeline is not None:
+        predict, combine = timeline.predict, timeline.timed("combine", combine)
+        distances, finished = timeline.timed("distances", distances), timeline.timed("callback", finished, SHORTEST)
     counts, done = Counts(), 0
     answer: Sequence[float] = ()
     try:
@@ -140,17 +147,17 @@ def execute(planned: Plan, backend: Backend, finished: Callable[[int], None]) ->
         while True:
             answer = ()
             if isinstance(operation, Round):
-                backend.predict(operation.calls)
+                predict(operation.calls)
                 counts.rounds += 1
                 counts.evaluations += operation.evaluations
                 counts.calls += sum(1 for call in operation.calls if call)
             elif isinstance(operation, Combination):
-                backend.combine(operation.sources, operation.rows, operation.targets)
+                combine(operation.sources, operation.rows, operation.targets)
                 if operation.finished > done:
                     done = operation.finished
                     finished(done)
             else:
-                answer = backend.distances(operation.pairs)
+                answer = distances(operation.pairs)
             operation = planned.send(answer)
     except StopIteration as end:
         counts.accepted = end.value
@@ -159,7 +166,7 @@ def execute(planned: Plan, backend: Backend, finished: Callable[[int], None]) ->
 
 def denoise(
     backend: Backend,
-    noise: Array,
+    state: Array,
     conditioning: Sequence[Mapping[str, Array]],
     schedule: Schedule,
     mode: str,
@@ -167,20 +174,25 @@ def denoise(
     guidance_scale: float,
     seed: int,
     finished: Callable[[int], None],
+    *,
+    lanes: int | None = None,
+    timeline: Timeline | None = None,
 ) -> tuple[Array, Counts]:
-    """The finished latents of all images, (images, …) like their noise of unit variance, and what they cost.
+    """The finished latents of all images, (images, …) like the states before their first step, and what they cost.
 
+    `lanes` is how many of the backend's lanes work, all by default.
     Samplers that decide by what they measure make one image at a time, so that none depends on its neighbours.
     """
-    batch = 1 if measures(mode, options) else len(noise)
+    batch = 1 if measures(mode, options) else len(state)
     counts, parts = Counts(), []
-    for start in range(0, len(noise), batch):
+    for start in range(0, len(state), batch):
         rows = slice(start, start + batch)
         own = [{name: value[rows] for name, value in half.items()} for half in conditioning]
-        backend.bind(noise[rows].shape, schedule.timesteps, own)
-        backend.write(STATE, noise[rows] * np.float32(schedule.init_noise_sigma))
-        for slot, value in step_noise(schedule, options, seed, range(start, start + batch), noise.shape[1:]):
+        backend.bind(state[rows].shape, schedule.timesteps, own)
+        backend.write(STATE, state[rows])
+        for slot, value in step_noise(schedule, options, seed, range(start, start + batch), state.shape[1:]):
             backend.write(slot, value)
-        counts += execute(plan(mode, schedule, options, backend.lanes, guidance_scale), backend, finished)
+        planned = plan(mode, schedule, options, lanes or backend.lanes, guidance_scale)
+        counts += execute(planned, backend, finished, timeline)
         parts.append(backend.read(STATE))
     return np.concatenate(parts), counts

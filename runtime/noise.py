@@ -10,6 +10,8 @@ from engines.base import Array
 from runtime.samplers import Options, noise_slots
 from runtime.schedule import Schedule
 
+PICTURE = (1 << 32) - 1  # the number of the noise that a picture is encoded with: beyond those of any step
+
 
 def gaussian(seed: int, image: int, number: int, shape: tuple[int, ...]) -> Array:
     """Standard normal noise from a counter-based generator. Number 0 is where an image starts."""

@@ -1,4 +1,4 @@
-"""`Pipeline`: a prompt in, pictures out. The stages in order: text, noise, denoising loop, VAE decoder."""
+"""`Pipeline`: a prompt in, pictures out. The stages in order: text, start, denoising loop, VAE decoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.base import Array, Backend
+from engines.base import Array, Backend, Half
 from engines.devices import parse_devices, precision
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.load import load
 from engines.store import BUILD, Bundle
-from runtime.auto import Calibration, Choice, Setting, choose
-from runtime.execute import Counts, denoise
-from runtime.noise import gaussian
+from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, played_seconds
+from runtime.conditioning import Conditioner, Conditioning, Texts
+from runtime.execute import denoise
+from runtime.lanes import Lanes
 from runtime.prompt import PromptTokenizer
 from runtime.report import Report, quantiles
 from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, resolve
 from runtime.schedule import Schedule
-from runtime.schedulers import make_schedule
+from runtime.schedulers import make_schedule, substituted
+from runtime.start import Start, initial_noise
+from runtime.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
 
 @dataclass(frozen=True)
 class Result:
-    """The pictures of one call; `latents` is (images, channels, height, width) float32, as diffusers returns them."""
+    """The pictures of one call; `latents` is (images, channels, height, width) float32, as diffusers has them."""
 
     images: list[Image.Image]
     latents: Array
@@ -46,7 +50,7 @@ class Result:
 
 
 class Pipeline:
-    """A loaded model on a set of lanes. Safe to call from several threads: images are made one after another.
+    """A loaded model on a set of lanes. Safe to call from several threads, which share the lanes (`runtime.lanes`).
 
     A lane that stops working is left out from then on, and named in `lost`; its picture is made again on the others.
     """
@@ -57,8 +61,12 @@ class Pipeline:
         self._bundle = bundle
         self.manifest = bundle.manifest
         self._tokenizer = PromptTokenizer(bundle)
-        self._engines = load(bundle, self.devices)
-        self._lock = threading.Lock()
+        self._open()
+        self.lanes = Lanes(len(self.devices), self._desk)
+        self._default_k = len(self.devices)  # also when some are lost: a picture depends on what was asked alone
+        self._repairing = threading.Lock()
+        self._round_inputs: tuple[Array, Conditioning] | None = None  # of the last picture, for `probe`
+        self._here = threading.local()
 
     @classmethod
     def load(cls, model: str, devices: str = "auto", build: Path = BUILD) -> Pipeline:
@@ -70,10 +78,12 @@ class Pipeline:
         check_lanes(lanes)
         return cls(Bundle.open(model, build, precision(lanes)), devices)
 
-    @property
-    def device_names(self) -> str:
-        """The lanes, as reports name them."""
-        return ",".join(map(str, self.devices))
+    def _open(self) -> None:
+        """Loads the networks on the lanes that there are."""
+        self._engines = load(self._bundle, self.devices)
+        self._conditioner = Conditioner(self.manifest, self._tokenizer, self._engines.runners["text_encoder"])
+        self._prober: Backend | None = None
+        self._call_seconds = self._measured()
 
     @property
     def calibration_key(self) -> str:
@@ -87,9 +97,12 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one picture's latent."""
+        """(channels, height, width) of the latent of a picture of the default size."""
+        return self._latent_shape((self.manifest.sizes.width, self.manifest.sizes.height))
+
+    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         factor = self.manifest.vae_scale_factor
-        return self.manifest.latent_channels, self.manifest.height // factor, self.manifest.width // factor
+        return self.manifest.latent_channels, size[1] // factor, size[0] // factor
 
     @property
     def calibration_path(self) -> Path:
@@ -100,19 +113,20 @@ class Pipeline:
         self, scheduler: str | None, num_inference_steps: int, guidance_scale: float, eta: float = 0.0
     ) -> Setting:
         """What drifts are measured for."""
-        name = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta).name
+        sizes = self.manifest.sizes
+        name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
         return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
 
     def close(self) -> None:
-        """Stops the lanes, after the picture that is being made."""
-        with self._lock:
+        """Stops the lanes, after the pictures that are being made."""
+        with self.lanes.alone(wait=True):
             self._engines.close()
 
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         mode: str = "auto",
         k: int | None = None,
         drafts: str = "auto",
@@ -121,36 +135,53 @@ class Pipeline:
         iterations: int | None = None,
         first_blocks: Sequence[int] = (),
         pipelined: bool = True,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
         scheduler: str | None = None,
         eta: float = 0.0,
         width: int | None = None,
         height: int | None = None,
         num_images_per_prompt: int = 1,
+        lanes: int | None = None,
         latents: Array | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        strength: float | None = None,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
+        pooled_prompt_embeds: Array | None = None,
+        negative_pooled_prompt_embeds: Array | None = None,
+        clip_skip: int | None = None,
         callback_on_step_end: StepCallback | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        timeline: bool = False,
+        before_round: Callable[[], None] = lambda: None,
     ) -> Result:
-        """Makes pictures. Arguments that diffusers also has mean what they mean there.
+        """Makes pictures. Arguments that diffusers also has mean what they mean there, and default to what they do in
+        the model's own pipeline.
 
         mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
         k, first_blocks, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the
-        number of lanes.
+        number of lanes that were loaded, however many of them are free.
         seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
+        width, height: `manifest.sizes` says which; with `image`, by default those of the picture.
+        lanes: how many of the lanes work on this call, all by default. It changes neither k nor what `auto` chooses, so
+        that the picture is the same to rounding.
         latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
-        width), in place of `prompt`. Latents come back as the model sees them, so that of the Euler schedulers those
-        before the last step are diffusers' divided by √(1 + σ²).
+        width), in place of `prompt`, with pooled_prompt_embeds where the model has them. Latents come back as the model
+        sees them, so that of the Euler schedulers those before the last step are diffusers' divided by √(1 + σ²).
+        image: starts from a picture, or one per prompt, instead of from noise; the last `strength` of the steps are
+        made, on the picture with the noise that belongs there.
         callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
         after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
         shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
         so that none depends on its neighbours, and the steps begin anew with each.
 
-        progress(steps) is called at the same times with the number of finished steps, costs nothing, and may raise to
-        cancel; while it runs, `preview` shows the picture so far.
+        progress(finished, steps) is called at the same times with numbers of steps, costs nothing, and may raise to
+        cancel; while it runs, `preview` shows the picture so far. before_round() is called before every round and while
+        the picture waits for lanes, and may raise to cancel.
+
+        timeline: whether the report says what each lane did when.
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
@@ -166,11 +197,16 @@ class Pipeline:
         for name, value in given.items():
             if mode == "auto" and value is not None:
                 raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
-        trained = int(self.manifest.scheduler.get("num_train_timesteps", 1000))
+        manifest = self.manifest
+        defaults = manifest.defaults
+        trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
+        num_inference_steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         _check_whole("num_inference_steps", num_inference_steps, 1, trained)
         _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
         seed = _check_whole("seed", seed, 0, MAX_SEED)
-        k = len(self.devices) if k is None else _check_whole("k", k, 1, 1000)
+        k = self._default_k if k is None else _check_whole("k", k, 1, 1000)
+        lanes = len(self.devices) if lanes is None else _check_whole("lanes", lanes, 1, len(self.devices))
         for name, number, low in (
             ("guidance_scale", guidance_scale, -np.inf), ("tolerance", tolerance, 0.0), ("eta", eta, 0.0),
         ):  # fmt: skip
@@ -185,156 +221,159 @@ class Pipeline:
         for name, count in (("blocks", blocks), ("iterations", iterations)):
             if count is not None:
                 _check_whole(name, count, 1, num_inference_steps)
-        self._check_size(width, height)
-        schedule = make_schedule(self.manifest, scheduler, num_inference_steps, eta=eta)
+        texts = Texts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
+            negative_pooled_prompt_embeds, clip_skip,
+        )  # fmt: skip
+        start = Start.of(manifest, image, strength)
+        size = start.size(manifest, width, height)
+        first = start.first_step(num_inference_steps)
+        schedule = make_schedule(manifest, scheduler, num_inference_steps, size, eta=eta, first=first)
+        # a second pass is what guidance means to a sampler: a model that is told the scale, or knows none, needs none
+        passes = float(guidance_scale) if manifest.guidance == "classifier_free" else 1.0
         options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations, tuple(first_blocks))
         choice: Choice | None = None
-        warnings: list[str] = []
+        warnings = [substitute] if (substitute := substituted(manifest, scheduler)) else []
         if mode == "auto":
-            setting = self.setting(scheduler, num_inference_steps, guidance_scale, eta)
-            known, lanes = Calibration.read(self.calibration_path), len(self.devices)
-            several = prompt if isinstance(prompt, list | tuple) else prompt_embeds
-            count = num_images_per_prompt * (1 if several is None else len(several))
-            choice, warnings = choose(known, self.calibration_key, lanes, schedule, setting, tolerance, count)
+            setting = Setting(
+                scheduler=schedule.name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale
+            )
+            known, count = Calibration.read(self.calibration_path), num_images_per_prompt * texts.count
+            guided = manifest.guidance == "classifier_free"
+            choice, said = choose(
+                known, self.calibration_key, len(self.devices), schedule, setting, tolerance, count, guided=guided
+            )
+            warnings += said
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
-        with self._lock:
-            started = time.perf_counter()
-            conditioning, cut = self._encode(
-                prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
-            )
-            noise = self._initial_noise(len(conditioning[1]["encoder_hidden_states"]), seed, latents)
-            encoded = time.perf_counter()
-            notify = self._notifier(callback_on_step_end, progress, schedule)
-            before = self.backend.critical
+        started = time.perf_counter()
+        conditioning, cut = self._conditioner(texts, float(guidance_scale), size, num_images_per_prompt)
+        images = texts.count * num_images_per_prompt
+        noise = initial_noise(seed, images, self._latent_shape(size), latents)
+        state = start.state(schedule, noise, seed, size, self._engines.runners.get("vae_encoder"))
+        encoded = time.perf_counter()
+        notify = self._notifier(callback_on_step_end, progress, schedule)
 
-            def loop() -> tuple[Array, Counts]:
-                return denoise(
-                    self.backend, noise, conditioning, schedule, mode, options, float(guidance_scale), seed, notify
-                )
+        @cache
+        def seconds(number: int) -> float:
+            return played_seconds(mode, options, schedule, number, passes, self._call_seconds, images)
 
+        again = False
+        while True:
             try:
-                finished, counts = loop()
+                with self.lanes.seat(seconds, before_round, first=again, most=lanes) as seat:
+                    seated = time.perf_counter()
+                    self._here.seat, before = seat, seat.critical
+                    recorded = Timeline(seat, lambda: seat.dealt) if timeline else None
+                    finished, counts = denoise(
+                        seat, state, conditioning, schedule, mode, options, passes, seed, notify, timeline=recorded
+                    )
+                    after = seat.critical
+                break
             except DeviceError as error:
-                warnings = [*warnings, self._without_dead_lanes(error)]
-                before, (finished, counts) = self.backend.critical, loop()
-            after = self.backend.critical
-            critical = None if before is None or after is None else after - before
-            denoised = time.perf_counter()
-            images = self._decode(finished)
-            ended = time.perf_counter()
+                again, warnings = True, [*warnings, self._without_dead_lanes(error, seat, seat.generation)]
+        self._round_inputs = state[:1], [{name: value[:1] for name, value in half.items()} for half in conditioning]
+        critical = None if before is None or after is None else after - before
+        denoised = time.perf_counter()
+        pictures = self._decode(finished)
+        ended = time.perf_counter()
+        working = self.devices[:lanes]
         report = Report(
             model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=options.k,
             first_blocks=options.first_blocks,
-            lanes=len(self.devices), devices=self.device_names, guidance_scale=float(guidance_scale),
-            guidance_split=guidance_scale > 1 and len(self.devices) > 1, drafts=options.drafts, seed=seed,
-            images=len(images), rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
+            lanes=len(working), devices=",".join(map(str, working)), guidance_scale=float(guidance_scale),
+            guidance_split=passes > 1 and len(working) > 1, drafts=options.drafts, seed=seed,
+            images=len(pictures), width=size[0], height=size[1],
+            rounds=counts.rounds, evaluations=counts.evaluations, calls=seat.calls,
+            lanes_per_round=round(seat.lane_rounds / seat.rounds, 3),
             seconds={
-                "text": encoded - started, "denoise": denoised - encoded, "decode": ended - denoised,
-                "total": ended - started,
+                "text": encoded - started, "wait": seated - encoded, "denoise": denoised - seated,
+                "decode": ended - denoised, "total": ended - started,
             },
             critical_seconds=critical,
-            overhead_us_per_round=None if critical is None else (denoised - encoded - critical) / counts.rounds * 1e6,
+            overhead_us_per_round=None if critical is None else (denoised - seated - critical) / counts.rounds * 1e6,
             accepted=quantiles(counts.accepted),
-            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in self.backend.staged),
+            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in seat.staged),
             auto=choice.model_dump(mode="json") if choice else None,
+            timeline=tuple(recorded.spans) if recorded else None,
             warnings=(*warnings, *cut),
         )  # fmt: skip
-        return Result(images, finished, report)
+        return Result(pictures, finished, report)
 
-    def _without_dead_lanes(self, error: DeviceError) -> str:
-        """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one."""
-        dead = self.backend.dead()
-        left = tuple(lane for number, lane in enumerate(self.devices) if number not in dead)
-        if not dead or not left:
+    def probe(self) -> bool:
+        """One evaluation on every lane, to see whether they work; False, at once, while pictures are made on them.
+
+        DeviceError or NonFiniteError of a lane that does not; a lane that stopped working is left out from then on.
+        """
+        if self._round_inputs is None:
+            self.generate("", num_inference_steps=1)
+        assert self._round_inputs is not None
+        with self.lanes.alone(wait=False) as free:
+            if not free:
+                return False
+            noise, conditioning = self._round_inputs
+            generation, error = self.lanes.generation, None
+            backend = self._prober = self._prober or self._engines.beside(0)
+            backend.bind(noise.shape, [1.0], conditioning)
+            backend.write(STATE, noise)
+            outputs = [f"output {lane}" for lane in range(backend.lanes)]
+            try:
+                calls = [(Half(STATE, 0, output, len(conditioning) - 1),) for output in outputs]
+                backend.predict(calls)
+                self.lanes.count_round(backend, calls)
+                if not all(np.isfinite(backend.read(output)).all() for output in outputs):
+                    raise NonFiniteError("a lane answered with NaN or infinity")
+                backend.settle()
+            except DeviceError as caught:
+                error = caught
+        if error is not None:
+            self._without_dead_lanes(error, backend, generation)
             raise error
-        names = [str(self.devices[number]) for number in dead]
-        message = f"{', '.join(names)} stopped working ({error}): the picture was made again on the other lanes"
-        log.error("%s", message)
-        self._engines.close()
-        self._engines = load(self._bundle, left)
-        self.devices, self.lost = left, (*self.lost, *names)
-        return message
+        return True
 
-    def _check_size(self, width: int | None, height: int | None) -> None:
-        for name, value, exported in (
-            ("width", width, self.manifest.width),
-            ("height", height, self.manifest.height),
-        ):
-            if value is None:
-                continue
-            if not isinstance(value, int) or value < 8 or value % 8:
-                raise ParameterError(name, f"{name} must be a positive multiple of 8, not {value!r}")
-            if value != exported:
-                size = f"{self.manifest.width}x{self.manifest.height}"
-                raise ParameterError(name, f"{name}={value} is not among the sizes of this engine: it makes {size}")
+    def _desk(self, desk: int) -> Backend:
+        return self._engines.beside(desk) if desk else self._engines.backend
 
-    def _encode(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str,
-        prompt_embeds: Array | None,
-        negative_prompt_embeds: Array | None,
-        images_per_prompt: int,
-    ) -> tuple[list[Mapping[str, Array]], list[str]]:
-        """The conditioning of both guidance halves, each with one row per image."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ParameterError("prompt", "give either prompt or prompt_embeds")
-        listed = prompt if isinstance(prompt, list | tuple) else [prompt]
-        prompts = [p for p in listed if isinstance(p, str)]
-        if prompt_embeds is None and (not prompts or len(prompts) < len(listed)):
-            raise ParameterError("prompt", "prompt must be a string or a list of strings")
-        if not isinstance(negative_prompt, str):
-            raise ParameterError("negative_prompt", "negative_prompt must be a string")
-        ids, warnings = self._tokenizer([negative_prompt, *prompts])
-        encoded = self._engines.text_encoder.run(input_ids=ids)
-        positive, negative = encoded[1:], encoded[:1]
-        if prompt_embeds is not None:
-            positive = self._check_embeds("prompt_embeds", prompt_embeds, encoded)
-        if negative_prompt_embeds is not None:
-            negative = self._check_embeds("negative_prompt_embeds", negative_prompt_embeds, encoded)
-        positive = positive.repeat(images_per_prompt, 0)
-        if len(negative) not in (1, len(positive) // images_per_prompt):
-            raise ParameterError("negative_prompt_embeds", "give one negative embedding, or one per prompt")
-        negative = np.broadcast_to(negative.repeat(len(positive) // len(negative), 0), positive.shape)
-        return [{"encoder_hidden_states": negative}, {"encoder_hidden_states": positive}], warnings
+    def _measured(self) -> Callable[[int], float]:
+        """Seconds of a call by its number of halves; in proportion to them where nothing was measured."""
+        known = Calibration.read(self.calibration_path).calls.get(self.calibration_key)
+        return call_seconds(known or {1: 1.0})
 
-    @staticmethod
-    def _check_embeds(name: str, value: Array, like: Array) -> Array:
-        array = np.asarray(value, np.float32)
-        if array.ndim != 3 or array.shape[1:] != like.shape[1:] or not len(array):
-            raise ParameterError(
-                name, f"{name} must have shape (prompts, {like.shape[1]}, {like.shape[2]}), not {array.shape}"
-            )
-        if not np.isfinite(array).all():
-            raise ParameterError(name, f"{name} holds NaN or infinity")
-        return array
+    def _without_dead_lanes(self, error: DeviceError, used: Backend, generation: int) -> str:
+        """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one.
 
-    def _initial_noise(self, images: int, seed: int, latents: Array | None) -> Array:
-        shape = self.latent_shape
-        if latents is None:
-            return np.stack([gaussian(seed, image, 0, shape) for image in range(images)])
-        array = np.asarray(latents, np.float32)
-        if array.shape != (images, *shape):
-            raise ParameterError("latents", f"latents must have shape {(images, *shape)}, not {array.shape}")
-        if not np.isfinite(array).all():
-            raise ParameterError("latents", "latents hold NaN or infinity")
-        return array
+        Pictures that other threads are making on the others are waited for; those that fail, too, come here next.
+        """
+        with self._repairing:
+            if generation != self.lanes.generation:
+                return f"lanes stopped working ({error}): the picture was made again on the others"
+            dead = used.dead()
+            left = tuple(lane for number, lane in enumerate(self.devices) if number not in dead)
+            if not dead or not left:
+                raise error
+            names = [str(self.devices[number]) for number in dead]
+            message = f"{', '.join(names)} stopped working ({error}): the picture was made again on the other lanes"
+            log.error("%s", message)
+            with self.lanes.alone(wait=True):
+                self._engines.close()
+                self.devices, self.lost = left, (*self.lost, *names)
+                self._open()
+                self.lanes.replace(len(left), self._desk)
+            return message
 
     def preview(self) -> list[Image.Image]:
         """The picture so far, for `progress`: the noisy latents as the VAE decoder sees them."""
-        return self._decode(self.backend.read(STATE))
+        return self._decode(self._here.seat.read(STATE))
 
     def _notifier(
-        self, callback: StepCallback | None, progress: Callable[[int], None] | None, schedule: Schedule
+        self, callback: StepCallback | None, progress: Callable[[int, int], None] | None, schedule: Schedule
     ) -> Callable[[int], None]:
-        if callback is None:
-            return progress or (lambda finished: None)
-
         def notify(finished: int) -> None:
             if progress is not None:
-                progress(finished)
-            latents = self.backend.read(STATE)
+                progress(finished, schedule.steps)
+            if callback is None:
+                return
+            latents = self._here.seat.read(STATE)
             callback(self, finished - 1, schedule.timesteps[finished - 1], {"latents": latents})
 
         return notify
@@ -342,8 +381,7 @@ class Pipeline:
     def _decode(self, latents: Array) -> list[Image.Image]:
         if not np.isfinite(latents).all():
             raise NonFiniteError("the denoised latents hold NaN or infinity: no picture can be made of them")
-        scaled = latents / np.float32(self.manifest.vae_scaling_factor) + np.float32(self.manifest.vae_shift_factor)
-        pixels = self._engines.vae_decoder.run(latent_sample=scaled)
+        pixels = self._engines.runners["vae_decoder"].run(latent_sample=latents)["sample"]
         if not np.isfinite(pixels).all():
             raise NonFiniteError("the VAE decoder gave NaN or infinity: no picture can be made of it")
         return [Image.fromarray(picture) for picture in to_uint8(pixels)]

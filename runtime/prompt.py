@@ -9,30 +9,39 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from engines.manifest import Tokenizer
 from engines.store import Bundle
 
 log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """The model's tokenizer; prompts are cut where diffusers cuts them, with a warning that names what is lost."""
+    """The model's tokenizers; prompts are cut where diffusers cuts them, with a warning that names what is lost."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._spec = bundle.manifest.tokenizer
-        self._tokenizer = tokenizers.Tokenizer.from_str(bundle.tokenizer().decode())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizers: list[tuple[Tokenizer, tokenizers.Tokenizer]] = []
+        for spec in bundle.manifest.tokenizers:
+            tokenizer = tokenizers.Tokenizer.from_str(bundle.tokenizer(spec).decode())
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            self._tokenizers.append((spec, tokenizer))
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-        """Ids of shape (prompts, max_length), and one warning for every prompt that was cut."""
-        limit, warnings = self._spec.max_length, []
-        rows = np.full((len(prompts), limit), self._spec.pad_token_id, np.int64)
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = self._tokenizer.encode(prompt).ids
-            if len(ids) > limit:
-                cut = self._tokenizer.decode(ids[limit - 1 : -1]).replace("</w>", " ").strip()
-                warnings.append(f"a prompt is longer than {limit} tokens; this part of it was cut: {cut!r}")
-                log.warning("%s", warnings[-1])
-                ids = [*ids[: limit - 1], self._spec.eos_token_id]
-            row[: len(ids)] = ids
-        return rows, warnings
+    def __call__(self, prompts: Sequence[str]) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+        """Ids by the text encoder's inputs, each (prompts, max_length), and a warning for every part that was cut."""
+        found, warnings = {}, []
+        for spec, tokenizer in self._tokenizers:
+            rows = np.full((len(prompts), spec.max_length), spec.pad_token_id, np.int64)
+            for row, prompt in zip(rows, prompts, strict=True):
+                ids = tokenizer.encode(prompt).ids
+                if len(ids) > spec.max_length:
+                    cut = tokenizer.decode(ids[spec.max_length - 1 : -1]).replace("</w>", " ").strip()
+                    warnings.append(
+                        f"a prompt is longer than {spec.max_length} tokens; this part of it was cut: {cut!r}"
+                    )
+                    ids = [*ids[: spec.max_length - 1], spec.eos_token_id]
+                row[: len(ids)] = ids
+            found[spec.input] = rows
+        several = list(dict.fromkeys(warnings))  # two encoders with the same words cut the same
+        for warning in several:
+            log.warning("%s", warning)
+        return found, several

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engines.devices import cores
+from runtime.timeline import Span
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
@@ -28,8 +29,11 @@ class Report:
     Both are None on GPUs, where the host does not wait for rounds.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
+    `lanes_per_round` is on how many of the lanes its rounds ran, on average: other pictures may have had the rest. Of
+    the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
-    because direct copies between them failed their test.
+    because direct copies between them failed their test. `timeline`, for who asks, is what each lane did when; on GPUs
+    its spans have no times.
     """
 
     model: str
@@ -44,6 +48,8 @@ class Report:
     drafts: str
     seed: int
     images: int
+    width: int
+    height: int
     rounds: int
     evaluations: int
     calls: int
@@ -53,7 +59,9 @@ class Report:
     accepted: dict[str, float] | None = None
     auto: dict[str, Any] | None = None
     first_blocks: tuple[int, ...] = ()
+    lanes_per_round: float = 0.0
     staged: tuple[str, ...] = ()
+    timeline: tuple[Span, ...] | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +102,14 @@ def _host() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
-    return {"processor": name, "cores": cores(), "system": f"{platform.system()} {platform.machine()}", "gpus": []}
+    return {"processor": name, "cores": cores(), "system": f"{platform.system()} {platform.machine()}", "gpus": _gpus()}
+
+
+def _gpus() -> list[str]:
+    """The NVIDIA GPUs by name."""
+    from engines.trt import gpus
+
+    return [gpu.name for gpu in gpus()]
 
 
 def _versions() -> dict[str, str]:

@@ -35,9 +35,10 @@ def sample(
         raise ParameterError("noise", f"noise must be finite and of shape (images, …), not {noise.shape}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ParameterError("seed", f"seed must be a whole number from 0 to 2⁶⁴ − 1, not {seed!r}")
+    state = noise * np.float32(schedule.init_noise_sigma)
     backend = HostBackend([FunctionLane(lambda states, timesteps, _: model(states, timesteps))])
     try:
-        result, counts = denoise(backend, noise, [{}, {}], schedule, mode, chosen, 1.0, seed, lambda finished: None)
+        result, counts = denoise(backend, state, [{}, {}], schedule, mode, chosen, 1.0, seed, lambda finished: None)
     finally:
         backend.close()
     if not np.isfinite(result).all():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ Floats = NDArray[np.float64]
 class Request:
     """What a rule works from: the config's fields with diffusers' defaults filled in, ᾱ per training timestep, N, η.
 
-    `image_seq_len` is the number of latent tokens of a picture, which dynamic shifting depends on.
+    `image_seq_len` is the number of latent tokens of a picture, which dynamic shifting depends on. `even_sigmas` spaces
+    the noise levels of flow matching evenly from 1 to 1/N, as some pipelines do. `first` is the step that begins: a
+    multistep solver knows no step before it.
     """
 
     config: Mapping[str, Any]
@@ -33,6 +35,8 @@ class Request:
     steps: int
     eta: float
     image_seq_len: int | None
+    even_sigmas: bool = False
+    first: int = 0
 
     @property
     def training(self) -> int:
@@ -139,7 +143,7 @@ def _dpmpp_2m(request: Request) -> Schedule:
     for i, (t, source, target) in enumerate(zip(timesteps, sigmas, targets, strict=True)):
         alpha = 1 / math.sqrt(1 + target**2)
         data, previous = alpha, 0.0  # first order: that of DDIM
-        if config["solver_order"] == 2 and i > 0 and not (i == n - 1 and lower_at_end):
+        if config["solver_order"] == 2 and i > request.first and not (i == n - 1 and lower_at_end):
             h, h_before = math.log(source / target), math.log(sigmas[i - 1] / source)
             grow = alpha * -math.expm1(-h)
             curve = grow / 2 if config["solver_type"] == "midpoint" else alpha * (math.expm1(-h) / h + 1)
@@ -155,6 +159,8 @@ def _flow_euler(request: Request) -> Schedule:
     shift = config["shift"]
     dynamic = config["use_dynamic_shifting"]
     low = 1 / training if dynamic else shift / training / (1 + (shift - 1) / training)
+    if request.even_sigmas:
+        low = 1 / request.steps
     sigmas = np.linspace(1.0, low, request.steps)
     if dynamic:
         grow = _dynamic_shift(request)
@@ -319,6 +325,7 @@ RULES: dict[str, Rule] = {
     ),
 }  # fmt: skip
 SCHEDULERS = tuple(RULES)
+_UNSET = "_use_default_values"  # where diffusers lists the fields that have the defaults of the config's own class
 # fields that are in ᾱ already, or that only say how to do what is refused
 _NEUTRAL = {
     "beta_start", "beta_end", "beta_schedule", "trained_betas", "dynamic_thresholding_ratio", "clip_sample_range",
@@ -334,21 +341,26 @@ def schedule_from_config(
     scheduler: str | None = None,
     eta: float = 0.0,
     image_seq_len: int | None = None,
+    even_sigmas: bool = False,
+    first: int = 0,
 ) -> Schedule:
     """The schedule of a diffusers scheduler config, under its own rule or under the one that `scheduler` names.
 
     `alphas_cumprod` is ᾱ per training timestep (diffusers' `scheduler.alphas_cumprod`; empty for flow matching). As
-    with diffusers' `from_config`, a scheduler of another name takes the fields that it knows from the config.
+    with diffusers' `from_config`, a scheduler of another name takes the fields that it knows from the config, but for
+    those that were never set there. Steps before `first` are left out: an image to image run begins there.
     ParameterError, by field, for what cannot be made or would come out other than in diffusers.
     """
-    own = {rule.class_name: name for name, rule in RULES.items()}.get(str(config.get("_class_name")))
+    own = _own(config)
     name = scheduler or own
     if name not in RULES:
-        asked = scheduler or config.get("_class_name")
-        raise ParameterError(
-            "scheduler", f"unknown scheduler {asked!r}: name one of {', '.join(RULES)} that suits the model"
-        )
+        asked = str(scheduler or config.get("_class_name"))
+        reason = next((why for kind, why in UNDRAFTED.items() if asked in kind.split()), None)
+        what = f"{asked} cannot be drafted: {reason}" if reason else f"unknown scheduler {asked!r}"
+        raise ParameterError("scheduler", f"{what}; name one of {', '.join(RULES)} that suits the model")
     rule = RULES[name]
+    if name != own:
+        config = {field: value for field, value in config.items() if field not in config.get(_UNSET, ())}
     settings = {field: config.get(field, default) for field, default in rule.fields.items()}
     for field, allowed in rule.allowed.items():
         value = config.get(field, rule.fields.get(field, allowed[0]))
@@ -375,11 +387,60 @@ def schedule_from_config(
     if eta and name != "ddim":
         raise ParameterError("eta", f"eta belongs to ddim; {name} has none")
     alphas = np.asarray(alphas_cumprod, np.float64)
-    return rule.make(Request(settings, alphas, num_inference_steps, eta, image_seq_len))
+    made = rule.make(Request(settings, alphas, num_inference_steps, eta, image_seq_len, even_sigmas, first))
+    return replace(made, rows=made.rows[first:]) if first else made
 
 
-def make_schedule(manifest: Manifest, scheduler: str | None, num_inference_steps: int, *, eta: float = 0.0) -> Schedule:
-    """The schedule for an exported model; see `schedule_from_config`."""
+def make_schedule(
+    manifest: Manifest, scheduler: str | None, num_inference_steps: int, size: tuple[int, int] | None = None, *,
+    eta: float = 0.0, first: int = 0,
+) -> Schedule:  # fmt: skip
+    """The schedule for an exported model and pictures of (width, height); see `schedule_from_config`.
+
+    Without a name it is the model's own, or `substitute` where that one cannot be drafted.
+    """
+    width, height = size or (manifest.sizes.width, manifest.sizes.height)
+    token = manifest.patch and manifest.patch * manifest.vae_scale_factor
     return schedule_from_config(
-        manifest.scheduler, manifest.alphas_cumprod, num_inference_steps, scheduler=scheduler, eta=eta
-    )
+        manifest.scheduler, manifest.alphas_cumprod, num_inference_steps, scheduler=scheduler or substitute(manifest),
+        eta=eta, image_seq_len=width // token * (height // token) if token else None,
+        even_sigmas=manifest.even_sigmas, first=first,
+    )  # fmt: skip
+
+
+def substitute(manifest: Manifest) -> str | None:
+    """The scheduler that takes the place of a model's own where that one cannot be drafted, else None."""
+    if _own(manifest.scheduler) is not None:
+        return None
+    return "dpm++2m" if manifest.alphas_cumprod else "flow_euler"
+
+
+def substituted(manifest: Manifest, scheduler: str | None) -> str | None:
+    """A warning where a request without a scheduler gets another one than the model's own."""
+    name = substitute(manifest)
+    if scheduler is not None or name is None:
+        return None
+    own = manifest.scheduler.get("_class_name")
+    why = next((f": {why}" for kind, why in UNDRAFTED.items() if own in kind.split()), "")
+    return f"{own}, the model's own scheduler, cannot be drafted{why}; {name} was used in its place"
+
+
+def _own(config: Mapping[str, Any]) -> str | None:
+    """The rule of a config's class."""
+    return {rule.class_name: name for name, rule in RULES.items()}.get(str(config.get("_class_name")))
+
+
+# diffusers' classes that people meet and that have no rule, with the reason
+UNDRAFTED = {
+    "PNDMScheduler pndm": "a step mixes the last four outputs of the model, and the first needs two evaluations",
+    "HeunDiscreteScheduler FlowMatchHeunDiscreteScheduler KDPM2DiscreteScheduler heun": (
+        "a step needs two evaluations, the second where the first leads"
+    ),
+    "LMSDiscreteScheduler lms": "a step mixes the last four outputs of the model",
+    "UniPCMultistepScheduler unipc": "each step first corrects the one before it with a new evaluation",
+    "DEISMultistepScheduler deis": "its solver is not among those that are known here",
+    "DPMSolverSinglestepScheduler DPMSolverSDEScheduler DPMSolverMultistepInverseScheduler": (
+        "its solver is not among those that are known here; dpm++2m is the nearest"
+    ),
+    "TCDScheduler EDMEulerScheduler ScoreSdeVeScheduler": "its steps are not among those that are known here",
+}

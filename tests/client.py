@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from runtime.serve import Limits, make_app
+from runtime.limits import Limits
+from runtime.serve import make_app
 
 GENERATE = "/v1/images/generations"
 PROMPT = "a large red star at the left on blue background"

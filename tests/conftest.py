@@ -9,11 +9,16 @@ import httpx
 import numpy as np
 import pytest
 
-from engines.manifest import MANIFEST, Manifest, Network, Parity, TensorSpec, Tokenizer
+from engines.manifest import MANIFEST, Defaults, File, Manifest, Network, Parity, Sizes, TensorSpec
 from engines.store import BUILD, Bundle
 from runtime.pipeline import Pipeline
 from tests.client import serving
 from tests.transcription import stable_diffusion_alphas_cumprod
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the picture of the page for the README goes."""
+    parser.addoption("--page-picture", type=Path)
 
 
 @pytest.fixture
@@ -52,32 +57,34 @@ def manifest() -> Manifest:
     """A manifest with Stable Diffusion's schedule and no files behind it."""
     sample = TensorSpec(name="sample", dtype="float32", shape=("batch", 4, 16, 16))
     network = Network(
-        file="unet.onnx",
-        sha256="",
-        bytes=0,
+        file=File(name="denoiser.onnx", sha256="", bytes=0),
         inputs=(sample,),
         outputs=(sample,),
-        parity=Parity(max_abs_error=0, scale=1, bound=1e-4, batches=(1,)),
+        parity=Parity(relative_error=0, max_abs_error=0, bound=1e-4, batches=(1,)),
     )
     alphas = tuple(stable_diffusion_alphas_cumprod().tolist())
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         model="fake",
         family="StableDiffusionPipeline",
         origin="fake",
         source="",
         versions={},
         precision="fp32",
-        networks={"unet": network},
-        tokenizer=Tokenizer(file="tokenizer.json", sha256="", max_length=32, pad_token_id=1, eos_token_id=1),
+        networks={"denoiser": network},
+        tokenizers=(),
         scheduler={"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
         alphas_cumprod=alphas,
         latent_channels=4,
         vae_scale_factor=4,
-        vae_scaling_factor=1.0,
-        vae_shift_factor=0.0,
-        width=64,
-        height=64,
+        sizes=Sizes(width=64, height=64, least=32, most=128, multiple=16),
+        guidance="classifier_free",
+        zero_negative=False,
+        clip_skip=0,
+        patch=None,
+        even_sigmas=False,
+        strength_up=False,
+        defaults=Defaults(num_inference_steps=50, guidance_scale=4.0, strength=0.8),
         examples=(),
     )
 

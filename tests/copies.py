@@ -20,7 +20,8 @@ def small_copy(bundle: Bundle, folder: Path) -> Bundle:
     copy = Bundle(folder, bundle.manifest.model_copy(update={"networks": networks}))
     folder.mkdir(parents=True)
     copy.manifest.write(folder)
-    for file in (copy.manifest.tokenizer.file, *(network.file for network in networks.values())):
+    files = [one.file.name for one in copy.manifest.tokenizers] + [one.file.name for one in networks.values()]
+    for file in files:
         shutil.copy(bundle.folder / file, folder / file)
     for name in NETWORKS:
         key = plan_key(ort.plan_fields(bundle, name))

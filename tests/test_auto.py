@@ -120,6 +120,6 @@ def test_bad_arguments_are_named(
         pipeline.generate("a red star", mode="auto", drafts="frozen")
     pipeline.close()
     with pytest.raises(ParameterError, match="pictures must be at least 1"):
-        calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, again=False)
+        calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, 60.0, again=False)
     monkeypatch.setattr("sys.argv", ["calibrate", "missing"])
     assert command() == 1 and "no exported model 'missing'" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def python(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def initial_noise(shapes: Bundle, seed: int, images: int = 1) -> np.ndarray:
     manifest = shapes.manifest
-    side = manifest.height // manifest.vae_scale_factor, manifest.width // manifest.vae_scale_factor
+    side = manifest.sizes.height // manifest.vae_scale_factor, manifest.sizes.width // manifest.vae_scale_factor
     return np.stack([gaussian(seed, image, 0, (manifest.latent_channels, *side)) for image in range(images)])
 
 
@@ -82,7 +82,7 @@ def test_a_picture_and_its_report_are_written(shapes: Bundle, tmp_path: Path, ch
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines()[0] == str(out) and "3 steps in 2 rounds on 2 lanes" in done.stdout
     with Image.open(out) as picture:
-        assert picture.size == (shapes.manifest.width, shapes.manifest.height) and picture.mode == "RGB"
+        assert picture.size == (shapes.manifest.sizes.width, shapes.manifest.sizes.height) and picture.mode == "RGB"
     result = json.loads(report.read_text())
     assert result.keys() == {"schema_version", "commit", "host", "versions", "rows"} and result["schema_version"] == 1
     (row,) = result["rows"]
@@ -90,7 +90,8 @@ def test_a_picture_and_its_report_are_written(shapes: Bundle, tmp_path: Path, ch
     assert (row["model"], row["mode"], row["scheduler"]) == ("shapes", "conservative", "ddim")
     assert (row["steps"], row["k"], row["lanes"], row["rounds"], row["evaluations"]) == (3, 2, 2, 2, 3)
     assert row["devices"] == "cpu/0,cpu/1" and row["guidance_split"] is True and row["calls"] >= row["rounds"]
-    assert row["seconds"].keys() == {"text", "denoise", "decode", "total"}
+    assert len([span for span in row["timeline"] if span["kind"] == "call"]) == row["calls"]
+    assert row["seconds"].keys() == {"text", "wait", "denoise", "decode", "total"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "star.png"]
 
 
@@ -128,7 +129,7 @@ def test_several_pictures_are_numbered_and_differ(draw: Command, tmp_path: Path)
     assert (tmp_path / "image-0.png").read_bytes() != (tmp_path / "image-1.png").read_bytes()
 
 
-SIZES = "multiple of 8"
+SIZES = "32 to 128 pixels in steps of 16"
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "mode": (["--mode", "fast"], ["mode 'fast'", "sequential, conservative, aggressive"]),
     "drafts": (["--drafts", "thawed"], ["drafts 'thawed'", "frozen"]),
@@ -158,9 +159,9 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "k of auto": (["--mode", "auto", "--k", "2"], ["auto chooses k"]),
     "no drafts": (["--mode", "aggressive", "--k", "0"], ["k must be", "1 to 1000", "0"]),
     "odd width": (["--width", "63"], ["width", SIZES, "63"]),
-    "another width": (["--width", "128"], ["width=128", "64x64"]),
+    "another width": (["--width", "144"], ["width=144", SIZES]),
     "odd height": (["--height", "-8"], ["height", SIZES, "-8"]),
-    "another height": (["--height", "32"], ["height=32", "64x64"]),
+    "another height": (["--height", "16"], ["height=16", SIZES]),
     "guidance nan": (["--guidance", "nan"], ["guidance_scale", "finite", "nan"]),
     "guidance inf": (["--guidance", "inf"], ["guidance_scale", "finite", "inf"]),
     "negative seed": (["--seed", "-1"], ["seed", "from 0", "-1"]),
@@ -262,10 +263,13 @@ def test_list_shows_what_is_exported_and_what_fits_this_machine(
 ) -> None:
     source = tmp_path / "compiled"
     source.write_text("compiled")
-    other = bundle.add_plan(NETWORK, ort.plan_fields(bundle, NETWORK) | {"machine": "another"}, source, 0.0)
+    other = bundle.add_plan(NETWORK, ort.plan_fields(bundle, NETWORK) | {"machine": "another"}, [source], 0.0)
     assert engines("list") == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "shapes  StableDiffusionPipeline  fp32  64x64" and len(lines) == len(NETWORKS) + 1
+    assert (
+        first == "shapes  StableDiffusionPipeline  fp32  32 to 128 pixels in steps of 16"
+        and len(lines) == len(NETWORKS) + 1
+    )
     for line in lines:
         fits = "for another machine, version or export" if other.key in line else "fits this machine"
         assert line.endswith(fits) and any(name in line for name in NETWORKS)
@@ -295,7 +299,7 @@ def test_verify_tells_damage_from_its_absence(
 ) -> None:
     assert engines("verify") == 0
     assert capsys.readouterr().out == "every file is what its record says\n"
-    path = bundle.folder / bundle.manifest.tokenizer.file
+    path = bundle.folder / bundle.manifest.tokenizers[0].file.name
     cut_in_half(path)
     assert engines("verify", "shapes") == 1
     assert f"{path} was altered or truncated" in capsys.readouterr().out
@@ -354,7 +358,7 @@ def test_build_refuses_an_unknown_device_and_damaged_sources_before_it_starts(
 ) -> None:
     assert engines("build", "--devices", "gpu") == 1
     only_error(capsys.readouterr().err, ["unknown device 'gpu'", "auto, cpu"])
-    path = bundle.folder / bundle.manifest.networks[NETWORK].file
+    path = bundle.folder / bundle.manifest.networks[NETWORK].file.name
     cut_in_half(path)
     assert engines("build") == 1
     only_error(capsys.readouterr().err, [f"{path} was altered or truncated", "`make engines MODEL=shapes`"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from engines.driver import Driver
 from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from engines.kernel import BYTES, Variant
-from runtime.execute import denoise
-from runtime.samplers import Options
+from runtime.execute import Combination, Round, denoise, plan
+from runtime.place import place
+from runtime.samplers import STATE, Options
 from runtime.schedule import Schedule
 from runtime.schedulers import schedule_from_config
 from tests.fake_cuda import Event, FakeCuda, Stream
@@ -89,7 +90,8 @@ def run(
     rng = np.random.default_rng(5)
     noise = rng.standard_normal(shape, np.float32)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((shape[0], 3, 2), np.float32)} for _ in range(2)]
-    return denoise(backend, noise, conditioning, schedule, mode, options, guidance, 7, lambda step: None)[0]
+    state = noise * np.float32(schedule.init_noise_sigma)
+    return denoise(backend, state, conditioning, schedule, mode, options, guidance, 7, lambda step: None)[0]
 
 
 def schedule(steps: int, name: str = "ddim") -> Schedule:
@@ -359,3 +361,79 @@ def test_host_waits_only_where_an_answer_is_needed() -> None:
     backend.predict = counted  # type: ignore[method-assign]
     run(backend, "aggressive", options, plan)
     assert queries == [0] * len(queries)
+
+
+# --- several pictures at once ------------------------------------------------------------------------------------
+
+
+class ScratchNetwork(FakeNetwork):
+    """The model in two kernels with memory of the lane between them, as compiled engines have."""
+
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Stream) -> Enqueue:
+        arrays, into = {name: self._view(tensor) for name, tensor in inputs.items()}, self._view(output)
+        assert stream.device == self.device == self.cuda.current, "a lane is bound on another device"
+
+        def first() -> None:
+            self.scratch = {name: _floats(array, inputs[name].dtype) for name, array in arrays.items()}
+
+        def second() -> None:
+            values = dict(self.scratch)
+            into[...] = _stored(model(values.pop("sample"), values.pop("timestep"), values), output.dtype)
+
+        def run() -> None:
+            self.cuda.submit(stream, first)
+            self.cuda.submit(stream, second)
+
+        return run
+
+
+@pytest.mark.parametrize("devices", [[0, 0], [0, 1], [0, 1, 2], [0, 0, 1, 1]])
+@pytest.mark.parametrize("seed", range(6))
+def test_two_pictures_take_turns_on_the_same_lanes(devices: list[int], seed: int) -> None:
+    """Each on half of the lanes, which they change in the middle, and each with its latents on another device."""
+    cuda = FakeCuda(max(devices) + 1, seed, seed % 4)
+    networks = [ScratchNetwork(cuda, device) for device in devices]
+    driver = Driver(cuda)
+    first = CudaBackend(driver, networks, "float32", Path("unused"))
+    second = CudaBackend(driver, networks, "float32", Path("unused"), home=len(devices) - 1, beside=first)
+    whole, options = schedule(24), Options(k=2)
+    half = len(devices) // 2
+    shares = [tuple(range(half)), tuple(range(half, len(devices)))]
+
+    def steps(backend: CudaBackend, seed: int, home: int) -> Iterator[Array | None]:
+        rng = np.random.default_rng(seed)
+        noise = rng.standard_normal((1, 2, 3, 3), np.float32)
+        conditioning = [{"encoder_hidden_states": rng.standard_normal((1, 3, 2), np.float32)} for _ in range(2)]
+        backend.bind(noise.shape, whole.timesteps, conditioning)
+        backend.write(STATE, noise * np.float32(whole.init_noise_sigma))
+        rounds = 0
+        for operation in plan("aggressive", whole, options, 1, 3.0):
+            if isinstance(operation, Round):
+                mine = shares[(home + (rounds >= 6)) % 2]
+                calls: list[Any] = [()] * len(devices)
+                for lane, call in zip(mine, place(operation.calls[0], len(mine)), strict=True):
+                    calls[lane] = call
+                backend.predict(calls)
+                rounds += 1
+                if rounds == 6:
+                    backend.settle()
+                yield None
+            elif isinstance(operation, Combination):
+                backend.combine(operation.sources, operation.rows, operation.targets)
+        yield backend.read(STATE)
+
+    both = zip(steps(first, 1, 0), steps(second, 2, 1), strict=True)
+    last = list(both)[-1]
+    for seed, latents in zip((1, 2), last, strict=True):
+        assert latents is not None
+        rng = np.random.default_rng(seed)
+        noise = rng.standard_normal((1, 2, 3, 3), np.float32)
+        conditioning = [{"encoder_hidden_states": rng.standard_normal((1, 3, 2), np.float32)} for _ in range(2)]
+        alone = HostBackend([FunctionLane(model)])
+        wanted, _ = denoise(alone, noise, conditioning, whole, "aggressive", options, 3.0, 7, lambda step: None)
+        alone.close()
+        assert distance(latents, wanted) < 1e-5
+    copied = {kind for backend in (first, second) for kind, number in backend.copied.items() if number}
+    assert copied == ({"peer"} if len(set(devices)) > 1 else set())
+    second.close()
+    first.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,8 @@ def test_each_prompt_of_a_list_is_its_own(pipeline: Pipeline) -> None:
 
 def test_embeddings_stand_in_for_prompts(pipeline: Pipeline, shapes: Bundle) -> None:
     ids, _ = pipeline._tokenizer([PROMPT, ""])
-    embeds = pipeline._engines.text_encoder.run(input_ids=ids)
+    run = pipeline._engines.runners["text_encoder"].run
+    embeds = run(**ids, clip_skip=np.zeros(2, np.int64))["encoder_hidden_states"]
     given = pipeline.generate(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], num_inference_steps=6)
     assert same(given, draw(pipeline)) or np.allclose(given.latents, draw(pipeline).latents, atol=1e-4)
 
@@ -117,7 +119,58 @@ def test_the_report_says_what_happened(pipeline: Pipeline) -> None:
     assert report.guidance_split and report.devices == "cpu/0,cpu/1" and report.scheduler == "ddim"
     assert report.critical_seconds
     assert 0 < report.critical_seconds <= report.seconds["denoise"] <= report.seconds["total"]
-    assert set(report.seconds) == {"text", "denoise", "decode", "total"}
+    assert set(report.seconds) == {"text", "wait", "denoise", "decode", "total"} and report.lanes_per_round == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fewer_lanes_change_nothing_but_rounding(mode: str, pipeline: Pipeline) -> None:
+    """k stays the number of all lanes, or the choice would change the picture."""
+    both, one = (draw(pipeline, mode=mode, num_inference_steps=9, lanes=lanes, timeline=True) for lanes in (None, 1))
+    assert_near(one.latents, both.latents, 1e-4)
+    assert (one.report.lanes, one.report.devices, one.report.guidance_split) == (1, "cpu/0", False)
+    assert one.report.k == both.report.k == both.report.lanes == 2
+    assert one.report.rounds == both.report.rounds == one.report.calls
+    assert one.report.timeline and {span.lane for span in one.report.timeline} == {None, 0}
+
+
+@pytest.mark.parametrize("lanes", [0, 3, True, 1.0])
+def test_lanes_that_are_not_there(lanes: Any, pipeline: Pipeline) -> None:
+    with pytest.raises(ParameterError, match="lanes must be a whole number from 1 to 2"):
+        draw(pipeline, lanes=lanes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_timeline_says_what_each_lane_did_when(mode: str, pipeline: Pipeline) -> None:
+    report = draw(pipeline, mode=mode, num_inference_steps=9, num_images_per_prompt=2, timeline=True).report
+    assert report.timeline
+    calls = [span for span in report.timeline if span.kind == "call"]
+    assert len(calls) == report.calls
+    assert {span.round for span in calls} == set(range(1, report.rounds + 1))
+    assert sum(span.halves for span in calls) == 2 * report.evaluations
+    assert {step for span in calls for step in span.steps} == set(range(9))
+    times = [(span.start, span.end) for span in report.timeline]
+    assert all(start is not None and end is not None and 0 <= start <= end for start, end in times)
+    assert max(end or 0 for _, end in times) <= report.seconds["denoise"]
+    for lane in (0, 1):  # a lane does one thing at a time
+        own = [(span.start or 0.0, span.end or 0.0) for span in calls if span.lane == lane]
+        assert all(end <= start for (_, end), (start, _) in pairwise(own))
+    longest: dict[int, float] = {}
+    for span in calls:
+        longest[span.round] = max(longest.get(span.round, 0.0), (span.end or 0.0) - (span.start or 0.0))
+    assert sum(longest.values()) == pytest.approx(report.critical_seconds)
+
+
+def test_the_timeline_is_for_who_asks_and_changes_nothing(pipeline: Pipeline) -> None:
+    asked, plain = (draw(pipeline, mode="adaptive", tolerance=0.01, timeline=timeline) for timeline in (True, False))
+    assert plain.report.timeline is None and same(asked, plain)
+    assert asked.report.timeline
+    assert {span.kind for span in asked.report.timeline} == {"call", "combine", "distances"}
+
+
+def test_the_timeline_shows_who_looks_between_rounds(pipeline: Pipeline) -> None:
+    report = draw(pipeline, progress=lambda finished, steps: finished == 3 and pipeline.preview(), timeline=True).report
+    (look,) = [span for span in report.timeline or () if span.kind == "callback"]
+    assert look.round == 3 and look.lane is None
 
 
 def test_the_callback_sees_refined_states_in_order(pipeline: Pipeline) -> None:
@@ -214,7 +267,7 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
     prompts = ["", PROMPT, "A LARGE  star!?", "zebra's Ünïcode 12 星", "red " * 50]
     expected = theirs(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="np").input_ids
     ids, _ = pipeline._tokenizer(prompts)
-    assert np.array_equal(ids, expected)
+    assert np.array_equal(ids["input_ids"], expected)
 
 
 @pytest.mark.parametrize(
@@ -239,15 +292,15 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"seed": 2**64}, "seed", "from 0"),
         ({"seed": True}, "seed", "whole number"),
         ({"scheduler": "heun"}, "scheduler", "name one of ddim, ddpm"),
-        ({"width": 63}, "width", "multiple of 8"),
-        ({"height": 128}, "height", "it makes 64x64"),
+        ({"width": 63}, "width", "32 to 128 pixels in steps of 16"),
+        ({"height": 144}, "height", "32 to 128 pixels in steps of 16"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt", "from 1"),
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, "latents", r"shape \(1, 4, 16, 16\)"),
         ({"latents": np.full((1, 4, 16, 16), np.nan, np.float32)}, "latents", "NaN"),
         ({"prompt": None}, "prompt", "either prompt or prompt_embeds"),
         ({"prompt": []}, "prompt", "string"),
         ({"prompt": [1]}, "prompt", "string"),
-        ({"negative_prompt": None}, "negative_prompt", "string"),
+        ({"negative_prompt": 3}, "negative_prompt", "string"),
         ({"prompt": None, "prompt_embeds": np.zeros((1, 3, 128))}, "prompt_embeds", "shape"),
     ],
 )

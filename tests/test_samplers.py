@@ -14,7 +14,7 @@ from engines.base import Array, Half
 from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
-from engines.null import NullBackend
+from engines.null import CallCosts, NullBackend
 from runtime.execute import Counts, execute, plan
 from runtime.place import place
 from runtime.samplers import SAMPLERS, STATE, Combine, Options, Predict, check, fresh
@@ -138,7 +138,7 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
     schedule = make_schedule(manifest, "ddim", steps)
     for k in (1, 2, 3, 5, 8, 60):
         for lanes in (1, 2, 3, 16):
-            backend = NullBackend(lanes, call_seconds=float)
+            backend = NullBackend(lanes, CallCosts(float))
             backend.bind(SHAPE, schedule.timesteps, ())
             backend.write(STATE, np.zeros(SHAPE, np.float32))
             finished: list[int] = []
@@ -198,7 +198,8 @@ def test_sequential_equals_diffusers(
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [
-        ("heun", 50, "unknown scheduler 'heun': name one of ddim, ddpm"),
+        ("heun", 50, "heun cannot be drafted: a step needs two evaluations, .*; name one of ddim, ddpm"),
+        ("magic", 50, "unknown scheduler 'magic'; name one of ddim, ddpm"),
         (None, 0, "must be 1 to 1000, not 0"),
         (None, 1001, "must be 1 to 1000, not 1001"),
         (None, 1000, "leading spacing with steps_offset 1 cannot give 1000 different steps .* use fewer"),

@@ -134,7 +134,8 @@ ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
 @pytest.mark.parametrize(
     ("arguments", "param", "message"),
     [
-        ((config("HeunDiscreteScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'HeunDiscreteScheduler'"),
+        ((config("HeunDiscreteScheduler"), ALPHAS, 5), "scheduler", "HeunDiscreteScheduler cannot be drafted: a step"),
+        ((config("MagicScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'MagicScheduler'; name one of ddim"),
         ((config(clip_sample=True), ALPHAS, 5), "scheduler", "says clip_sample=True; ddim can do False"),
         (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "leaves the default clip_sample=True"),
         ((config(rescale_betas_zero_snr=True), ALPHAS, 5), "scheduler", "rescale_betas_zero_snr=True"),

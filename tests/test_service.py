@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from runtime.jobs import CancelledError, DeadlineError, Job, Jobs, QueueFullError
+from runtime.limits import Limits
 from runtime.pipeline import Pipeline
 from runtime.request import ImageRequest
-from runtime.serve import KEYS_VARIABLE, Limits, Previews, read_keys
+from runtime.serve import KEYS_VARIABLE, read_keys
+from runtime.service import Previews
 from tests.client import GENERATE, PROMPT, ask, files, serving
 
 
@@ -87,11 +89,11 @@ def test_streams_that_cannot_be(client: httpx.Client, body: dict[str, Any], para
 
 
 def test_previews_are_spread_over_the_steps() -> None:
-    asked = ImageRequest.model_validate({"prompt": "a", "stream": True, "num_inference_steps": 20, "partial_images": 3})
+    asked = ImageRequest.model_validate({"prompt": "a", "stream": True, "partial_images": 3})
     previews = Previews(asked)
-    assert [finished for finished in range(1, 21) if previews.due(finished)] == [5, 10, 15]
+    assert [finished for finished in range(1, 21) if previews.due(finished, 20)] == [5, 10, 15]
     late = Previews(asked)
-    assert [finished for finished in (17, 18, 19, 20) if late.due(finished)] == [17, 18, 19]
+    assert [finished for finished in (17, 18, 19, 20) if late.due(finished, 20)] == [17, 18, 19]
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------
@@ -194,11 +196,15 @@ def test_clients_that_leave_in_the_queue_or_before_the_end_of_their_request(clie
 
 
 def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> None:
-    alone = {seed: files(ask(client, seed=seed, mode="aggressive", k=2)) for seed in range(6)}
+    alone = {seed: ask(client, seed=seed, mode="aggressive", k=2) for seed in range(6)}
     with ThreadPoolExecutor(12) as pool:
         seeds = [n % 6 for n in range(24)]
-        made = list(pool.map(lambda seed: files(ask(client, seed=seed, mode="aggressive", k=2)), seeds))
-    assert all(picture == alone[seed] for seed, picture in zip(seeds, made, strict=True))
+        made = list(pool.map(lambda seed: ask(client, seed=seed, mode="aggressive", k=2), seeds))
+    for seed, answer in zip(seeds, made, strict=True):
+        a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed]))
+        assert np.abs(a - b).max() <= 2
+        if answer["report"]["lanes_per_round"] == 2:
+            assert files(answer) == files(alone[seed]), "equal bytes for equal placement"
 
 
 # --- who asks, and what is told --------------------------------------------------------------------------------------

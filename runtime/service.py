@@ -1,0 +1,181 @@
+"""The pipeline behind its queue: a request becomes a job, and the job an answer or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from engines.errors import EngineError
+from runtime.health import Health
+from runtime.jobs import CancelledError, DeadlineError, Job, Jobs, QueueFullError, ShutdownError
+from runtime.limits import Limits
+from runtime.metrics import Metrics
+from runtime.pipeline import Pipeline, Result
+from runtime.request import ApiError, ImageRequest, error_body
+
+RETRY_SECONDS = 10  # a supervisor needs about that long to start another process
+LATE_SECONDS = 5.0  # after a deadline that a round overlaps, until its client is told without the engine
+
+
+def translated(error: Exception) -> Exception:
+    """What the queue says, as an HTTP status."""
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), None, "queue_full", {"Retry-After": str(error.retry_after)})
+    if isinstance(error, ShutdownError):
+        return ApiError(503, str(error), None, "shutting_down", {"Retry-After": str(RETRY_SECONDS)})
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), None, "deadline_exceeded")
+    if isinstance(error, CancelledError):
+        return ApiError(499, "the client went away", None, "cancelled")
+    return error
+
+
+def generate(pipeline: Pipeline, asked: ImageRequest, job: Job, show: Callable[[int, int], None]) -> Result:
+    """The pictures of a request, given up between rounds when the job says so; `show(finished, steps)` may look."""
+
+    return pipeline.generate(asked.prompt, progress=show, before_round=job.check, **asked.arguments())
+
+
+def answer(asked: ImageRequest, result: Result) -> bytes:
+    """The whole answer, encoded on the engine's thread, so that the event loop only has bytes to send."""
+    content = {
+        "created": int(time.time()), "data": [{"b64_json": asked.encode(image)} for image in result.images],
+        **asked.facts(result.images[0]), "report": result.report.to_dict(),
+    }  # fmt: skip
+    return json.dumps(content).encode()
+
+
+class Previews:
+    """Says when a request's partial pictures are due: evenly over its steps, at the first round end after each."""
+
+    def __init__(self, asked: ImageRequest) -> None:
+        self._wanted = asked.partial_images
+        self.shown = 0
+
+    def due(self, finished: int, steps: int) -> bool:
+        """Whether to show one now; the finished picture is none."""
+        next_one = steps * (self.shown + 1) / (self._wanted + 1)
+        if finished >= steps or self.shown == self._wanted or finished < next_one:
+            return False
+        self.shown += 1
+        return True
+
+
+class Service:
+    """The pipeline behind its queue: one method per kind of answer."""
+
+    def __init__(self, pipeline: Pipeline, limits: Limits) -> None:
+        self.pipeline, self.limits = pipeline, limits
+        self.jobs = Jobs(limits.queue, len(pipeline.devices))
+        self.metrics = Metrics(
+            lambda: self.jobs.depth,
+            lambda: len(pipeline.lost),
+            lambda: (list(map(str, pipeline.devices)), pipeline.lanes),
+        )
+        self.health = Health(pipeline, limits.lane_seconds, lambda: self.jobs.draining)
+
+    def whole(self, asked: ImageRequest, job: Job) -> bytes:
+        """One answer with everything, made on the engine's thread."""
+        return answer(asked, self._made(job, generate(self.pipeline, asked, job, lambda finished, steps: None)))
+
+    def streamed(self, asked: ImageRequest, job: Job, send: Callable[[bytes], None]) -> None:
+        """Events for partial pictures and the finished one, sent from the engine's thread."""
+        previews, created = Previews(asked), int(time.time())
+
+        def event(kind: str, image: Any, **more: Any) -> None:
+            content = {
+                "type": f"{asked.event}.{kind}", "b64_json": asked.encode(image), "created_at": created,
+                **asked.facts(image), **more,
+            }  # fmt: skip
+            send(f"event: {content['type']}\ndata: {json.dumps(content)}\n\n".encode())
+
+        def show(finished: int, steps: int) -> None:
+            if previews.due(finished, steps):
+                event("partial_image", self.pipeline.preview()[0], partial_image_index=previews.shown - 1)
+
+        result = self._made(job, generate(self.pipeline, asked, job, show))
+        usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
+        event("completed", result.images[0], usage=usage, report=result.report.to_dict())
+
+    def _made(self, job: Job, result: Result) -> Result:
+        assert job.started is not None
+        self.metrics.queued.observe(job.started - job.asked + result.report.seconds["wait"])
+        self.metrics.made(result.report)
+        return result
+
+    def submit(self, work: Callable[[Job], Any]) -> Job:
+        """Into the queue, or ApiError 429 or 503."""
+        try:
+            return self.jobs.submit(work, self.limits.seconds)
+        except (QueueFullError, ShutdownError) as error:
+            raise translated(error) from None
+
+
+async def whole(service: Service, asked: ImageRequest, request: Request) -> bytes:
+    """The answer, unless the client goes away first, which ends the work before its next round."""
+    job = service.submit(lambda job: service.whole(asked, job))
+    content: bytes = await unless_gone(asyncio.wrap_future(job.future), job, request)
+    return content
+
+
+async def unless_gone(wanted: asyncio.Future[Any], job: Job, request: Request) -> Any:
+    """What is waited for; when the client goes away first, its job is cancelled, and then what becomes of that.
+
+    DeadlineError also when the job itself cannot say so, because its round does not end.
+    """
+    wanted.add_done_callback(lambda one: one.cancelled() or one.exception())  # looked at, also when nobody waits
+    gone = asyncio.ensure_future(request.receive())  # the body has been read: the next message is the disconnection
+    try:
+        limit = max(job.left, 0) + LATE_SECONDS
+        await asyncio.wait({wanted, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done():
+            job.cancel(None if gone.done() else job.late())
+            await asyncio.wait({wanted}, timeout=LATE_SECONDS)
+        if not wanted.done():
+            raise CancelledError if gone.done() else job.late()
+        return await wanted
+    except asyncio.CancelledError:  # the server is going down
+        job.cancel()
+        raise
+    finally:
+        gone.cancel()
+
+
+async def stream(service: Service, asked: ImageRequest, request: Request) -> StreamingResponse:
+    """Server-sent events. The first is made before the status is sent, so that early errors are plain HTTP errors."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[bytes | None]()
+
+    def send(event: bytes | None) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job = service.submit(lambda job: service.streamed(asked, job, send))
+    job.future.add_done_callback(lambda _: send(None))
+    first = await unless_gone(asyncio.ensure_future(events.get()), job, request)
+    if first is None:
+        await asyncio.wrap_future(job.future)
+
+    async def body() -> AsyncIterator[bytes]:
+        event = first
+        outcome = 499
+        try:
+            while event is not None:
+                yield event
+                event = await asyncio.wait_for(events.get(), max(job.left, 0) + LATE_SECONDS)
+            await asyncio.wrap_future(job.future)
+            outcome = 200
+        except (EngineError, DeadlineError, ShutdownError, TimeoutError) as error:
+            final = translated(job.late() if isinstance(error, TimeoutError) else error)
+            outcome = final.status_code if isinstance(final, ApiError) else 500
+            content = {"type": "error"} | error_body(outcome, str(final), None, getattr(final, "code", None))
+            yield f"event: error\ndata: {json.dumps(content)}\n\n".encode()
+        finally:
+            request.scope["state"]["outcome"] = outcome
+            job.cancel()
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
