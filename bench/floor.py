@@ -7,10 +7,13 @@ nothing else: no gathering, no combining, no schedule. No engine that makes the 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Thread
 
+from engines.base import Backend, Call
 from engines.host import HostBackend
+from runtime.samplers import STATE
 
 
 def replay(backend: HostBackend) -> float:
@@ -37,3 +40,13 @@ def replay(backend: HostBackend) -> float:
     for thread in threads:
         thread.join()
     return seconds
+
+
+def enqueued(backend: Backend, rounds: Sequence[Sequence[Call]]) -> float:
+    """Seconds for the calls of the last image alone on lanes that order themselves, as GPUs do: no sums between."""
+    backend.read(STATE)  # idle
+    start = time.perf_counter()
+    for calls in rounds:
+        backend.predict(calls)
+    backend.read(STATE)
+    return time.perf_counter() - start

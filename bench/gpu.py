@@ -1,10 +1,11 @@
-"""What this machine's GPUs can do: every part of the CUDA path tested and measured, without network.
+"""`python -m bench gpu`: every part of the CUDA path tested and measured on this machine's GPUs, without network.
 
 Each part ends as passed, failed, or not possible here and why. `make gpu-check` runs all of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import time
 import traceback
@@ -45,6 +46,16 @@ MODES: tuple[tuple[str, Options], ...] = (
     ("aggressive", Options(k=4, drafts="corrected")),
     ("srds", Options(k=4, iterations=1)),
 )
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 4], help="numbers of lanes on the first GPU")
+
+
+def measure(lanes: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per part; lines are shown as they are found."""
+    return gpu(lanes, lambda line: print(line, flush=True))  # noqa: T201
 
 
 class NotPossibleError(Exception):
@@ -132,7 +143,7 @@ def _installed() -> Iterator[dict[str, Any]]:
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
-class _Bench:
+class Bench:
     """Memory, a stream and the kernels of one type on the first GPU."""
 
     def __init__(self, driver: Driver, cache: Path, dtype: str) -> None:
@@ -146,38 +157,46 @@ class _Bench:
         self.driver("cuMemsetD32Async", self.small, 0, 64, self.stream)
 
     def allocate(self, size: int) -> int:
+        """Device memory that `close` frees."""
         self.allocated.append(int(self.driver("cuMemAlloc", size)))
         return self.allocated[-1]
 
     def close(self) -> None:
+        """Frees everything."""
         self.settle()
         for pointer in self.allocated:
             self.driver("cuMemFree", pointer)
         self.driver("cuStreamDestroy", self.stream)
 
     def settle(self) -> None:
+        """Waits for the stream."""
         self.driver("cuEventRecord", self.ended, self.stream)
         self.driver.wait(self.ended, "the benchmark")
 
     def to_device(self, pointer: int, value: Any) -> None:
+        """Copies an array there."""
         self.driver("cuMemcpyHtoDAsync", pointer, value.ctypes.data, value.nbytes, self.stream)
         self.settle()
 
     def to_host(self, pointer: int, size: int) -> Any:
+        """Copies bytes back."""
         value = np.empty(size, np.uint8)
         self.driver("cuMemcpyDtoHAsync", value.ctypes.data, pointer, size, self.stream)
         self.settle()
         return value
 
     def prepared(self, inputs: Sequence[int], outputs: Sequence[int], elements: int) -> tuple[Any, int, Combination]:
+        """What `launch` takes for a combination of pointers, with the coefficients that are in `table`."""
         parameters = combination(inputs, [[one] for one in outputs], elements)
         parameters.data, parameters.round, parameters.not_finite = self.table, self.small, self.small + 4
         return (*self.kernels.combination(parameters, len(outputs)), parameters)
 
     def launch(self, function: Any, grid: int, parameters: Combination) -> None:
+        """One combination."""
         self.driver.launch(function, grid, BLOCK, self.stream, [parameters])
 
     def copy(self, target: int, source: int, size: int) -> None:
+        """Bytes from pointer to pointer."""
         self.driver("cuMemcpyDtoDAsync", target, source, size, self.stream)
 
     def empty(self) -> None:
@@ -211,7 +230,7 @@ class _Bench:
 def _correct(driver: Driver, cache: Path) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng()
     for dtype in BYTES:
-        bench, worst = _Bench(driver, cache, dtype), 0.0
+        bench, worst = Bench(driver, cache, dtype), 0.0
         epsilon = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}[dtype]
         for elements, inputs, outputs in ((1, 2, 1), (31, 3, 4), (257, 11, 5), (16384, 36, 17), (16387, 67, 33)):
             values = rng.standard_normal((inputs, elements), np.float32)
@@ -238,7 +257,7 @@ def _correct(driver: Driver, cache: Path) -> Iterator[dict[str, Any]]:
 
 def _bandwidth(driver: Driver, cache: Path) -> Iterator[dict[str, Any]]:
     for dtype in ("float16", "float32"):
-        bench, size = _Bench(driver, cache, dtype), BYTES[dtype]
+        bench, size = Bench(driver, cache, dtype), BYTES[dtype]
         for elements in SIZES:
             pointers = [bench.allocate(elements * size) for _ in range(16)]
             for number, pointer in enumerate(pointers):
@@ -301,7 +320,17 @@ def _image(
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
     conditioning = [{"encoder_hidden_states": half[None]} for half in words]
     plan, start = schedule(steps), time.perf_counter()
-    latents, counts = denoise(backend, noise, conditioning, plan, mode, options, GUIDANCE, 0, lambda step: None)
+    latents, counts = denoise(
+        backend,
+        noise * np.float32(plan.init_noise_sigma),
+        conditioning,
+        plan,
+        mode,
+        options,
+        GUIDANCE,
+        0,
+        lambda step: None,
+    )
     return latents, counts.rounds, time.perf_counter() - start
 
 

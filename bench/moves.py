@@ -1,4 +1,6 @@
-"""Two ways to move latents between GPUs, played on a clock: what a round costs beside its model calls.
+"""`python -m bench moves`: two ways to move latents between GPUs, played on a clock.
+
+What a round costs beside its model calls.
 
 Gather: one device holds the latents. It combines, sends each device its draft, and gets each ε back: two hops.
 All-gather: every device holds all latents. Each sends its ε to all others and combines for itself: one hop.
@@ -10,6 +12,7 @@ A stream runs one thing after another, a device's link carries one copy at a tim
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,22 +36,33 @@ class Link:
 
 
 # Typical of each kind, not measured by this project: it has not met two GPUs yet.
-LINKS = (Link("NVLink", 6e-6, 200e9), Link("PCIe 4", 10e-6, 22e9), Link("staged", 25e-6, 11e9))
+NVLINK, PCIE = Link("NVLink", 6e-6, 200e9), Link("PCIe 4", 10e-6, 22e9)
+STAGED, ETHERNET = Link("staged", 25e-6, 11e9), Link("100 Gb Ethernet", 40e-6, 11.5e9, event=10e-6)
+LINKS = (NVLINK, PCIE, STAGED)
 COMBINE = 4e-6
 
 
-def gather(devices: int, size: int, link: Link, combine: float = COMBINE) -> float:
-    """Seconds of a round beside its model calls."""
-    busy, sent = link.busy(size), combine
-    ready = [combine]  # at home without a copy
-    for _ in range(devices - 1):
-        sent += busy
-        ready.append(sent + link.event + link.latency)
-    home, arrived = 0.0, ready[0]
-    for start in sorted(ready[1:]):  # model calls take equally long, so they end in the order in which they began
-        home = max(home, start) + busy
+def gathered(calls: Sequence[float], latents: Sequence[int], size: int, link: Link) -> float:
+    """Seconds of a round on devices of which the first holds the latents, from its first copy to the last ε's arrival.
+
+    calls: seconds of each device's model call. latents: how many it gets, and sends back as many; one without any does
+    nothing. size: bytes of a latent.
+    """
+    sent, arrived, ready = 0.0, calls[0], []  # at home without a copy
+    for seconds, count in zip(calls[1:], latents[1:], strict=True):
+        if count:
+            sent += link.busy(size * count)
+            ready.append((sent + link.event + link.latency + seconds, count))
+    home = 0.0
+    for end, count in sorted(ready):
+        home = max(home, end) + link.busy(size * count)
         arrived = max(arrived, home + link.latency + link.event)
     return arrived
+
+
+def gather(devices: int, size: int, link: Link, combine: float = COMBINE) -> float:
+    """Seconds of a round beside its model calls, which take equally long."""
+    return combine + gathered([0.0] * devices, [1] * devices, size, link)
 
 
 def all_gather(devices: int, size: int, link: Link, combine: float = COMBINE, *, streams: bool = False) -> float:
@@ -58,7 +72,12 @@ def all_gather(devices: int, size: int, link: Link, combine: float = COMBINE, *,
     return combine + copies * (busy + link.event) + hop
 
 
-def moves(call_seconds: float = 0.01) -> list[dict[str, Any]]:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--call-seconds", type=float, default=0.01, help="of one model call")
+
+
+def measure(call_seconds: float = 0.01) -> list[dict[str, Any]]:
     """Every number of devices, latent and link; the gain is the share of a round with calls of `call_seconds`."""
     rows = []
     for link in LINKS:

@@ -1,17 +1,21 @@
 """`python -m bench quality`: does the picture show what the caption says, and how far is it from the sequential one?
 
-The captions are combinations that training never showed. An independent checker reads colour, shape, size, place and
-background back from the pixels. Every sampler is held against the sequential pictures of the same noise: distance of
-the latents, PSNR, SSIM. So is what one would do instead, fewer sequential steps in the same number of rounds. What the
-distance cannot be blamed for, another batch size and lane count, comes first.
+For `shapes` the captions are combinations that training never showed, and an independent checker reads colour, shape,
+size, place and background back from the pixels. Other models are asked for the prompts of a file or of MS-COCO, and
+`--metrics` judges their pictures (bench/metrics.py says what they need). Every sampler is held against the sequential
+pictures of the same noise: distance of the latents, PSNR, SSIM, and LPIPS where its weights are. So is what one would
+do instead, fewer sequential steps in the same number of rounds. What the distance cannot be blamed for, another batch
+size and lane count, comes first.
 
 Every row is kept in `build/bench` as soon as it is drawn, so that an interrupted run continues where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -26,12 +30,16 @@ from tqdm import tqdm
 
 from bench.checker import mistakes, read
 from bench.contact_sheet import contact_sheet
-from bench.run import drift, median, psnr, quantile
+from bench.distances import drift, psnr, ssim
+from bench.metrics import METRICS, Coco, Judges
+from bench.models import is_embedded, model_arguments, one_lane, scenes
+from bench.models import prompts as named
+from bench.statistics import mean, median, quantile
 from engines.base import Array
 from engines.errors import ParameterError
 from engines.manifest import sha256_files
 from engines.store import BUILD, Bundle
-from export.shapes.data import Scene, random_scene
+from export.shapes.data import Scene
 from runtime.pipeline import Pipeline
 
 WORK = BUILD / "bench"
@@ -39,12 +47,6 @@ BATCH = 8  # captions per call
 SHEET_ROWS = 6
 STEPS, GUIDANCE = 50, 4.0
 OTHER_SCHEDULERS = ("ddpm", "euler", "euler_a", "dpm++2m")
-
-
-def scenes(shapes: int, count: int, seed: int) -> list[Scene]:
-    """Random held-out scenes with one or two shapes each."""
-    rng = np.random.default_rng((seed, shapes))
-    return [random_scene(rng, shapes, held_out=True) for _ in range(count)]
 
 
 def wrong_attributes(picture: Any, scene: Scene) -> list[str]:
@@ -66,8 +68,8 @@ class Case:
     steps: int = STEPS
     reference_steps: int = STEPS
     guidance_scale: float = GUIDANCE
-    scheduler: str = "ddim"
-    devices: str | None = None  # the gallery's
+    scheduler: str | None = None  # the model's own
+    alone: bool = False  # on one lane
     batch: int = BATCH
 
     def reference(self) -> Case:
@@ -83,15 +85,17 @@ class Case:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cases(images: int, *, full: bool) -> list[Case]:
-    """The rows of the table: DDIM with every sampler; with `full` the other schedulers and more captions too."""
+def cases(images: int, steps: int = STEPS, guidance_scale: float = GUIDANCE, *, full: bool = False) -> list[Case]:
+    """The rows of the table: every sampler; with `full` the other schedulers and more captions of `shapes` too."""
 
-    def case(name: str, line: str, mode: str = "sequential", **more: Any) -> Case:
-        return Case(name, line, images, mode, **more)
+    def case(name: str, line: str, mode: str = "sequential", steps: int = steps, **more: Any) -> Case:
+        return Case(name, line, images, mode, steps=steps, reference_steps=whole, guidance_scale=guidance_scale, **more)
+
+    whole = steps
 
     rows = [
         case("sequential", "sequential, fewer steps"),
-        case("sequential, one lane, one picture at a time", "", batch=1, devices="cpu@1"),
+        case("sequential, one lane, one picture at a time", "", batch=1, alone=True),
     ]
     for mode in ("conservative", "aggressive"):
         for drafts, kind in (("frozen", "as in the paper"), ("corrected", "corrected")):
@@ -103,7 +107,8 @@ def cases(images: int, *, full: bool) -> list[Case]:
     for tolerance in (0.003, 0.01, 0.03):
         options = {"k": 4, "tolerance": tolerance, "drafts": "frozen"}
         rows.append(case(f"adaptive, k = 4, tolerance {tolerance}", "adaptive, k = 4", "adaptive", options=options))
-    rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in (34, 26, 20, 14)]
+    fewer = [math.ceil(steps * share) for share in (0.68, 0.52, 0.4, 0.28)]  # as many as the modes have rounds
+    rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in fewer if n < steps]
     if full:
         rows += [Case("sequential", "", 200), Case("sequential, two shapes", "", 100, shapes=2)]
         rows += [case for scheduler in OTHER_SCHEDULERS for case in _other(scheduler)]
@@ -137,9 +142,8 @@ class Drawn:
     evaluations: float
 
     @classmethod
-    def of(cls, pipeline: Pipeline, case: Case, seed: int) -> Drawn:
-        """Draws every scene, several captions per call; every picture from noise of its own."""
-        captions = [scene.caption() for scene in scenes(case.shapes, case.images, seed)]
+    def of(cls, pipeline: Pipeline, case: Case, seed: int, captions: Sequence[str]) -> Drawn:
+        """Draws every caption, several per call; every picture from noise of its own."""
         noise = np.random.default_rng((seed, 7)).standard_normal((case.images, *pipeline.latent_shape), np.float32)
         results = []
         for start in range(0, case.images, case.batch):
@@ -166,15 +170,23 @@ class Gallery:
     model: str
     devices: str
     seed: int
+    asked: Sequence[str] | None = None  # in place of scenes
+    judges: Judges = field(default_factory=Judges)
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
     references: dict[str, Drawn] = field(default_factory=dict)
 
+    def captions(self, case: Case) -> Sequence[str]:
+        """What a case draws."""
+        if self.asked is not None:
+            return self.asked[: case.images]
+        return [scene.caption() for scene in scenes(case.shapes, case.images, self.seed)]
+
     def draw(self, case: Case) -> Drawn:
         """The pictures of a case."""
-        devices = case.devices or self.devices
+        devices = one_lane(self.devices) if case.alone else self.devices
         if devices not in self.pipelines:
             self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
-        return Drawn.of(self.pipelines[devices], case, self.seed)
+        return Drawn.of(self.pipelines[devices], case, self.seed, self.captions(case))
 
     def reference(self, case: Case) -> Drawn:
         """The sequential pictures of a case."""
@@ -186,19 +198,53 @@ class Gallery:
 
     def row(self, case: Case) -> dict[str, Any]:
         """One row of the result file, drawn now or taken from the work folder."""
-        identity = f"{Bundle.open(self.model, self.build).manifest.source} {self.devices} {_code()}"
+        manifest = Bundle.open(self.model, self.build).manifest
+        judged = [
+            *self.judges.metrics,
+            str(self.judges.weights),
+            *map(str, self.judges.coco.pictures if self.judges.coco else ()),
+        ]
+        asked = hashlib.sha256("\n".join([*self.captions(case), *judged]).encode()).hexdigest()
+        identity = f"{manifest.source} {self.devices} {_code()} {asked}"
         path = WORK / f"quality-{case.key(identity, self.seed)}.json"
         if path.is_file():
             row: dict[str, Any] = json.loads(path.read_text())
             return row
         reference = self.reference(case)
         same = replace(case, name="sequential", line="") == case.reference()
-        row = compare(case, reference if same else self.draw(case), reference, self.seed)
+        drawn = reference if same else self.draw(case)
+        row = compare(case, drawn, reference, self.seed) | self._judged(case, drawn, reference)
         WORK.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(row) + "\n")
         os.replace(partial, path)
         return row
+
+    def row_or_reason(self, case: Case) -> dict[str, Any]:
+        """The row; of a sampler that cannot play this model's schedule, why it cannot."""
+        try:
+            return self.row(case)
+        except ParameterError as error:
+            if case.mode == "sequential":
+                raise
+            return {"name": case.name, "mode": case.mode, "status": "not possible here", "reason": str(error)}
+
+    def _judged(self, case: Case, drawn: Drawn, reference: Drawn) -> dict[str, Any]:
+        """What the checker or the metrics say of the pictures, and their perceptual distance to the sequential ones."""
+        captions = self.captions(case)
+        found: dict[str, Any] = {}
+        if self.asked is None:
+            found |= read_back(drawn.pictures, scenes(case.shapes, case.images, self.seed))
+        apart = self.judges.lpips(drawn.pictures, reference.pictures)
+        found["lpips"] = {"median": median(apart)} if apart else None
+        found["lpips_reason"] = self.judges.lpips_reason
+        own, sequential = (self.judges.scores(one.pictures, captions) for one in (drawn, reference))
+        found["metrics"] = {
+            name: mean(scores) | {"minus_sequential": mean(np.subtract(scores, sequential[name]).tolist())}
+            for name, scores in own.items()
+        }
+        fid = self.judges.fid(drawn.pictures)
+        return found | ({} if fid is None else {"fid": round(fid, 4)})
 
     def close(self) -> None:
         """Stops all lanes."""
@@ -214,45 +260,68 @@ def _code() -> str:
 
 
 def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, Any]:
-    """`caption_accuracy` is the share of pictures that are right in every attribute."""
-    from skimage.metrics import structural_similarity
-
-    asked = scenes(case.shapes, case.images, seed)
-    wrong = [wrong_attributes(picture, scene) for picture, scene in zip(drawn.pictures, asked, strict=True)]
+    """How it was drawn, and how far it is from the sequential pictures."""
     pairs = list(zip(drawn.pictures, reference.pictures, strict=True))
     drifts = [drift(a, b) for a, b in zip(drawn.latents, reference.latents, strict=True)]
-    ssims = [
-        float(structural_similarity(np.asarray(a), np.asarray(b), channel_axis=2))  # type: ignore[no-untyped-call]
-        for a, b in pairs
-    ]
     keep = ("model", "mode", "scheduler", "steps", "k", "drafts", "lanes", "devices", "guidance_scale")
     return {
         "name": case.name, "line": case.line,
         **{key: drawn.report[key] for key in keep},
         "rounds": round(drawn.rounds, 2), "speedup_in_rounds": round(case.reference_steps / drawn.rounds, 3),
-        "evaluations": drawn.evaluations,
-        "shapes": case.shapes, "images": case.images, "seed": seed,
-        "captions": "held-out combinations of colour, shape and place",
-        "caption_accuracy": round(sum(not mistake for mistake in wrong) / len(wrong), 4),
-        "wrong": dict(Counter(name for mistake in wrong for name in mistake).most_common()),
+        "evaluations": drawn.evaluations, "images": case.images, "seed": seed,
         "compared_with": f"sequential, {case.reference_steps} steps",
         "drift": {"median": median(drifts), "p90": quantile(drifts, 0.9)},
         "psnr": {"median": median([psnr([a], [b]) for a, b in pairs])},
-        "ssim": {"median": median(ssims)},
+        "ssim": {"median": median([ssim(a, b) for a, b in pairs])},
     }  # fmt: skip
 
 
-def quality(
-    model: str, build: Path, devices: str, images: int, seed: int, pictures: Path | None = None, *, full: bool
-) -> list[dict[str, Any]]:
+def read_back(pictures: Sequence[Image.Image], asked: Sequence[Scene]) -> dict[str, Any]:
+    """`caption_accuracy` is the share of pictures that are right in every attribute."""
+    wrong = [wrong_attributes(picture, scene) for picture, scene in zip(pictures, asked, strict=True)]
+    return {
+        "shapes": len(asked[0].shapes), "captions": "held-out combinations of colour, shape and place",
+        "caption_accuracy": round(sum(not mistake for mistake in wrong) / len(wrong), 4),
+        "wrong": dict(Counter(name for mistake in wrong for name in mistake).most_common()),
+    }  # fmt: skip
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    model_arguments(parser)
+    parser.add_argument("--full", action="store_true", help="of shapes: 100 captions, two shapes, other schedulers")
+    parser.add_argument("--images", type=int, help="captions per row; default 24, or 100 with --full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, dest="guidance_scale")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=[], help="judges of real models' pictures")
+    parser.add_argument("--weights", type=Path, help="folder with what the metrics need")
+    parser.add_argument("--coco", type=Path, help="folder of MS-COCO: captions, and the pictures of FID")
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
+    parser.add_argument("--pictures", type=Path, help="of shapes: PNG with the first pictures of some modes")
+
+
+def measure(
+    model: str, build: Path, devices: str, images: int | None, seed: int, steps: int = STEPS,
+    guidance_scale: float = GUIDANCE, metrics: Sequence[str] = (), weights: Path | None = None,
+    coco: Path | None = None, prompts: Path | None = None, pictures: Path | None = None, *, full: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row per case; `pictures` is a contact sheet to write."""
-    if images < 1:
-        raise ParameterError("images", f"images must be at least 1, not {images}")
-    if model != "shapes":
-        raise ParameterError("model", f"the checker knows the pictures of 'shapes' only, not those of {model!r}")
-    gallery = Gallery(build, model, devices, seed)
+    images = (100 if full else 24) if images is None else images
+    for name, value in (("images", images), ("steps", steps)):
+        if value < 1:
+            raise ParameterError(name, f"{name} must be at least 1, not {value}")
+    manifest = Bundle.open(model, build).manifest
+    scenic = is_embedded(manifest) and coco is None and prompts is None and not metrics
+    for option, given in (("full", full), ("pictures", pictures)):
+        if given and not scenic:
+            raise ParameterError(option, f"--{option} is of captions that the checker knows: shapes, its own captions")
+    reference = Coco.read(coco, images, seed) if coco else None
+    asked = None if scenic else list(reference.captions if reference else named(manifest, images, seed, prompts))
+    gallery = Gallery(build, model, devices, seed, asked, Judges(metrics, weights, reference))
     try:
-        rows = [gallery.row(case) for case in tqdm(cases(images, full=full), desc="quality", unit="row")]
+        wanted = cases(images, steps, guidance_scale, full=full)
+        rows = [gallery.row_or_reason(case) for case in tqdm(wanted, desc="quality", unit="row")]
         if pictures:
             sheet(gallery, pictures)
         return rows
@@ -280,77 +349,27 @@ def sheet(gallery: Gallery, path: Path) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| | pictures | rounds | distance to sequential, median (p90) | PSNR | SSIM | right in every attribute |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    checked = any("caption_accuracy" in row for row in rows)
+    names = list(rows[0].get("metrics", {}))
+    heads = ["", "pictures", "rounds", "distance to sequential, median (p90)", "PSNR", "SSIM"]
+    heads += ["LPIPS"] * any(row.get("lpips") for row in rows) + ["right in every attribute"] * checked
+    heads += [text for name in names for text in (name, f"{name} − sequential")]
+    heads += ["FID"] * any("fid" in row for row in rows)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
+        if "reason" in row:
+            lines.append(f"| {row['name']} | not possible here: {row['reason']} |{' |' * (len(heads) - 2)}")
+            continue
         drifts = row["drift"]
-        lines.append(
-            f"| {row['name']} | {row['images']} | {row['rounds']:g} | {drifts['median']:.4f} ({drifts['p90']:.4f}) "
-            f"| {row['psnr']['median']:.1f} dB | {row['ssim']['median']:.4f} | {100 * row['caption_accuracy']:.1f} % |"
-        )
+        cells = [row["name"], str(row["images"]), f"{row['rounds']:g}"]
+        cells += [f"{drifts['median']:.4f} ({drifts['p90']:.4f})", f"{row['psnr']['median']:.1f} dB"]
+        cells.append(f"{row['ssim']['median']:.4f}")
+        cells += [f"{row['lpips']['median']:.4f}"] if row.get("lpips") else []
+        cells += [f"{100 * row['caption_accuracy']:.1f} %"] if checked else []
+        for value in row.get("metrics", {}).values():
+            change = value["minus_sequential"]
+            cells.append(f"{value['mean']:.2f} ({value['low']:.2f}–{value['high']:.2f})")
+            cells.append(f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})")
+        cells += [f"{row['fid']:.2f}"] if "fid" in row else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Speed-up in rounds against the distance to sequential, one line per sampler."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["line"] and row["drift"]["median"]:
-            lines.setdefault(row["line"], []).append((row["drift"]["median"], row["speedup_in_rounds"]))
-    for number, (name, points) in enumerate(lines.items()):
-        points.sort()
-        style = "--" if "paper" in name else "-"
-        axes.plot(*zip(*points, strict=True), style, marker="osD^vPX*"[number % 8], label=name)
-    axes.set(xscale="log", xlabel="distance of the latents to sequential, 50 steps (median)", ylabel="50 / rounds")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def table_of_drafts(rows: Sequence[dict[str, Any]]) -> str:
-    """Per kind of drafts, how many times closer to sequential than frozen ones it ends: median / 90th percentile."""
-    kinds = list(dict.fromkeys(row["drafts"] for row in rows if row["drafts"] != "frozen"))
-    cells = list(dict.fromkeys((r["steps"], r["guidance_scale"], r["mode"], r["k"]) for r in rows))
-    by = {((r["steps"], r["guidance_scale"], r["mode"], r["k"]), r["drafts"]): r["drift"] for r in rows}
-    lines = [f"| steps | guidance | | k | frozen | {' | '.join(kinds)} |", "|---" * (5 + len(kinds)) + "|"]
-    for cell in cells:
-        frozen = by[cell, "frozen"]
-        ratios = [
-            f"{frozen['median'] / by[cell, kind]['median']:.2f} / {frozen['p90'] / by[cell, kind]['p90']:.2f}"
-            for kind in kinds
-        ]
-        steps, guidance, mode, k = cell
-        lines.append(
-            f"| {steps} | {guidance:g} | {mode} | {k} | {frozen['median']:.4f} ({frozen['p90']:.4f}) "
-            f"| {' | '.join(ratios)} |"
-        )
-    return "\n".join(lines)
-
-
-def drafts(
-    model: str, build: Path, devices: str, images: int, seed: int, kinds: Sequence[str]
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Kinds of drafts beside the paper's, k = 2, 3, 4, 50 and 28 steps, guidance 4 and 7.5; `seed` chooses captions."""
-    if images < 1:
-        raise ParameterError("images", f"images must be at least 1, not {images}")
-    gallery = Gallery(build, model, devices, seed)
-    wanted = [
-        Case(
-            f"{mode}, k = {k}, {kind}", "", images, mode, {"k": k, "drafts": kind}, steps=steps,
-            reference_steps=steps, guidance_scale=guidance,
-        )
-        for steps in (50, 28) for guidance in (4.0, 7.5) for mode in ("conservative", "aggressive")
-        for k in (2, 3, 4) for kind in dict.fromkeys(("frozen", *kinds))
-    ]  # fmt: skip
-    try:
-        return [gallery.row(case) for case in tqdm(wanted, desc="drafts", unit="row")]
-    finally:
-        gallery.close()

@@ -1,184 +1,415 @@
-"""`python -m bench run`: seconds of the denoising loop, every sampler beside its floor and beside the alternatives.
+"""`python -m bench run`: seconds of the denoising loop: samplers, lanes, schedulers and steps beside the alternatives.
 
-All configurations are interleaved picture by picture, so that what else the machine does hits them alike.
+Everything in one cell (scheduler, steps, guidance) is interleaved picture by picture, so that what else the machine
+does hits all alike, and speed-ups are medians of ratios measured side by side.
+
+The alternatives: sequential on one lane; the whole machine on one session; `diffusers`' own pipeline, eager and
+compiled, in a process of its own. On GPUs, sequential on the first of them is TensorRT replayed as CUDA graphs.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from bench.floor import replay
-from engines.base import Array
+from bench.distances import drift, psnr
+from bench.energy import Meter
+from bench.floor import enqueued, replay
+from bench.models import EMBEDDED, checkpoint, model_arguments, one_lane, prompts
+from bench.statistics import interval, median, middle, percentiles, quantile, ratio, scaled
+from bench.torch_baseline import NotPossibleHereError, Setting, TorchBaseline, Wanted
+from engines.base import Array, Call
 from engines.errors import ParameterError
 from engines.host import HostBackend
-from export.shapes.data import Scene, random_scene
-from runtime.pipeline import Pipeline, Result
+from runtime.calibrate import calibrate
+from runtime.noise import gaussian
+from runtime.pipeline import MODES, Pipeline, Result
 from runtime.report import load_average
 
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
+PARTS = ("model", "combine", "copy", "wait", "python")
+TORCH_LIMIT = 240.0  # seconds for torch.compile to be ready
+PICTURES_TO_CALIBRATE = 4
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    model_arguments(parser)
+    parser.set_defaults(devices=["cpu*2"], model=[EMBEDDED])
+    for action in parser._actions:
+        if action.dest in ("devices", "model"):
+            action.nargs, action.help = "+", f"one or several: {action.help}"
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES[1:], "auto"], metavar="MODE")
+    parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="of srds, adaptive and auto")
+    parser.add_argument("--schedulers", nargs="+", default=[None], help="default: the model's own")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50])
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[4.0, 1.0], dest="guidance_scales", help="1 is without guidance"
+    )
+    parser.add_argument("--images", type=int, default=8, help="pictures per row")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
+    parser.add_argument("--no-torch", action="store_false", dest="torch", help="leave diffusers out")
+
+
+class Clock:
+    """Adds up what a host backend says of its work: seconds by part, since the latents were bound."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = 0.0
+
+    def __call__(self, part: str) -> None:
+        """The part that ends now."""
+        now = time.perf_counter()
+        if part == "before":
+            self.parts = {}
+        else:
+            self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def split(self, seconds: float, model: float) -> dict[str, float]:
+        """All of the loop's seconds, in PARTS.
+
+        model: the longest call of every round. combine: sums over latents, and distances. copy: latents to where calls
+        and sums read them. wait: from the first hand-over to a lane to the end of the last one, beyond its call.
+        python: what is left: the plan, binding calls to memory, counting.
+        """
+        known = {"model": model, "combine": self.parts.get("combine", 0.0), "copy": self.parts.get("copy", 0.0),
+                 "wait": self.parts.get("lanes", 0.0) - model}  # fmt: skip
+        return known | {"python": seconds - sum(known.values())}
 
 
 @dataclass
-class Configuration:
-    """One way to make the same picture, and what was measured of it."""
+class Contender:
+    """One way to make the same picture, and what was measured of it. `draw` returns seconds, latents and the result."""
 
     name: str
-    pipeline: Pipeline
-    mode: str
-    k: int
-    steps: int
-    guidance_scale: float
+    baseline: str | None
+    asked_mode: str | None
+    draw: Callable[[str, int, Array], tuple[float, Array, Result | None]]
+    pipeline: Pipeline | None = None
+    meter: Meter | None = None
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
-    overhead_us: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
-    last: Result | None = None
+    reason: str | None = None
 
-    def measure(self, prompt: str, seed: int, reference: Result | None) -> Result:
-        """One picture and one replay of its calls."""
+    def measure(self, prompt: str, seed: int, noise: Array, reference: tuple[Array, Result] | None) -> Any:
+        """One picture and one replay of its calls; the latents and the result."""
         time.sleep(PAUSE)
-        result = self.pipeline.generate(
-            prompt, mode=self.mode, k=self.k, num_inference_steps=self.steps, guidance_scale=self.guidance_scale,
-            seed=seed,
-        )  # fmt: skip
+        backend = self.pipeline.backend if self.pipeline else None
+        clock, rounds = Clock(), None
+        if isinstance(backend, HostBackend):
+            backend.mark = clock
+        elif backend is not None:
+            rounds = _recorded(backend)
+        used, processor = self.meter.joules() if self.meter else None, time.process_time()
+        try:
+            seconds, latents, result = self.draw(prompt, seed, noise)
+        finally:
+            if isinstance(backend, HostBackend):
+                backend.mark = lambda part: None
+            elif backend is not None:
+                vars(backend).pop("predict")
+        self.seconds.append(seconds)
+        if result is not None:
+            self.processor_seconds.append(time.process_time() - processor)
+            self.results.append(result)
+        if self.meter and used is not None:
+            self.joules.append((self.meter.joules() or 0.0) - used)
         time.sleep(PAUSE)
-        backend = self.pipeline.backend
-        assert isinstance(backend, HostBackend), "the replay is of lanes in host memory"
-        self.floor_seconds.append(replay(backend))
-        self.seconds.append(result.report.seconds["denoise"])
-        self.overhead_us.append(result.report.overhead_us_per_round or 0.0)
-        if reference is not None:
-            self.drift.append(drift(result.latents, reference.latents))
-            self.psnr.append(psnr(result.images, reference.images))
-        self.last = result
-        return result
+        if isinstance(backend, HostBackend):
+            assert result is not None and result.report.critical_seconds is not None
+            self.parts.append(clock.split(seconds, result.report.critical_seconds))
+            self.floor_seconds.append(replay(backend))
+        elif rounds is not None and backend is not None:
+            self.floor_seconds.append(enqueued(backend, rounds))
+        if reference is not None and latents.shape == reference[0].shape:
+            self.drift.append(drift(latents, reference[0]))
+            if result is not None:
+                self.psnr.append(psnr(result.images, reference[1].images))
+        return latents, result
 
     def forget(self) -> None:
         """Ends the warm-up."""
-        for values in (self.seconds, self.floor_seconds, self.overhead_us, self.drift, self.psnr):
+        for values in (self.seconds, self.floor_seconds, self.processor_seconds, self.joules, self.parts, self.results,
+                       self.drift, self.psnr):  # fmt: skip
             values.clear()
 
-    def row(self, single: Configuration, session: Configuration) -> dict[str, Any]:
-        """One row of the result file; speed-ups are against one lane with one thread, and against one session."""
-        assert self.last is not None
-        report = self.last.report
-        keep = ("model", "mode", "scheduler", "steps", "k", "lanes", "devices", "guidance_scale", "guidance_split",
-                "drafts", "rounds", "evaluations", "calls")  # fmt: skip
-        return {
-            "name": self.name,
-            **{key: report.to_dict()[key] for key in keep},
-            "images": len(self.seconds),
-            "seconds": percentiles(self.seconds),
-            "floor_seconds": percentiles(self.floor_seconds),
-            "share_of_floor": ratio(self.floor_seconds, self.seconds),
-            "share_of_rounds": round(self.steps / report.rounds, 3),
-            "overhead_us_per_round": round(float(np.median(self.overhead_us)), 1),
-            "speedup": ratio(single.seconds, self.seconds),
-            "speedup_over_one_session": ratio(session.seconds, self.seconds),
-            "drift": {"median": median(self.drift), "p90": quantile(self.drift, 0.9)},
-            "psnr": {"median": median(self.psnr)},
+    def row(self, cell: dict[str, Any], baselines: dict[str, Contender]) -> dict[str, Any]:
+        """One row of the result file; every speed-up is against what was measured beside it."""
+        row = {"name": self.name, "baseline": self.baseline, "asked_mode": self.asked_mode, **cell}
+        if self.reason is not None:
+            return row | {"status": "not possible here", "reason": self.reason}
+        row |= {"images": len(self.seconds), "seconds": percentiles(self.seconds)}
+        row["speedups"] = {
+            name: ratio(other.seconds, self.seconds) if other.reason is None else None
+            for name, other in baselines.items()
         }
+        row["drift"] = {"median": median(self.drift), "p90": quantile(self.drift, 0.9)}
+        row["psnr"] = {"median": median(self.psnr)}
+        return row | self._of_engine(row) if self.results else row
+
+    def _of_engine(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What only this engine's own rows know."""
+        assert self.pipeline is not None
+        reports = [result.report for result in self.results]
+        typical = reports[middle([report.rounds for report in reports])]
+        keep = ("mode", "k", "lanes", "devices", "guidance_split", "drafts", "rounds", "evaluations", "calls", "auto")
+        of_rounds = typical.steps / typical.rounds
+        held = {lane.device for lane in self.pipeline.devices} if self.pipeline.devices[0].gpu is not None else None
+        count = len(held) if held else sum(lane.threads for lane in self.pipeline.devices)
+        stages = {name: median([report.seconds[name] for report in reports]) for name in reports[0].seconds}
+        more: dict[str, Any] = {key: typical.to_dict()[key] for key in keep} | {
+            "stages": stages,
+            "speedup_in_rounds": round(of_rounds, 4),
+            "share_of_rounds": scaled(row["speedups"]["one lane"], 1 / of_rounds),
+            "floor_seconds": percentiles(self.floor_seconds) if self.floor_seconds else None,
+            "share_of_floor": ratio(self.floor_seconds, self.seconds) if self.floor_seconds else None,
+            "device_seconds": round(count * float(np.median(self.seconds)), 5),
+            "processor_seconds": median(self.processor_seconds),
+            "joules": median(self.joules) if self.joules else None,
+            "joules_reason": self.meter.reason if self.meter else None,
+            "us_per_round": None, "overhead_us_per_round": None,
+        }  # fmt: skip
+        if self.parts:
+            chosen = middle(self.seconds)
+            rounds = reports[chosen].rounds
+            split = {part: round(self.parts[chosen][part] / rounds * 1e6, 1) for part in PARTS}
+            more["us_per_round"] = split | {"total": round(self.seconds[chosen] / rounds * 1e6, 1)}
+            more["overhead_us_per_round"] = round(sum(split.values()) - split["model"], 1)
+        return more
 
 
-def drift(latents: Array, reference: Array) -> float:
-    """Relative L2 distance of the finished latents from the sequential ones."""
-    return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
+def _recorded(backend: Any) -> list[Sequence[Call]]:
+    """The rounds of the next image, as the backend is asked for them."""
+    rounds: list[Sequence[Call]] = []
+    predict = backend.predict
+
+    def recording(calls: Sequence[Call]) -> None:
+        rounds.append(calls)
+        predict(calls)
+
+    backend.predict = recording
+    return rounds
 
 
-def psnr(pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio of pictures in dB, capped at 99 where they are equal."""
-    pairs = zip(pictures, references, strict=True)
-    errors = [np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2) for a, b in pairs]
-    return float(min(99.0, 10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-9))))
+@dataclass
+class Machine:
+    """What is loaded once for all cells: pipelines by their lanes, and diffusers in its processes."""
+
+    model: str
+    build: Path
+    pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    torches: dict[bool, TorchBaseline | str] = field(default_factory=dict)
+
+    def pipeline(self, devices: str) -> Pipeline:
+        """The model on some lanes."""
+        if devices not in self.pipelines:
+            self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
+        return self.pipelines[devices]
+
+    def diffusers(self, checkpoint: str, device: str, *, compiled: bool) -> TorchBaseline | str:
+        """The process with diffusers in it, or why there is none."""
+        if compiled not in self.torches:
+            try:
+                self.torches[compiled] = TorchBaseline(Wanted(checkpoint, compiled, device), TORCH_LIMIT)
+            except NotPossibleHereError as error:
+                self.torches[compiled] = str(error)
+        return self.torches[compiled]
+
+    def close(self) -> None:
+        """Stops everything."""
+        for pipeline in self.pipelines.values():
+            pipeline.close()
+        for process in self.torches.values():
+            if isinstance(process, TorchBaseline):
+                process.close()
 
 
-def median(values: Sequence[float]) -> float | None:
-    """The median, six digits; None of nothing."""
-    return quantile(values, 0.5)
+def baseline_devices(devices: str) -> dict[str, str]:
+    """The lanes of the baselines beside some lanes: one lane, and one session on everything."""
+    first = one_lane(devices)
+    return {"one lane": first} if devices.startswith("cuda") else {"one lane": first, "one session": "cpu"}
 
 
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """A quantile, six digits; None of nothing."""
-    return float(f"{np.quantile(values, q):.6g}") if values else None
+NAMES = {
+    "cpu@1": "sequential, one lane, one thread", "cpu": "sequential, one session, all cores",
+    "torch": "diffusers, eager", "compiled": "diffusers, torch.compile",
+}  # fmt: skip
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80."""
-    return {f"p{q}": round(float(np.percentile(seconds, q)), 5) for q in (20, 50, 80)}
+def contenders(
+    machine: Machine, devices: Sequence[str], modes: Sequence[str], k: int | None, tolerance: float,
+    cell: dict[str, Any], *, torch: bool,
+) -> Iterator[Contender]:  # fmt: skip
+    """The baselines of a cell, then every mode on every set of lanes."""
+
+    def engine(name: str, baseline: str | None, lanes: str, mode: str) -> Contender:
+        pipeline = machine.pipeline(lanes)
+        options: dict[str, Any] = {"mode": mode, "num_inference_steps": cell["steps"], "scheduler": cell["scheduler"],
+                                   "guidance_scale": cell["guidance_scale"]}  # fmt: skip
+        options |= {"k": k} if mode != "auto" and k is not None else {}
+        options |= {"tolerance": tolerance} if mode in ("srds", "adaptive", "auto") else {}
+
+        def draw(prompt: str, seed: int, noise: Array) -> tuple[float, Array, Result | None]:
+            result = pipeline.generate(prompt, seed=seed, latents=noise, **options)
+            return result.report.seconds["denoise"], result.latents, result
+
+        return Contender(name, baseline, mode, draw, pipeline, Meter(pipeline.devices))
+
+    for name, lanes in baseline_devices(devices[0]).items():
+        runtime = machine.pipeline(lanes).devices[0].runtime
+        how = "TensorRT, CUDA graphs" if runtime == "tensorrt" else "ONNX Runtime"
+        yield engine(NAMES.get(lanes, f"sequential, {lanes}, {how}"), name, lanes, "sequential")
+    for lanes, mode in product(devices, modes):
+        count = len(machine.pipeline(lanes).devices)
+        suffix = f", tolerance {tolerance:g}" if mode in ("srds", "adaptive", "auto") else ""
+        where = f"{count} lanes" if len(devices) == 1 else lanes
+        yield engine(f"{mode}, {where}{suffix}", None, lanes, mode)
+    if torch:
+        yield from _of_torch(machine, "cuda" if devices[0].startswith("cuda") else "cpu", cell)
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Median of the ratios measured side by side, with a 95 % interval from 2,000 bootstrap samples."""
-    ratios = np.divide(above, below)
-    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return {"median": round(float(np.median(ratios)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+def _of_torch(machine: Machine, device: str, cell: dict[str, Any]) -> Iterator[Contender]:
+    manifest = next(iter(machine.pipelines.values())).manifest
+    setting = Setting(cell["scheduler"], cell["steps"], cell["guidance_scale"])
+
+    def draw(
+        process: TorchBaseline, prompt: str, seed: int, noise: Array
+    ) -> tuple[float, Array, Result | None]:  # fmt: skip
+        seconds, latents = process.picture(prompt, noise, setting)
+        return seconds, latents, None
+
+    for compiled, name in ((False, "torch"), (True, "compiled")):
+        process = machine.diffusers(checkpoint(manifest), device, compiled=compiled)
+        key = "diffusers compiled" if compiled else "diffusers"
+        if isinstance(process, str):
+            yield Contender(NAMES[name], key, None, lambda *_: (0.0, np.zeros(0, np.float32), None), reason=process)
+        else:
+            yield Contender(NAMES[name], key, None, partial(draw, process))
 
 
-def configurations(
-    model: str, build: Path, devices: str, modes: Sequence[str], k: int | None, steps: int, guidance_scale: float
-) -> list[Configuration]:
-    """The two baselines first: one lane with one thread, and one session on all cores; then every mode."""
-    single, session, parallel = (Pipeline.load(model, name, build) for name in ("cpu@1", "cpu", devices))
-    lanes = len(parallel.devices)
-    return [
-        Configuration("sequential, one lane, one thread", single, "sequential", 1, steps, guidance_scale),
-        Configuration("sequential, one session, all cores", session, "sequential", 1, steps, guidance_scale),
-        *(Configuration(f"{mode}, {lanes} lanes", parallel, mode, k or lanes, steps, guidance_scale) for mode in modes),
-    ]
-
-
-def run(
-    model: str, build: Path, devices: str, modes: Sequence[str], k: int | None, steps: int, guidance_scale: float,
-    images: int, warmup: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Measures and returns the rows of the result file."""
-    if images < 1:
-        raise ParameterError("images", f"images must be at least 1, not {images}")
-    configs = configurations(model, build, devices, modes, k, steps, guidance_scale)
-    rng = np.random.default_rng(0)
-    loads = []
-    for number in tqdm(range(warmup + images), desc="bench run", unit="picture"):
+def measure_cell(cell: dict[str, Any], found: Sequence[Contender], asked: Sequence[str], warmup: int) -> None:
+    """All contenders, interleaved; one that fails in the warm-up keeps the reason."""
+    first = found[0]
+    assert first.pipeline is not None
+    shape = first.pipeline.latent_shape
+    label = f"{cell['scheduler']}, {cell['steps']} steps, guidance {cell['guidance_scale']:g}"
+    for number, prompt in enumerate(tqdm(asked, desc=label, unit="picture")):
         if number == warmup:
-            for config in configs:
-                config.forget()
-        scene: Scene = random_scene(rng, 1)
-        reference = configs[0].measure(scene.caption(), number, None)
-        for config in configs[1:]:
-            config.measure(scene.caption(), number, reference)
-        loads.append(load_average())
-    rows = [config.row(configs[0], configs[1]) for config in configs]
-    for row in rows:
-        row["load_average"] = round(float(np.median(loads)), 2)
-    for pipeline in {id(config.pipeline): config.pipeline for config in configs}.values():
-        pipeline.close()
+            for contender in found:
+                contender.forget()
+        noise = gaussian(number, 0, 0, shape)[None]
+        reference = first.measure(prompt, number, noise, None)
+        for contender in found[1:]:
+            if contender.reason is not None:
+                continue
+            try:
+                contender.measure(prompt, number, noise, reference)
+            except (NotPossibleHereError, ParameterError) as error:  # also a sampler that cannot play this scheduler
+                contender.reason = str(error)
+
+
+def measure(
+    model: Sequence[str], build: Path, devices: Sequence[str], modes: Sequence[str], k: int | None, tolerance: float,
+    schedulers: Sequence[str | None], steps: Sequence[int], guidance_scales: Sequence[float], images: int, warmup: int,
+    prompts: Path | None, *, torch: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the result file, cell by cell."""
+    for name, value, low in (("images", images, 1), ("warmup", warmup, 0)):
+        if value < low:
+            raise ParameterError(name, f"{name} must be at least {low}, not {value}")
+    rows: list[dict[str, Any]] = []
+    for name in model:
+        machine = Machine(name, build)
+        try:
+            for scheduler, count, guidance in product(schedulers, steps, guidance_scales):
+                pipeline = machine.pipeline(devices[0])
+                known = pipeline.setting(scheduler, count, guidance).scheduler
+                cell = {"model": pipeline.manifest.model, "scheduler": known, "steps": count,
+                        "guidance_scale": guidance}  # fmt: skip
+                if "auto" in modes:
+                    for lanes in devices:
+                        wanted = ([count], guidance, scheduler, PICTURES_TO_CALIBRATE, math.inf)
+                        calibrate(name, build, lanes, *wanted, again=False)
+                rows += rows_of(machine, devices, modes, k, tolerance, cell, images, warmup, prompts, torch=torch)
+        finally:
+            machine.close()
     return rows
 
 
+def rows_of(
+    machine: Machine, devices: Sequence[str], modes: Sequence[str], k: int | None, tolerance: float,
+    cell: dict[str, Any], images: int, warmup: int, file: Path | None, *, torch: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One cell."""
+    found = list(contenders(machine, devices, modes, k, tolerance, cell, torch=torch))
+    pipeline = machine.pipeline(devices[0])
+    before = load_average()
+    measure_cell(cell, found, prompts(pipeline.manifest, warmup + images, file=file), warmup)
+    baselines = {contender.baseline: contender for contender in found if contender.baseline}
+    loads = {"load_average": round(max(before, load_average()), 2)}
+    return [contender.row(cell, baselines) | loads for contender in found]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    head = "| | rounds | seconds (p20–p80) | × one lane | × one session | of the floor | overhead per round | drift |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    """Per cell, a table of speed and one of where a round goes."""
+    cells: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
+        guided = f"guidance {row['guidance_scale']:g}" if row["guidance_scale"] > 1 else "without guidance"
+        cells.setdefault(f"`{row['model']}`, {row['scheduler']}, {row['steps']} steps, {guided}", []).append(row)
+    return "\n\n".join(f"**{name}**\n\n{_speed(several)}\n\n{_rounds(several)}" for name, several in cells.items())
+
+
+def _speed(rows: Sequence[dict[str, Any]]) -> str:
+    against = list(dict.fromkeys(row["baseline"] for row in rows if row["baseline"]))
+    ratios = [f"× {name}" for name in against]
+    heads = ["", "rounds", "seconds (p20–p80)", "p99", *ratios, "of N/rounds", "of the floor", "drift"]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for row in rows:
+        if "reason" in row:
+            lines.append(_line([row["name"], "", f"not possible here: {row['reason']}", *[""] * (len(heads) - 3)]))
+            continue
         s, drifted = row["seconds"], row["drift"]["median"]
-        lines.append(
-            f"| {row['name']} | {row['rounds']} | {s['p50']:.3f} ({s['p20']:.3f}–{s['p80']:.3f}) "
-            f"| {interval(row['speedup'])} | {interval(row['speedup_over_one_session'])} "
-            f"| {row['share_of_floor']['median']:.3f} | {row['overhead_us_per_round']:.0f} µs "
-            f"| {'' if drifted is None else format(drifted, '.1e')} |"
-        )
+        played = f": {row['mode']}, k = {row['k']}" if row["asked_mode"] == "auto" else ""
+        cells = [row["name"] + played, str(row.get("rounds", "")), f"{s['p50']:.3f} ({s['p20']:.3f}–{s['p80']:.3f})"]
+        cells += [f"{s['p99']:.3f}", *(interval(row["speedups"].get(name)) for name in against)]
+        cells += [interval(row.get("share_of_rounds")), interval(row.get("share_of_floor"), 3)]
+        lines.append(_line([*cells, "" if drifted is None else f"{drifted:.1e}"]))
     return "\n".join(lines)
 
 
-def interval(value: dict[str, float]) -> str:
-    """A ratio with its interval."""
-    return f"{value['median']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
+def _rounds(rows: Sequence[dict[str, Any]]) -> str:
+    heads = ["µs per round", "model calls", "combine", "copy", "wait", "Python", "in all", "device-seconds per picture",
+             "joules per picture"]  # fmt: skip
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for row in rows:
+        if "rounds" not in row:
+            continue
+        split = row["us_per_round"] or {}
+        joules = "not measurable here" if row["joules"] is None else f"{row['joules']:.2f}"
+        cells = [f"{split[part]:.0f}" if split else "" for part in (*PARTS, "total")]
+        lines.append(_line([row["name"], *cells, f"{row['device_seconds']:.3f}", joules]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import gpu, moves
+from bench import gpu, kernel, moves
 from engines.driver import Driver, available
 from tests.fake_cuda import OK, FakeCuda, Stream
 
@@ -40,7 +40,7 @@ def test_two_ways_to_move_latents(link: moves.Link) -> None:
     for way in (moves.gather, moves.all_gather):
         seconds = [way(devices, 1 << 19, link) for devices in (1, 2, 4, 8)]
         assert seconds == sorted(seconds)
-    assert len(moves.moves()) == len(moves.LINKS) * len(moves.LATENTS) * len(moves.DEVICES)
+    assert len(moves.measure()) == len(moves.LINKS) * len(moves.LATENTS) * len(moves.DEVICES)
 
 
 class Timed(FakeCuda):
@@ -88,6 +88,15 @@ def test_the_parts_that_need_no_model(machine: Driver, tmp_path: Path) -> None:
     assert len(bandwidth) == 2 * 2 * len(gpu.SHAPES)
     assert {(row["from"], row["to"], row["copies"]) for row in pairs} == {(0, 1, "peer"), (1, 0, "peer")}
     assert len(overhead) == 2 * 2 * 2 * len(gpu.MODES)
+
+
+def test_one_combination_beside_a_copy(machine: Driver, tmp_path: Path) -> None:
+    """`bench kernel` on a GPU: this PyTorch has none, so that only the kernel and the copy are timed."""
+    bench = gpu.Bench(machine, tmp_path, "float16")
+    row = kernel._gpu_row(bench, "SD 1.5", 1 << 10, 3, 2)
+    bench.close()
+    assert (row["inputs"], row["outputs"], row["device"]) == (7, 4, "cuda:0") and row["error"] < 2e-3
+    assert {"combine", "copy"} <= set(row["us"]) and row["of_copy"]["median"] > 0
 
 
 def test_a_wrong_kernel_fails(machine: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

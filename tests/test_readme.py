@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bench import moves
 from bench.report import README, RESULTS, load, rebuilt
 from engines.store import Bundle
 
@@ -85,7 +86,7 @@ def test_the_page_is_served(server: int) -> None:
 
 
 def test_the_command_line_makes_a_picture(shapes: Bundle, tmp_path: Path) -> None:
-    command = here(block("-m runtime ")).replace("star.png", str(tmp_path / "star.png"))
+    command = here(block('-m runtime "a large red star')).replace("star.png", str(tmp_path / "star.png"))
     subprocess.run(command, shell=True, cwd=ROOT, check=True)
     assert is_picture(tmp_path / "star.png")
 
@@ -115,11 +116,21 @@ def test_numbers_are_those_of_the_result_files() -> None:
     assert rebuilt(README.read_text()) == README.read_text(), "run `python -m bench report`"
 
 
-@pytest.mark.parametrize("name", ["run", "quality", "drafts"])
+@pytest.mark.parametrize("name", ["run", "scenario", "simulate", "quality", "drafts", "kernel", "serve"])
 def test_result_files_carry_their_circumstances(name: str) -> None:
     result = load(name)
     assert result["schema_version"] == 1 and result["commit"] and result["host"]["cores"] and result["versions"]
     assert result["rows"]
+
+
+def test_what_the_readme_says_of_moves_is_what_they_cost() -> None:
+    gains: dict[str, float] = {}
+    for row in moves.measure():
+        gains[row["link"]] = max(gains.get(row["link"], 0.0), row["gain"])
+    said = re.search(r"gains at most ([\d.]+) % of a\s+round over NVLink and ([\d.]+) % over PCIe", README.read_text())
+    assert said, "the README says what moving latents otherwise would gain"
+    for words, link in zip(said.groups(), ("NVLink", "PCIe 4"), strict=True):
+        assert float(words) == pytest.approx(100 * gains[link], abs=0.01)
 
 
 def test_the_pictures_of_the_readme_exist() -> None:

@@ -1,0 +1,215 @@
+"""`python -m bench serve`: elastic lanes against all lanes for each picture and one lane for each, under load.
+
+Clients over HTTP ask for the next picture when they have the last one. The three policies take turns within one
+server, so that what else the machine does hits them alike. Beside that: what HTTP adds to a call in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from tqdm import tqdm
+
+from bench.models import model_arguments
+from bench.statistics import bootstrap, ratio
+from bench.statistics import interval as ratio_of
+from engines.errors import EngineError, ParameterError
+from runtime.limits import Limits
+from runtime.pipeline import Pipeline
+from runtime.report import load_average
+from runtime.serve import listen, make_app
+from runtime.share import ALL_LANES, ELASTIC, ONE_LANE
+
+POLICIES = {"elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
+MODES = ("sequential", "conservative", "aggressive")
+
+
+@dataclass
+class Load:
+    """What one policy did under one number of clients; one entry per turn in the first two."""
+
+    throughput: list[float] = field(default_factory=list)
+    medians: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    lanes: list[float] = field(default_factory=list)
+
+    def add(self, ends: Sequence[float], latencies: Sequence[float], lanes: Sequence[float]) -> None:
+        """One turn: pictures per second between its first and its last answer."""
+        ordered = sorted(ends)
+        self.throughput.append((len(ordered) - 1) / (ordered[-1] - ordered[0]))
+        self.medians.append(float(np.median(latencies)))
+        self.latencies += latencies
+        self.lanes += lanes
+
+    def row(self, clients: int, policy: str) -> dict[str, Any]:
+        """Of the result file."""
+        rate, (low, high) = float(np.median(self.throughput)), _spread(self.throughput)
+        p50, p95 = np.quantile(self.latencies, (0.5, 0.95))
+        return {
+            "name": "load", "clients": clients, "policy": policy, "pictures": len(self.latencies),
+            "pictures_per_second": {"median": round(rate, 3), "low": round(low, 3), "high": round(high, 3)},
+            "latency_seconds": {"p50": round(float(p50), 4), "p95": round(float(p95), 4)},
+            "lanes_per_round": round(float(np.mean(self.lanes)), 3),
+        }  # fmt: skip
+
+
+@contextmanager
+def serving(pipeline: Pipeline) -> Iterator[int]:
+    """The server in a thread of this process; yields its port."""
+    with listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, Limits()), log_config=None))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield int(listener.getsockname()[1])
+        server.should_exit = True
+        thread.join()
+
+
+def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
+    """One picture's report; EngineError when there is none."""
+    connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    if response.status != 200:
+        raise EngineError(f"a request failed with {response.status}: {content}")
+    report: dict[str, Any] = content["report"]
+    return report
+
+
+def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps: int, load: Load) -> None:
+    """Clients that always wait for a picture, for so long."""
+    begun, ends, latencies, lanes = time.perf_counter(), list[float](), list[float](), list[float]()
+
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        asked = number
+        while (start := time.perf_counter()) - begun < seconds:
+            report = ask(
+                connection, prompt=prompts[asked % len(prompts)], seed=asked, mode=MODES[asked % len(MODES)],
+                num_inference_steps=steps,
+            )  # fmt: skip
+            end = time.perf_counter()
+            ends.append(end)
+            latencies.append(end - start)
+            lanes.append(report["lanes_per_round"])
+            asked += clients
+        connection.close()
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    load.add(ends, latencies, lanes)
+
+
+def overhead(pipeline: Pipeline, port: int, pairs: int, steps: int = 4) -> dict[str, Any]:
+    """The same picture by a call and over HTTP, in turns: milliseconds that HTTP, PNG, base64 and JSON add.
+
+    They do not depend on the number of steps, and of few steps the time varies less.
+    """
+    connection, added = http.client.HTTPConnection("127.0.0.1", port), []
+    prompt = pipeline.manifest.examples[0]
+    for number in range(pairs):
+        seconds = {}
+        for way in ("call", "http") if number % 2 else ("http", "call"):
+            start = time.perf_counter()
+            if way == "call":
+                pipeline.generate(prompt, mode="sequential", num_inference_steps=steps, seed=number)
+            else:
+                ask(connection, prompt=prompt, mode="sequential", num_inference_steps=steps, seed=number)
+            seconds[way] = time.perf_counter() - start
+        added.append((seconds["http"] - seconds["call"]) * 1e3)
+    connection.close()
+    p50, p95 = np.quantile(added, (0.5, 0.95))
+    low, high = _spread(added)
+    return {
+        "name": "overhead", "pairs": pairs, "steps": steps,
+        "milliseconds": {"p50": round(float(p50), 2), "low": round(low, 2), "high": round(high, 2),
+                         "p95": round(float(p95), 2)},
+    }  # fmt: skip
+
+
+def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
+    """Elastic beside the better of the other two at this load, turn by turn."""
+    elastic, others = loads["elastic"], [name for name in loads if name != "elastic"]
+    faster = max(others, key=lambda name: float(np.median(loads[name].throughput)))
+    sooner = min(others, key=lambda name: float(np.median(loads[name].medians)))
+    return {
+        "name": "elastic against the better", "clients": clients, "better_throughput": faster,
+        "throughput": ratio(elastic.throughput, loads[faster].throughput), "better_latency": sooner,
+        "latency_p50": ratio(elastic.medians, loads[sooner].medians),
+    }  # fmt: skip
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    model_arguments(parser)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="that wait for pictures at once")
+    parser.add_argument("--turns", type=int, default=8, help="of every policy under every load")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; pictures then begun are finished")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=60, help="of calls with and without HTTP")
+
+
+def measure(
+    model: str, build: Path, devices: str, clients: Sequence[int], turns: int, seconds: float, steps: int, pairs: int
+) -> list[dict[str, Any]]:
+    """Measures and returns the rows of the result file."""
+    if min(turns, pairs, steps, *clients) < 1 or seconds <= 0:
+        raise ParameterError("clients", "clients, turns, seconds, steps and pairs must be positive")
+    pipeline = Pipeline.load(model, devices, build)
+    prompts = pipeline.manifest.examples or ("",)
+    loads = {number: {policy: Load() for policy in POLICIES} for number in clients}
+    order, averages = np.random.default_rng(0), []
+    try:
+        with serving(pipeline) as port:
+            turn(port, max(clients), 1.0, prompts, steps, Load())  # warms up
+            added = overhead(pipeline, port, pairs)
+            with tqdm(total=turns * len(clients) * len(POLICIES), desc="bench serve", unit="turn") as bar:
+                for _ in range(turns):
+                    for number in clients:
+                        for policy in order.permutation(list(POLICIES)):
+                            pipeline.lanes.policy = POLICIES[policy]
+                            turn(port, number, seconds, prompts, steps, loads[number][policy])
+                            bar.update()
+                    averages.append(load_average())
+    finally:
+        pipeline.close()
+    rows = [load.row(number, policy) for number, several in loads.items() for policy, load in several.items()]
+    rows += [compared(number, several) for number, several in loads.items()]
+    shared = {"model": model, "devices": devices, "steps": steps, "load_average": round(float(np.median(averages)), 2)}
+    return [row | shared for row in [*rows, added]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown: the loads, and what HTTP adds."""
+    head = "| clients | | pictures per second | seconds p50 | seconds p95 | lanes per round | elastic × the better |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    against = {row["clients"]: row for row in rows if row["name"] == "elastic against the better"}
+    for row in (row for row in rows if row["name"] == "load"):
+        rate, latency, told = row["pictures_per_second"], row["latency_seconds"], ""
+        if row["policy"] == "elastic":
+            a, b = against[row["clients"]]["throughput"], against[row["clients"]]["latency_p50"]
+            told = f"throughput {ratio_of(a)}, p50 {ratio_of(b)}"
+        lines.append(
+            f"| {row['clients']} | {row['policy']} | {rate['median']:.2f} ({rate['low']:.2f}–{rate['high']:.2f}) "
+            f"| {latency['p50']:.3f} | {latency['p95']:.3f} | {row['lanes_per_round']:.2f} | {told} |"
+        )
+    (added,) = (row["milliseconds"] for row in rows if row["name"] == "overhead")
+    more = f"{added['p50']:.1f} ms at the median ({added['low']:.1f}–{added['high']:.1f}), {added['p95']:.1f} ms at p95"
+    return "\n".join([*lines, "", f"HTTP adds to a call in the same process: {more}."])
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    found = bootstrap(values)
+    return found["low"], found["high"]

@@ -1,0 +1,81 @@
+"""The page of all results: everything in it comes from files, in both forms, light and dark."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as command
+from bench import plots
+from bench.report import RESULTS, Page, Plot, block, rebuilt
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the committed results."""
+    for path in RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_the_committed_page_is_made_from_the_committed_files() -> None:
+    assert (RESULTS / "report.md").read_text() == Page.read(RESULTS).markdown(), "run `python -m bench report`"
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (RESULTS / "report.md").read_text())
+    assert pictures and all((RESULTS / name).is_file() for name in pictures)
+
+
+def test_both_forms_say_the_same(folder: Path) -> None:
+    page = Page.read(folder)
+    parts = [part for part in page.parts() if isinstance(part, str)]
+    text, html = page.markdown(parts), page.html(parts)
+    numbers = re.findall(r"\d+\.\d+", text)
+    assert len(numbers) > 500 and set(numbers) <= set(re.findall(r"\d+\.\d+", html))
+    assert "http" not in re.sub(r"http://www\.w3\.org\S*", "", html), "one file, no network"
+
+
+def test_the_page_names_every_file_and_machine(folder: Path) -> None:
+    text = Page.read(folder).markdown()
+    for path in folder.glob("*.json"):
+        assert f"`{path.name}`" in text
+    assert json.loads((folder / "run.json").read_text())["host"]["processor"] in text
+
+
+@pytest.mark.slow
+def test_pictures_follow_light_and_dark(folder: Path) -> None:
+    page = Page.read(folder)
+    plotted = [part for part in page.parts() if isinstance(part, Plot)]
+    html = page.html(plotted)
+    assert html.count("<svg") == len(plotted) >= 4
+    for name, (light, dark) in plots.COLOURS.items():
+        assert f"--{name}: {light}" in html and f"--{name}: {dark}" in html
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert "var(--ink)" in drawn and not any(light in drawn for light, _ in plots.COLOURS.values())
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_colours_are_told_apart() -> None:
+    """A colour of a plot becomes a variable of the page by its value: no two may be the same."""
+    for theme in (0, 1):
+        several = [pair[theme] for pair in plots.COLOURS.values()]
+        assert len(set(several)) == len(several)
+
+
+def test_a_folder_with_some_results_makes_a_page_of_those(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in folder.glob("*.json"):
+        if path.stem != "kernel":
+            path.unlink()
+    readme = folder / "README.md"
+    readme.write_text("before\n<!-- bench:kernel -->\nold\n<!-- /bench -->\nafter\n")
+    monkeypatch.setattr("sys.argv", ["bench", "report", "--results", str(folder), "--readme", str(readme)])
+    assert command.main() == 0 and "written" in capsys.readouterr().out
+    text = (folder / "report.md").read_text()
+    assert "One sum instead of many" in text and "No GPU run has been committed yet" in text and "![" not in text
+    assert readme.read_text() == f"before\n{block('kernel', folder)}\nafter\n" == rebuilt(readme.read_text(), folder)
+    monkeypatch.setattr("sys.argv", ["bench", "report", "--results", str(folder / "none"), "--readme", str(readme)])
+    assert command.main() == 1 and "error:" in capsys.readouterr().err
