@@ -21,10 +21,11 @@ from engines.errors import BundleError, EngineError, ExportError, ParameterError
 from engines.manifest import Defaults, File, Manifest, Network, Sizes, Tokenizer, sha256_file, sha256_files
 from engines.memory import require
 from engines.store import BUILD, Bundle, bundle_name, locked, resuming
+from export import UNUSED
 
 if TYPE_CHECKING:
-    from export.families import Exported
     from export.loading import Components, Source
+    from export.networks import Exported
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
 EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
@@ -44,8 +45,6 @@ OTHER_EXAMPLES = (
     "snow on a mountain village at night, warm windows",
 )
 FILES = (".json", ".safetensors", ".txt", ".model", ".bin")
-BATCHES = (1, 3, 4)  # that the export is compared with torch on,
-LARGE, FEW = 1_000_000_000, (1, 2)  # and for so many bytes of weights, where a batch takes minutes
 # Peak memory over the bytes of the weights, and what comes on top: measured, see bench/results/export.json.
 MEMORY = {"fp32": 2.6, "fp16": 3.6, "bf16": 5.0}
 MEMORY_ALWAYS = 1_500_000_000
@@ -63,9 +62,14 @@ class Asked:
     allow_pickle: bool = False
 
     @property
+    def embedded(self) -> str | None:
+        """The name of the embedded model that this is, with LoRA or without."""
+        return next((name for name, folder in EMBEDDED.items() if folder == self.folder), None)
+
+    @property
     def origin(self) -> str:
         """What stands behind `make engines MODEL=` to get this."""
-        words = [next((name for name, folder in EMBEDDED.items() if folder == self.folder), str(self.folder.resolve()))]
+        words = [self.embedded or str(self.folder.resolve())]
         if self.loras:
             files = " ".join(f"{file.resolve()}:{scale:g}" for file, scale in self.loras)
             words.append(f'LORA="{files}"' if len(self.loras) > 1 else f"LORA={files}")
@@ -80,8 +84,7 @@ class Asked:
             parts = set(json.loads(index.read_text()))
         except (ValueError, TypeError):
             parts = set()
-        unused = {"safety_checker", "feature_extractor", "image_encoder"}
-        files = [index, *(path for part in sorted(parts - unused) for path in (root / part).rglob("*"))]
+        files = [index, *(path for part in sorted(parts - set(UNUSED)) for path in (root / part).rglob("*"))]
         own = Path(__file__).parent
         code = sha256_files(own, own.glob("*.py"))
         packages = " ".join(f"{name}={version(name)}" for name in PACKAGES)
@@ -181,6 +184,7 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
 
     from export.families import Sides
     from export.loading import Lora, configs, open_source
+    from export.networks import vae_factor
     from export.to_onnx import export_network
 
     loras = [Lora(file, scale) for file, scale in asked.loras]
@@ -191,7 +195,7 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
         raise ExportError(f"{asked.folder} cannot be exported: {refused}")
     pictures = sizes(asked, source, known)
     sides = Sides(pictures.width, pictures.least, pictures.most, pictures.multiple)
-    factor = 2 ** (len(known.vae.config.block_out_channels) - 1)
+    factor = vae_factor(known)
     with resuming(target, f"{identity} {precision}") as partial:
         networks: dict[str, Network] = {}
         for network, (parts, make) in (bar := tqdm(source.family.networks.items(), desc="export", unit="network")):
@@ -205,9 +209,8 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
                     int(weights * MEMORY[own] + MEMORY_ALWAYS), f"exporting {network} of {asked.name}",
                     "export it on a larger machine and copy build/",
                 )  # fmt: skip
-                batches = BATCHES if weights < LARGE else FEW
                 exported = exporter(make, source, parts, own)
-                done = export_network(network, exported, partial, sides, factor, batches)
+                done = export_network(network, exported, partial, sides, factor)
                 (partial / f"{network}.done").write_text(done.model_dump_json())
             networks[network] = done
         for network in networks:
@@ -238,6 +241,8 @@ def manifest(
     networks: dict[str, Network], folder: Path,
 ) -> Manifest:  # fmt: skip
     """The manifest; writes the tokenizers, which it has the hashes of."""
+    from export.networks import vae_factor
+
     family, scheduler = source.family, known.scheduler
     tokenizers = []
     for text in family.texts:
@@ -267,7 +272,7 @@ def manifest(
         scheduler=dict(scheduler.config),
         alphas_cumprod=() if alphas is None else tuple(alphas.tolist()),
         latent_channels=known.vae.config.latent_channels,
-        vae_scale_factor=2 ** (len(known.vae.config.block_out_channels) - 1),
+        vae_scale_factor=vae_factor(known),
         sizes=pictures,
         guidance=family.guidance(known),
         zero_negative=bool(known.config.get("force_zeros_for_empty_prompt", False)),
@@ -275,8 +280,8 @@ def manifest(
         patch=family.patch,
         even_sigmas=family.even_sigmas,
         strength_up=family.strength_up,
-        defaults=Defaults(**{**family.defaults, **DEFAULTS.get(asked.name, {})}),  # type: ignore[arg-type]
-        examples=EXAMPLES.get(asked.name, OTHER_EXAMPLES),
+        defaults=Defaults(**{**family.defaults, **DEFAULTS.get(asked.embedded or "", {})}),  # type: ignore[arg-type]
+        examples=EXAMPLES.get(asked.embedded or "", OTHER_EXAMPLES),
     )
 
 

@@ -1,46 +1,20 @@
 """Model families: which networks a diffusers pipeline is made of, and what the runtime must know of it.
 
-A family is one entry in `FAMILIES`. Everything that is special to one goes into its ONNX graphs: how several text
-encoders make one conditioning, how latents are packed, positions, scaling before the VAE. So every text encoder here
-maps token ids to the denoiser's inputs by name, every denoiser maps latents to an output of their shape, and the
-runtime never asks for a family's name.
-
-Axes of tensors are named: `batch`; `height` and `width` of the latents; `8*height` for what is so many times larger.
+A family is one entry in `FAMILIES`, and the runtime never asks for its name: what is special to it went into the graphs
+of its networks (`export/networks.py`) or is a field of the manifest.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 from engines.errors import ExportError
+from export import networks
+from export.networks import FLUX_TOKENS, SD3_TOKENS, Exported, vae_factor
 
-Axis = int | str
 Guidance = Literal["classifier_free", "embedded", "none"]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a network: its axes, and random values for it. `values` takes a shape, with numbers for names."""
-
-    name: str
-    axes: tuple[Axis, ...]
-    values: Callable[[tuple[int, ...]], Tensor]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A network to export. Its module takes the inputs in order; with several outputs it returns a tuple."""
-
-    module: nn.Module
-    inputs: tuple[Input, ...]
-    outputs: Mapping[str, tuple[Axis, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +47,7 @@ class Family:
     even_sigmas: the pipeline itself, not its scheduler, spaces the noise levels evenly from 1 down to 1/N.
     strength_up: the number of steps that a strength stands for is rounded up, as diffusers does in this family.
     wide_vae: a VAE whose config says `force_upcast` is not run in half, as diffusers does in this family.
-    optional: components that a folder may lack.
+    optional: components that a folder may lack, beside those that no family uses.
     """
 
     networks: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Exported]]]
@@ -86,368 +60,7 @@ class Family:
     even_sigmas: bool = False
     strength_up: bool = False
     wide_vae: bool = False
-    optional: tuple[str, ...] = field(default=("safety_checker", "feature_extractor", "image_encoder"))
-
-
-# --- random inputs -------------------------------------------------------------------------------------------------
-
-
-def _ids(words: int) -> Callable[[tuple[int, ...]], Tensor]:
-    return lambda shape: torch.randint(words, shape)
-
-
-def _normal(dtype: torch.dtype) -> Callable[[tuple[int, ...]], Tensor]:
-    return lambda shape: torch.randn(shape).to(dtype)
-
-
-def _uniform(dtype: torch.dtype, low: float, high: float) -> Callable[[tuple[int, ...]], Tensor]:
-    return lambda shape: (low + (high - low) * torch.rand(shape)).to(dtype)
-
-
-def _timesteps(shape: tuple[int, ...]) -> Tensor:
-    return torch.randint(1000, shape).float()
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-def _layer(states: Sequence[Tensor], clip_skip: Tensor, last: int) -> Tensor:
-    """Of the hidden states of every layer, for each row the one that is `clip_skip` before the `last` from the end."""
-    stacked = torch.stack(tuple(states), 1)
-    index = (len(states) - last) - clip_skip
-    return stacked.gather(1, index.view(-1, 1, 1, 1).expand(-1, 1, *stacked.shape[2:])).squeeze(1)
-
-
-class ClipText(nn.Module):
-    """Token ids (batch, tokens) → the normalized states of a layer, as Stable Diffusion 1 and 2 use them."""
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__()
-        self.model = pipeline.text_encoder
-
-    def forward(self, input_ids: Tensor, clip_skip: Tensor) -> Tensor:
-        """`clip_skip` 0 is the last layer."""
-        states = self.model(input_ids=input_ids, output_hidden_states=True).hidden_states
-        normalize = getattr(self.model, "text_model", self.model).final_layer_norm
-        result: Tensor = normalize(_layer(states, clip_skip, 1))
-        return result
-
-
-class ClipPairText(nn.Module):
-    """Two CLIP encoders side by side, with the second one's pooled embedding: Stable Diffusion XL."""
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__()
-        self.first, self.second = pipeline.text_encoder, pipeline.text_encoder_2
-
-    def forward(self, input_ids: Tensor, input_ids_2: Tensor, clip_skip: Tensor) -> tuple[Tensor, Tensor]:
-        """States of the layer before the last, unnormalized; `clip_skip` counts from there."""
-        first = self.first(input_ids, output_hidden_states=True)
-        second = self.second(input_ids_2, output_hidden_states=True)
-        states = [_layer(one.hidden_states, clip_skip, 2) for one in (first, second)]
-        return torch.cat(states, -1), second.text_embeds
-
-
-class ClipPairT5Text(nn.Module):
-    """Two CLIP encoders side by side, padded to T5's width, then T5's states, or zeros without T5: SD 3."""
-
-    def __init__(self, pipeline: Any, width: int) -> None:
-        super().__init__()
-        self.first, self.second, self.third = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
-        self.width = width
-
-    def forward(
-        self, input_ids: Tensor, input_ids_2: Tensor, clip_skip: Tensor, input_ids_3: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """T5's ids come last, where there is a T5."""
-        first = self.first(input_ids, output_hidden_states=True)
-        second = self.second(input_ids_2, output_hidden_states=True)
-        states = torch.cat([_layer(one.hidden_states, clip_skip, 2) for one in (first, second)], -1)
-        states = nn.functional.pad(states, (0, self.width - states.shape[-1]))
-        if self.third is None:
-            long = states.new_zeros((states.shape[0], SD3_TOKENS, self.width))
-        else:
-            long = self.third(input_ids_3)[0].to(states.dtype)
-        return torch.cat([states, long], 1), torch.cat([first.text_embeds, second.text_embeds], -1)
-
-
-class PooledT5Text(nn.Module):
-    """CLIP's pooled state and T5's states: Flux."""
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__()
-        self.first, self.second = pipeline.text_encoder, pipeline.text_encoder_2
-
-    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        """Unmasked, as in diffusers."""
-        return self.second(input_ids_2)[0], self.first(input_ids).pooler_output
-
-
-def _clip_inputs(tokens: int, *models: Any, skip: bool = True) -> tuple[Input, ...]:
-    """Ids per encoder, then `clip_skip`."""
-    names = ("input_ids", "input_ids_2")
-    found = [
-        Input(name, ("batch", tokens), _ids(model.config.vocab_size))
-        for name, model in zip(names, models, strict=False)
-    ]
-    if skip:
-        found.append(Input("clip_skip", ("batch",), _ids(min(model.config.num_hidden_layers for model in models))))
-    return tuple(found)
-
-
-def _t5_input(name: str, tokens: int, model: Any) -> Input:
-    return Input(name, ("batch", tokens), _ids(model.config.vocab_size))
-
-
-def _clip_text(pipeline: Any) -> Exported:
-    encoder, tokens = pipeline.text_encoder, pipeline.tokenizer.model_max_length
-    states = ("batch", tokens, encoder.config.hidden_size)
-    return Exported(ClipText(pipeline), _clip_inputs(tokens, encoder), {"encoder_hidden_states": states})
-
-
-def _clip_pair_text(pipeline: Any) -> Exported:
-    first, second, tokens = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.tokenizer.model_max_length
-    outputs = {
-        "encoder_hidden_states": ("batch", tokens, first.config.hidden_size + second.config.hidden_size),
-        "text_embeds": ("batch", second.config.projection_dim),
-    }
-    return Exported(ClipPairText(pipeline), _clip_inputs(tokens, first, second), outputs)
-
-
-def _clip_pair_t5_text(pipeline: Any) -> Exported:
-    first, second, third = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3
-    config, tokens = pipeline.transformer.config, pipeline.tokenizer.model_max_length
-    outputs = {
-        "encoder_hidden_states": ("batch", tokens + SD3_TOKENS, config.joint_attention_dim),
-        "pooled_projections": ("batch", config.pooled_projection_dim),
-    }
-    inputs = _clip_inputs(tokens, first, second)
-    if third is not None:
-        inputs = (*inputs, _t5_input("input_ids_3", SD3_TOKENS, third))
-    return Exported(ClipPairT5Text(pipeline, config.joint_attention_dim), inputs, outputs)
-
-
-def _pooled_t5_text(pipeline: Any) -> Exported:
-    first, second, tokens = pipeline.text_encoder, pipeline.text_encoder_2, pipeline.tokenizer.model_max_length
-    outputs = {
-        "encoder_hidden_states": ("batch", FLUX_TOKENS, second.config.d_model),
-        "pooled_projections": ("batch", first.config.hidden_size),
-    }
-    inputs = (*_clip_inputs(tokens, first, skip=False), _t5_input("input_ids_2", FLUX_TOKENS, second))
-    return Exported(PooledT5Text(pipeline), inputs, outputs)
-
-
-# --- denoisers -----------------------------------------------------------------------------------------------------
-
-
-class UNet(nn.Module):
-    """Latents, a timestep per row, and states of a text → a prediction of the latents' shape."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.model = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """A batch may mix timesteps, which lets one call serve several drafts."""
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states).sample
-        return output
-
-
-class GuidedUNet(UNet):
-    """A UNet that is told the guidance scale as an embedding: latent consistency models (Luo et al. 2023)."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__(unet)
-        half = unet.config.time_cond_proj_dim // 2
-        self.frequencies = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
-
-    def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
-    ) -> Tensor:
-        """The sinusoidal embedding of 1000·(guidance − 1)."""
-        angles = 1000 * (guidance.float() - 1)[:, None] * self.frequencies[None]
-        embedding = torch.cat([angles.sin(), angles.cos()], 1).to(sample.dtype)
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states, timestep_cond=embedding).sample
-        return output
-
-
-class PooledUNet(UNet):
-    """A UNet with a pooled embedding and time ids (original size, crop, target size): Stable Diffusion XL."""
-
-    def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
-    ) -> Tensor:
-        """As UNet. The time ids become float32 inside, and the exporter does not widen what is joined with them."""
-        more = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=more).sample
-        return output
-
-
-class JointTransformer(nn.Module):
-    """Stable Diffusion 3's transformer: latents in, velocity out."""
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.model: Any = transformer
-        transformer.pos_embed.cropped_pos_embed = partial(_cropped, transformer.pos_embed)
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
-    ) -> Tensor:
-        """As UNet."""
-        output: Tensor = self.model(
-            hidden_states=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-        ).sample  # fmt: skip
-        return output
-
-
-def _cropped(table: Any, height: int, width: int) -> Tensor:
-    """The middle of a table of positions, as diffusers cuts it out.
-
-    Written without a division of a negative number: the exporter rounds those in the other direction.
-    """
-    most, rows, columns = table.pos_embed_max_size, height // table.patch_size, width // table.patch_size
-    top, left = (most // 2 - (side + 1 - most % 2) // 2 for side in (rows, columns))
-    square = table.pos_embed.reshape(1, most, most, -1)[:, top : top + rows, left : left + columns]
-    middle: Tensor = square.reshape(1, rows * columns, square.shape[-1])
-    return middle
-
-
-class PackedTransformer(nn.Module):
-    """Flux: squares of 2 by 2 latents are one token, and each token is told its row and column."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.model = transformer
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor,
-        guidance: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """As UNet; the transformer takes times in 0 … 1."""
-        batch, channels, height, width = sample.shape
-        rows, columns = height // 2, width // 2
-        squares = sample.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        row = torch.arange(rows)[:, None].expand(rows, columns)
-        column = torch.arange(columns)[None].expand(rows, columns)
-        places = torch.stack([torch.zeros_like(row), row, column], -1).reshape(-1, 3).to(sample.dtype)
-        output = self.model(
-            hidden_states=squares.reshape(batch, rows * columns, channels * 4), timestep=timestep / 1000,
-            guidance=None if guidance is None else guidance.float(), pooled_projections=pooled_projections,
-            encoder_hidden_states=encoder_hidden_states,
-            txt_ids=sample.new_zeros((encoder_hidden_states.shape[1], 3)), img_ids=places,
-        ).sample  # fmt: skip
-        squares = output.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        result: Tensor = squares.reshape(batch, channels, height, width)
-        return result
-
-
-def _denoiser(module: nn.Module, channels: int, dtype: torch.dtype, **conditioning: tuple[int, ...]) -> Exported:
-    """Latents and timesteps, then the conditioning by name with the axes of one row."""
-    sample = Input("sample", ("batch", channels, "height", "width"), _normal(dtype))
-    draws = {"guidance": _uniform(dtype, 1, 8), "time_ids": _uniform(dtype, 0, 1024)}
-    more = [Input(name, ("batch", *axes), draws.get(name, _normal(dtype))) for name, axes in conditioning.items()]
-    inputs = (sample, Input("timestep", ("batch",), _timesteps), *more)
-    return Exported(module, inputs, {"out_sample": sample.axes})
-
-
-def _unet(pipeline: Any) -> Exported:
-    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
-    words = {"encoder_hidden_states": (tokens, unet.config.cross_attention_dim)}
-    if _guidance_of_unet(pipeline) == "embedded":
-        return _denoiser(GuidedUNet(unet), unet.config.in_channels, unet.dtype, **words, guidance=())
-    return _denoiser(UNet(unet), unet.config.in_channels, unet.dtype, **words)
-
-
-def _pooled_unet(pipeline: Any) -> Exported:
-    unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    return _denoiser(
-        PooledUNet(unet), unet.config.in_channels, unet.dtype,
-        encoder_hidden_states=(tokens, unet.config.cross_attention_dim), text_embeds=(pooled,), time_ids=(6,),
-    )  # fmt: skip
-
-
-def _joint_transformer(pipeline: Any) -> Exported:
-    transformer, config = pipeline.transformer, pipeline.transformer.config
-    tokens = pipeline.tokenizer.model_max_length + SD3_TOKENS
-    return _denoiser(
-        JointTransformer(transformer), config.in_channels, transformer.dtype,
-        encoder_hidden_states=(tokens, config.joint_attention_dim), pooled_projections=(config.pooled_projection_dim,),
-    )  # fmt: skip
-
-
-def _packed_transformer(pipeline: Any) -> Exported:
-    transformer, config = pipeline.transformer, pipeline.transformer.config
-    told: dict[str, tuple[int, ...]] = {"guidance": ()} if config.guidance_embeds else {}
-    return _denoiser(
-        PackedTransformer(transformer), config.in_channels // 4, transformer.dtype,
-        encoder_hidden_states=(FLUX_TOKENS, config.joint_attention_dim),
-        pooled_projections=(config.pooled_projection_dim,), **told,
-    )  # fmt: skip
-
-
-# --- the VAE -------------------------------------------------------------------------------------------------------
-
-
-class LatentDecoder(nn.Module):
-    """Latents as the denoiser leaves them → pixels in [−1, 1]."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae: Any = vae
-        self.scale, self.shift = _scaling(vae)
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        """The scaling is part of the graph."""
-        latents = latent_sample * self.scale.to(latent_sample) + self.shift.to(latent_sample)
-        output: Tensor = self.vae.decode(latents).sample
-        return output
-
-
-class LatentEncoder(nn.Module):
-    """Pixels in [−1, 1] and normal noise → a sample of their latents, as the denoiser takes them."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae: Any = vae
-        self.scale, self.shift = _scaling(vae)
-
-    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """mean + std · noise, then the inverse of the decoder's scaling."""
-        found = self.vae.encode(image).latent_dist
-        latents: Tensor = found.mean + found.std * noise
-        return (latents - self.shift.to(latents)) / self.scale.to(latents)
-
-
-def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
-    """What the denoiser's latents are multiplied with and what is added, per channel."""
-    config = vae.config
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    scale, shift = torch.tensor(1 / config.scaling_factor), torch.tensor(getattr(config, "shift_factor", None) or 0.0)
-    if mean is not None and std is not None:
-        scale, shift = scale * torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
-    return scale, shift
-
-
-def _vae_factor(pipeline: Any) -> int:
-    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
-
-
-def _decoder(pipeline: Any) -> Exported:
-    vae, factor = pipeline.vae, _vae_factor(pipeline)
-    latents = Input("latent_sample", ("batch", vae.config.latent_channels, "height", "width"), _normal(vae.dtype))
-    pixels = ("batch", vae.config.out_channels, f"{factor}*height", f"{factor}*width")
-    return Exported(LatentDecoder(vae), (latents,), {"sample": pixels})
-
-
-def _encoder(pipeline: Any) -> Exported:
-    vae, factor = pipeline.vae, _vae_factor(pipeline)
-    latents = ("batch", vae.config.latent_channels, "height", "width")
-    pixels = ("batch", vae.config.in_channels, f"{factor}*height", f"{factor}*width")
-    inputs = Input("image", pixels, _uniform(vae.dtype, -1, 1)), Input("noise", latents, _normal(vae.dtype))
-    return Exported(LatentEncoder(vae), inputs, {"latent_sample": latents})
+    optional: tuple[str, ...] = ()
 
 
 # --- sizes, guidance, what cannot be done ----------------------------------------------------------------------------
@@ -465,20 +78,20 @@ def _sides(default: int, multiple: int, full: bool, most: int | None = None) -> 
 
 def _unet_sides(pipeline: Any, full: bool = False) -> Sides:
     """A UNet halves its sides between levels."""
-    config, factor = pipeline.unet.config, _vae_factor(pipeline)
+    config, factor = pipeline.unet.config, vae_factor(pipeline)
     side = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
     return _sides(side * factor, factor * 2 ** (len(config.down_block_types) - 1), full)
 
 
 def _joint_sides(pipeline: Any, full: bool = False) -> Sides:
     """Positions are cut out of a table, which ends."""
-    config, factor = pipeline.transformer.config, _vae_factor(pipeline)
+    config, factor = pipeline.transformer.config, vae_factor(pipeline)
     token = config.patch_size * factor
     return _sides(config.sample_size * factor, token, full, config.pos_embed_max_size * token)
 
 
 def _packed_sides(pipeline: Any, full: bool = False) -> Sides:
-    factor = _vae_factor(pipeline)
+    factor = vae_factor(pipeline)
     return _sides(FLUX_SIDE * factor, 2 * factor, full)
 
 
@@ -512,16 +125,13 @@ def _packed_refused(pipeline: Any) -> str | None:
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-SD3_TOKENS = 256  # that T5 reads: diffusers' default `max_sequence_length` of each pipeline
-FLUX_TOKENS = 512
 FLUX_SIDE = 128  # latents; a Flux folder does not say
-_VAE = {"vae_decoder": (("vae",), _decoder), "vae_encoder": (("vae",), _encoder)}
+_VAE = {"vae_decoder": (("vae",), networks.decoder), "vae_encoder": (("vae",), networks.encoder)}
 _TEXT = Text("tokenizer", "input_ids")
 _TEXT_2 = Text("tokenizer_2", "input_ids_2")
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 STABLE_DIFFUSION = Family(
-    networks={"text_encoder": (("text_encoder",), _clip_text), "denoiser": (("unet",), _unet), **_VAE},
+    networks={"text_encoder": (("text_encoder",), networks.clip_text), "denoiser": (("unet",), networks.unet), **_VAE},
     texts=(_TEXT,),
     sides=_unet_sides,
     guidance=_guidance_of_unet,
@@ -530,8 +140,8 @@ STABLE_DIFFUSION = Family(
 )
 STABLE_DIFFUSION_XL = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2"), _clip_pair_text),
-        "denoiser": (("unet",), _pooled_unet),
+        "text_encoder": (("text_encoder", "text_encoder_2"), networks.clip_pair_text),
+        "denoiser": (("unet",), networks.pooled_unet),
         **_VAE,
     },
     texts=(_TEXT, _TEXT_2),
@@ -543,8 +153,8 @@ STABLE_DIFFUSION_XL = Family(
 )
 STABLE_DIFFUSION_3 = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2", "text_encoder_3"), _clip_pair_t5_text),
-        "denoiser": (("transformer",), _joint_transformer),
+        "text_encoder": (("text_encoder", "text_encoder_2", "text_encoder_3"), networks.clip_pair_t5_text),
+        "denoiser": (("transformer",), networks.joint_transformer),
         **_VAE,
     },
     texts=(_TEXT, _TEXT_2, Text("tokenizer_3", "input_ids_3", lambda tokenizer: SD3_TOKENS)),
@@ -552,13 +162,13 @@ STABLE_DIFFUSION_3 = Family(
     guidance=lambda pipeline: "classifier_free",
     patch=2,
     strength_up=True,
-    optional=("text_encoder_3", "tokenizer_3", *_OPTIONAL),
+    optional=("text_encoder_3", "tokenizer_3"),
     defaults={"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
 )
 FLUX = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2"), _pooled_t5_text),
-        "denoiser": (("transformer",), _packed_transformer),
+        "text_encoder": (("text_encoder", "text_encoder_2"), networks.pooled_t5_text),
+        "denoiser": (("transformer",), networks.packed_transformer),
         "vae_decoder": _VAE["vae_decoder"],
     },
     texts=(_TEXT, Text("tokenizer_2", "input_ids_2", lambda tokenizer: FLUX_TOKENS)),
@@ -571,8 +181,8 @@ FLUX = Family(
 )
 LATENT_CONSISTENCY = Family(
     networks={
-        "text_encoder": (("text_encoder",), _clip_text),
-        "denoiser": (("unet",), _unet),
+        "text_encoder": (("text_encoder",), networks.clip_text),
+        "denoiser": (("unet",), networks.unet),
         "vae_decoder": _VAE["vae_decoder"],
     },
     texts=(_TEXT,),

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from engines.errors import ExportError
+from export import UNUSED
 from export.families import Family, family_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,10 +61,9 @@ class Source:
         """The components that the folder has."""
         listed = [
             name for name, entry in self.index.items()
-            if not name.startswith("_") and isinstance(entry, list) and entry and entry[0] is not None
+            if name not in UNUSED and isinstance(entry, list) and entry and entry[0] is not None
         ]  # fmt: skip
-        optional = self.family.optional
-        return [name for name in listed if (self.folder / name).is_dir() or name not in optional]
+        return [name for name in listed if (self.folder / name).is_dir() or name not in self.family.optional]
 
     def config(self, component: str) -> SimpleNamespace:
         """A component's config without its weights."""
@@ -156,9 +156,7 @@ def load(source: Source, wanted: Sequence[str], precision: str) -> Components:
         name: None for name, entry in source.index.items()
         if isinstance(entry, list) and name not in (*wanted, *tokenizers, "scheduler")
     }  # fmt: skip
-    absent |= dict.fromkeys(source.family.optional[:-3] if len(source.family.optional) > 3 else ())
-    for name in (*wanted, *tokenizers):
-        absent.pop(name, None)
+    absent |= {name: None for name in source.family.optional if name not in there}
     variants = {_variant(file) for name in wanted for file in source.weights(name)} - {None}
     try:
         pipeline = getattr(diffusers, source.family_name).from_pretrained(

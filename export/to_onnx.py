@@ -18,33 +18,34 @@ import torch
 
 from engines.errors import ExportError
 from engines.manifest import Axes, File, Network, Parity, TensorSpec
-from export.families import Axis, Exported, Sides
+from export.families import Sides
+from export.networks import Axis, Exported
 
 OPSET = 20  # the newest that needs no Attention operator, which TensorRT-RTX cannot build
 MAX_BATCH = 64
 # of an output's largest value; every layer rounds to 5e-4 in half and to 4e-3 in bfloat16
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
-PARITY_BATCHES = (1, 3, 4)
-LARGE = 1_500_000_000  # bytes of weights from which they lie beside the graph: the format ends at 2 GB
+BATCHES, FEW = (1, 3, 4), (1, 2)  # rows of fresh inputs that are compared; few where one takes minutes
+LARGE = 1_500_000_000  # bytes of weights from which they are few, and lie beside the graph: the format ends at 2 GB
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def export_network(
-    name: str, make: Callable[[], Exported], folder: Path, sides: Sides, factor: int, batches: Sequence[int]
-) -> Network:
+def export_network(name: str, make: Callable[[], Exported], folder: Path, sides: Sides, factor: int) -> Network:
     """Writes `<name>.onnx` with dynamic axes and measures it against torch in float32 with the same weights.
 
-    `factor` is how many pixels a latent is wide, `batches` how many rows the fresh inputs have that are compared.
-    ExportError when the largest difference exceeds PARITY_BOUND of the output's scale, or is not finite. Torch has
-    let go of the weights before ONNX Runtime loads them, in a process of its own.
+    `factor` is how many pixels a latent is wide. ExportError when the largest difference exceeds PARITY_BOUND of the
+    output's scale, or is not finite. Torch has let go of the weights before ONNX Runtime loads them, in a process of
+    its own.
     """
     path = folder / f"{name}.onnx"
     network = make()
     network.module.eval().requires_grad_(requires_grad=False)
+    large = sum(one.numel() * one.element_size() for one in network.module.state_dict().values()) >= LARGE
+    batches = FEW if large else BATCHES
     axes: list[Axes] = [_axes(sides, factor, batch) for batch in batches]
     precision = _precision(network.module)
     with torch.no_grad():
-        _write(network, path, sides, factor)
+        _write(network, path, sides, factor, beside=large)
         drawn = [[one.values(_resolve(one.axes, numbers)) for one in network.inputs] for numbers in axes]
         network.module.float()  # torch has no fast half on processors, and this is the better yardstick
         found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
@@ -91,8 +92,8 @@ def _as_tuple(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Te
     return output if isinstance(output, tuple) else (output,)
 
 
-def _write(network: Exported, path: Path, sides: Sides, factor: int) -> None:
-    """Torch's exporter, told which axes may change and how much."""
+def _write(network: Exported, path: Path, sides: Sides, factor: int, *, beside: bool) -> None:
+    """Torch's exporter, told which axes may change and how much; the weights go beside the graph or into it."""
     unit, low, high = sides.multiple // factor, sides.least // sides.multiple, sides.most // sides.multiple
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     free = {name: torch.export.Dim(f"{name}_{unit}", min=low, max=high) for name in ("height", "width")}
@@ -129,12 +130,9 @@ def _write(network: Exported, path: Path, sides: Sides, factor: int) -> None:
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             raise ExportError(f"{path.stem} cannot be exported by torch: {cause}") from error
     assert program is not None
-    weights = sum(one.numel() * one.element_size() for one in network.module.state_dict().values())
-    if weights < LARGE:
-        program.save(path, external_data=False)
-        return
-    program.save(path, external_data=True)
-    _rename_data(path)
+    program.save(path, external_data=beside)
+    if beside:
+        _rename_data(path)
 
 
 def _rename_data(path: Path) -> None:
