@@ -15,6 +15,9 @@ RUN = .venv/bin/python
 TENSORRT ?= trt
 SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
 
+# two processes: one has all tests that use the compiled model, the other has the rest
+TOGETHER = -n 2 --dist loadgroup --durations 40
+
 .DEFAULT_GOAL := help
 .PHONY: help engines serve test test-all soak lint bench bench-full gpu-check train clean-engines clean
 
@@ -54,10 +57,10 @@ lint: .venv/.dev ## ruff and mypy --strict
 	@$(RUN) -m mypy
 
 test: lint engines ## lint and every quick test
-	@$(RUN) -m pytest -m "not slow and not soak"
+	@$(RUN) -m pytest -m "not slow and not soak" $(TOGETHER)
 
 test-all: lint engines ## lint and every test this machine can run, but for the soak tests
-	@$(RUN) -m pytest -m "not soak"
+	@$(RUN) -m pytest -m "not soak" $(TOGETHER)
 
 soak: .venv/.dev engines ## the server under hundreds of clients and thousands of pictures: half an hour
 	@$(RUN) -m pytest -m soak -s

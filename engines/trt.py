@@ -26,7 +26,7 @@ from engines.devices import LaneSpec
 from engines.driver import Device, Driver, available, release
 from engines.errors import DeviceError
 from engines.kernel import BYTES, CACHE
-from engines.manifest import DENOISER, Manifest, Network, axes_of
+from engines.manifest import DENOISER, Manifest, axes_of
 from engines.memory import require
 from engines.store import Bundle, Plan, locked, plan_key
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 
 BATCHES = (1, 4, 16)  # smallest, the one that kernels are chosen for, largest; larger calls run in parts
+PIXEL_BATCHES = (1, 1, 1)  # of a VAE, whose memory grows with pixels: 16 pictures of 2048 × 2048 would take 69 GB
 HOST_BYTES_PER_ONNX_BYTE = 3.5  # peak of a build: Stable Diffusion 1.5's UNet, 1.7 GB, takes 5.8 GB
 HOST_BYTES = 1 << 29
 
@@ -125,10 +126,15 @@ def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
         "gpu": gpu.name,
         "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
         "driver": gpu.driver,
-        "batches": "-".join(map(str, BATCHES)),
+        "batches": "-".join(map(str, batches(network))),
         "sides": f"{sizes.least}-{sizes.width}x{sizes.height}-{sizes.most}",
         "flags": "strongly typed, user allocation",
     }
+
+
+def batches(network: str) -> tuple[int, int, int]:
+    """Rows that a plan of a network takes: the fewest, those that kernels are chosen for, the most."""
+    return PIXEL_BATCHES if network.startswith("vae_") else BATCHES
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def build(
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # without it a lane may not be captured
     _target(trt, config, gpu)
-    config.add_optimization_profile(_profile(builder, bundle.manifest, spec))
+    config.add_optimization_profile(_profile(builder, bundle.manifest, network))
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     cache = _timing_cache(trt, config, timing)
@@ -195,12 +201,12 @@ def _target(trt: Any, config: Any, gpu: Gpu) -> None:
     config.set_compute_capability(capability, 0)
 
 
-def _profile(builder: Any, manifest: Manifest, network: Network) -> Any:
+def _profile(builder: Any, manifest: Manifest, network: str) -> Any:
     """The smallest, the usual and the largest shape of every input."""
     sizes, profile = manifest.sizes, builder.create_optimization_profile()
     pictures = ((sizes.least, sizes.least), (sizes.width, sizes.height), (sizes.most, sizes.most))
-    several = [manifest.latent_axes(*picture, batch) for picture, batch in zip(pictures, BATCHES, strict=True)]
-    for one in network.inputs:
+    several = [manifest.latent_axes(*picture, batch) for picture, batch in zip(pictures, batches(network), strict=True)]
+    for one in manifest.networks[network].inputs:
         profile.set_shape(one.name, *(one.resolve(axes) for axes in several))
     return profile
 
@@ -405,7 +411,7 @@ class EngineSession:
     """
 
     def __init__(self, engine: Engine, bundle: Bundle, network: str) -> None:
-        self._engine, self._spec = engine, bundle.manifest.networks[network]
+        self._engine, self._spec, self._largest = engine, bundle.manifest.networks[network], batches(network)[-1]
         self._lock = threading.Lock()
         self._freed: list[Callable[[], None]] = []
         self._bound: dict[tuple[tuple[int, ...], ...], tuple[Enqueue, dict[str, tuple[int, np.ndarray]]]] = {}
@@ -420,7 +426,7 @@ class EngineSession:
 
     def run(self, **inputs: np.ndarray) -> dict[str, Array]:
         """See load.Runner."""
-        batch, largest = len(next(iter(inputs.values()))), BATCHES[-1]
+        batch, largest = len(next(iter(inputs.values()))), self._largest
         parts = (slice(start, start + largest) for start in range(0, batch, largest))
         with self._lock:
             found = [self._run({name: value[part] for name, value in inputs.items()}) for part in parts]

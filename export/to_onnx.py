@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -53,8 +54,8 @@ def export_network(name: str, make: Callable[[], Exported], folder: Path, sides:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pairs = Path(scratch) / "pairs.npz"
         _save(pairs, names, drawn, list(outputs), found)
+        _release(network.module)
         del network, found
-        gc.collect()
         parity = measure_parity(name, path, pairs, PARITY_BOUND[precision], batches)
     graph = onnx.load(path, load_external_data=False).graph
     data = path.with_suffix(".data")
@@ -65,6 +66,16 @@ def export_network(name: str, make: Callable[[], Exported], folder: Path, sides:
         outputs=tuple(_spec(value, outputs[value.name]) for value in graph.output),
         parity=parity,
     )
+
+
+def _release(module: torch.nn.Module) -> None:
+    """Gives the memory of weights back, also where torch's exporter still knows them."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0)
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the C library keeps what is freed in small pieces
+    if trim is not None:
+        trim(0)
 
 
 def _precision(module: torch.nn.Module) -> str:

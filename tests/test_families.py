@@ -17,13 +17,12 @@ from engines.base import Array
 from engines.devices import parse_devices
 from engines.errors import ParameterError
 from engines.store import Bundle
-from export.__main__ import Asked, export
+from export.__main__ import Asked, export, exporter
 from runtime.noise import PICTURE, gaussian
 from runtime.pipeline import Pipeline
 from runtime.schedulers import RULES
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),  # diffusers and transformers, about themselves
 ]
@@ -311,6 +310,30 @@ def test_prompts_become_the_ids_that_transformers_gives(made: Made) -> None:
         ).input_ids
         assert np.array_equal(ids[spec.input], wanted), spec.input
     assert any("was cut" in warning for warning in warnings)
+
+
+NARROW = [*((name, "fp16") for name in SCHEDULERS), ("sd1", "bf16"), ("flux", "bf16")]
+
+
+@pytest.mark.parametrize(("made", "precision"), NARROW, indirect=["made"], ids=["-".join(case) for case in NARROW])
+def test_networks_for_gpus_stay_near_torch(made: Made, precision: str, tmp_path: Path) -> None:
+    """The export itself refuses what is beyond its bound; here no network may come near it."""
+    from export.families import Sides
+    from export.loading import configs, open_source
+    from export.networks import vae_factor
+    from export.to_onnx import export_network
+
+    source = open_source(made.folder)
+    factor, with_t5 = vae_factor(configs(source)), made.name in ("sd3", "flux") and precision == "fp16"
+    for name in ("denoiser", "text_encoder") if with_t5 else ("denoiser",):
+        parts, make = source.family.networks[name]
+        load = exporter(make, source, parts, precision)
+        network = export_network(name, load, tmp_path, Sides(64, 64, 128, 16), factor)
+        assert 0 < network.parity.relative_error < 2e-3, name
+        if name == "denoiser":
+            types = {one.name: one.dtype for one in network.inputs}
+            assert types["sample"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+            assert types["timestep"] == "float32"
 
 
 @every("flux", "lcm")
