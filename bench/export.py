@@ -41,6 +41,7 @@ def measure(models: Sequence[str], folder: Path, keep: bool) -> list[dict[str, A
         for precision in precisions:
             devices = "cpu" if precision == "fp32" else f"cuda:0@{precision}"
             bundles = folder / "bundles"
+            shutil.rmtree(bundles, ignore_errors=True)  # what a run that was cut off has exported would not be measured
             networks = _exported(source, bundles, devices, bundle_name(name, precision))
             for network, row in networks.items():
                 if precision == "fp16":

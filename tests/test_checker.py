@@ -21,10 +21,12 @@ Picture = NDArray[np.uint8]
 SCENE = Scene((Shape("large", "red", "star", "at the left"),), "blue")
 
 
-@pytest.fixture(params=[secrets.randbits(32)])
-def seed(request: pytest.FixtureRequest) -> int:
-    """A fresh seed in each run; it is in the test's name, so a failure tells it."""
-    return int(request.param)
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed; pytest shows what a test that fails has printed."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    return seed
 
 
 def words(scene: Scene) -> list[Words]:
