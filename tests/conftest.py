@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 BESIDE = "architecture checker cuda devices families gpu_check host kernel report sample samplers schedulers sources"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several processes, one has all tests of the compiled model, in order."""
     for item in items:
