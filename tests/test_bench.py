@@ -308,6 +308,7 @@ def test_without_a_driver_joules_have_a_reason(monkeypatch: pytest.MonkeyPatch) 
     assert Meter(parse_devices("cuda:0")).reason == "nvidia-ml-py is missing"
 
 
+@pytest.mark.usefixtures("usual_costs")
 def test_serving_is_measured_with_every_policy(
     shapes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -232,6 +232,7 @@ def test_a_round_that_does_not_end_is_seen() -> None:
 # --- on the embedded model -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("usual_costs")
 @pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive", "srds"])
 def test_load_changes_no_picture(mode: str, pipeline: Pipeline) -> None:
     options: dict[str, Any] = {"mode": mode, "num_inference_steps": 9}
@@ -258,6 +259,7 @@ class Broken:
         raise DeviceError("burnt out")
 
 
+@pytest.mark.usefixtures("usual_costs")
 def test_lanes_that_die_under_load_cost_no_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*3")
     options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 8}
