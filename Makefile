@@ -7,7 +7,7 @@ SIZES ?=
 # the folder of a model and the LoRA files give its bundle its name, as `python -m export` does
 empty :=
 FUSED = $(foreach file,$(LORA),+$(subst .safetensors,,$(notdir $(file))))
-NAME = $(notdir $(patsubst %/,%,$(MODEL)))$(subst $(empty) $(empty),,$(FUSED))
+NAME = $(notdir $(abspath $(MODEL)))$(subst $(empty) $(empty),,$(FUSED))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python

@@ -1,8 +1,8 @@
 """`python -m bench export`: full-size models with random weights through the export: time, memory, parity, plans.
 
 Architectures and sizes are those of the published checkpoints; diffusers makes and saves the folders. Every step is a
-process of its own, as it is for a user, and its memory is that of the process with its children. Takes about 60 GB of
-disk below `--folder`, and for SDXL most of 24 GB of memory.
+process of its own, as it is for a user, and its memory is that of the process with its children, without what the
+system can read again from files. Takes about 60 GB of disk below `--folder`, and for SDXL most of 24 GB of memory.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _watched(command: Sequence[str], look: Callable[[int], None]) -> None:
             used = 0
             try:
                 for one in (watched, *watched.children(recursive=True)):
-                    used += one.memory_info().rss
+                    used += (memory := one.memory_info()).rss - memory.shared
             except psutil.NoSuchProcess:
                 continue
             look(used)
@@ -163,16 +163,15 @@ scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_sch
 diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
     safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(sys.argv[1])
 """
-# The UNet is the published one; its text encoders are as wide but have few layers, its VAE is Stable Diffusion's.
 SDXL = """
 import sys, torch, diffusers, transformers
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float16)
 tokenizer = transformers.CLIPTokenizer.from_pretrained("export/shapes/model/tokenizer", model_max_length=77)
-def text(width, heads, kind, **more):
-    return kind(transformers.CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3,
-        num_attention_heads=heads, vocab_size=49408, max_position_embeddings=77, eos_token_id=605, bos_token_id=604,
-        pad_token_id=605, projection_dim=width, **more)).half()
+def text(width, layers, kind, **more):
+    return kind(transformers.CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, vocab_size=49408, max_position_embeddings=77, eos_token_id=605,
+        bos_token_id=604, pad_token_id=605, projection_dim=width, **more)).half()
 unet = diffusers.UNet2DConditionModel(
     sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -185,7 +184,7 @@ vae = diffusers.AutoencoderKL(
 scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
     timestep_spacing="leading", steps_offset=1)
 diffusers.StableDiffusionXLPipeline(vae=vae, text_encoder=text(768, 12, transformers.CLIPTextModel),
-    text_encoder_2=text(1280, 20, transformers.CLIPTextModelWithProjection, hidden_act="gelu"), tokenizer=tokenizer,
+    text_encoder_2=text(1280, 32, transformers.CLIPTextModelWithProjection, hidden_act="gelu"), tokenizer=tokenizer,
     tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, add_watermarker=False).save_pretrained(sys.argv[1])
 """
 MODELS: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -141,6 +141,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}: nothing was changed", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; what was compiled stays, and the same command goes on", file=sys.stderr)
+        return 130
     return 1
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.errors import BundleError
+from engines.errors import BundleError, DeviceError
 from engines.manifest import MANIFEST, File, Manifest, Tokenizer, check_file, read_checked
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
@@ -94,7 +94,10 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def resuming(folder: Path, key: str) -> Iterator[Path]:
-    """As `replacing`, but what was finished stays for the same key when the process is interrupted or killed."""
+    """As `replacing`, but what was finished stays for the same key when the process is interrupted or killed.
+
+    It stays, too, when the machine is what fails, with a DeviceError.
+    """
     kept = folder.parent / f"{PARTIAL}{folder.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     kept.mkdir(parents=True, exist_ok=True)
     try:
@@ -102,6 +105,10 @@ def resuming(folder: Path, key: str) -> Iterator[Path]:
         with replacing(folder) as partial:
             for path in kept.iterdir():
                 os.replace(path, partial / path.name)
+    except DeviceError:
+        with suppress(OSError):
+            kept.rmdir()  # if nothing is in it yet
+        raise
     except Exception:
         shutil.rmtree(kept, ignore_errors=True)
         raise

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,21 +46,22 @@ OTHER_EXAMPLES = (
     "snow on a mountain village at night, warm windows",
 )
 FILES = (".json", ".safetensors", ".txt", ".model", ".bin")
-# Peak memory over the bytes of the weights, and what comes on top: measured, see bench/results/export.json.
-MEMORY = {"fp32": 2.6, "fp16": 3.6, "bf16": 5.0}
-MEMORY_ALWAYS = 1_500_000_000
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to export: a model's name and folder, LoRA files with their scales, and which sides pictures may have."""
+    """What to export: a model's name and folder, LoRA files with their scales, and which sides pictures may have.
+
+    `model` is what stands behind `make engines MODEL=`; without it, the folder does.
+    """
 
     name: str
     folder: Path
     loras: tuple[tuple[Path, float], ...] = ()
     sides: tuple[int, int] | None = None
     allow_pickle: bool = False
+    model: str | None = None
 
     @property
     def embedded(self) -> str | None:
@@ -68,8 +70,8 @@ class Asked:
 
     @property
     def origin(self) -> str:
-        """What stands behind `make engines MODEL=` to get this."""
-        words = [self.embedded or str(self.folder.resolve())]
+        """What to write behind `make engines MODEL=`, from anywhere, to get this."""
+        words = [self.model or self.embedded or str(self.folder.absolute())]
         if self.loras:
             files = " ".join(f"{file.resolve()}:{scale:g}" for file, scale in self.loras)
             words.append(f'LORA="{files}"' if len(self.loras) > 1 else f"LORA={files}")
@@ -94,20 +96,22 @@ class Asked:
         return f"{content} {code[:16]} {packages}{fused}{sides}"
 
 
-def resolve(model: str) -> tuple[str, Path]:
-    """The name and the diffusers folder of a model: an embedded one by name, any folder, or one of the hub."""
+def resolve(model: str, *, allow_pickle: bool = False) -> tuple[str, Path]:
+    """What names a model from anywhere, and its diffusers folder: an embedded one, any folder, or one of the hub."""
     if model in EMBEDDED:
         return model, EMBEDDED[model]
-    folder = Path(model)
+    folder = Path(os.path.abspath(model))  # noqa: PTH100 - a link has a name of its own, which resolve() takes away
     if (folder / "model_index.json").is_file():
-        return folder.resolve().name, folder
+        if folder.name in EMBEDDED and folder != EMBEDDED[folder.name]:
+            raise ExportError(f"{folder}: {folder.name} is the name of an embedded model: give the folder another one")
+        return str(folder), folder
     if folder.is_dir():
         raise ExportError(f"{folder} is not a diffusers model: it has no model_index.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from export.loading import download
 
-        return model.rpartition("/")[2], download(model)
+        return model, download(model, allow_pickle=allow_pickle)
     raise ExportError(
         f"unknown model {model!r}: use {', '.join(EMBEDDED)}, the folder of a diffusers model, or owner/name on the hub"
     )
@@ -157,6 +161,16 @@ def up_to_date(target: Path, source: str) -> bool:
     return manifest.source == source and not Bundle(target, manifest).damaged_sources()
 
 
+def check_name(target: Path, asked: Asked, precision: str) -> None:
+    """ExportError where the name of one model in half precision is that of another one."""
+    try:
+        there = Manifest.read(target)
+    except BundleError:
+        return
+    if there.precision != precision:
+        raise ExportError(f"{target} holds {there.model} in {there.precision}: give the folder another name")
+
+
 def sizes(asked: Asked, source: Source, configs: Components) -> Sizes:
     """The sides that the family can do, within those that were asked for."""
     can = source.family.sides(configs)
@@ -185,7 +199,7 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
     from export.families import Sides
     from export.loading import Lora, configs, open_source
     from export.networks import vae_factor
-    from export.to_onnx import export_network
+    from export.to_onnx import STAGES, export_network, memory
 
     loras = [Lora(file, scale) for file, scale in asked.loras]
     source = open_source(asked.folder, loras, allow_pickle=asked.allow_pickle)
@@ -197,25 +211,45 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
     sides = Sides(pictures.width, pictures.least, pictures.most, pictures.multiple)
     factor = vae_factor(known)
     with resuming(target, f"{identity} {precision}") as partial:
-        networks: dict[str, Network] = {}
-        for network, (parts, make) in (bar := tqdm(source.family.networks.items(), desc="export", unit="network")):
-            bar.set_postfix_str(network)
-            done = finished(partial, network)
-            if done is None:
-                wide = source.family.wide_vae and "vae" in parts and known.vae.config.force_upcast
-                own = "fp32" if wide and precision == "fp16" else precision
-                weights = sum(source.parameters(part) for part in parts if part in source.parts()) * BYTES[own]
-                require(
-                    int(weights * MEMORY[own] + MEMORY_ALWAYS), f"exporting {network} of {asked.name}",
-                    "export it on a larger machine and copy build/",
-                )  # fmt: skip
-                exported = exporter(make, source, parts, own)
-                done = export_network(network, exported, partial, sides, factor)
-                (partial / f"{network}.done").write_text(done.model_dump_json())
-            networks[network] = done
-        for network in networks:
-            (partial / f"{network}.done").unlink()
+        for scratch in partial.glob("*/"):
+            shutil.rmtree(scratch)  # what a killed run was comparing
+        wanted = source.family.networks
+        networks = {name: done for name in wanted if (done := finished(partial, name))}
+        missing = [name for name in wanted if name not in networks]
+        types = {name: precision_of(source, known, wanted[name][0], precision) for name in missing}
+
+        def enough(name: str) -> None:
+            size = sum(source.parameters(part) for part in source.loaded_with(wanted[name][0])) * BYTES[types[name]]
+            needed = memory(name, size, types[name], sides, factor)
+            require(needed, f"exporting {name} of {asked.name}", "export it on a larger machine and copy build/")
+
+        for name in missing:  # what cannot be finished does not begin
+            enough(name)
+        with tqdm(total=len(STAGES) * len(wanted), desc="export", unit="step") as bar:
+            for name in missing:
+
+                def stage(entered: str, name: str = name) -> None:
+                    bar.set_description(f"{name} {entered}", refresh=False)
+                    bar.update(len(STAGES) * len(networks) + STAGES.index(entered) - bar.n)
+                    bar.refresh()
+
+                enough(name)
+                parts, make = wanted[name]
+                exported = exporter(make, source, parts, types[name])
+                networks[name] = export_network(name, exported, partial, sides, factor, stage)
+                (partial / f"{name}.done").write_text(networks[name].model_dump_json())
+            bar.set_description("export", refresh=False)
+            bar.update(bar.total - bar.n)
+        for name in wanted:
+            (partial / f"{name}.done").unlink()
+        networks = {name: networks[name] for name in wanted}
         manifest(asked, identity, precision, source, known, pictures, networks, partial).write(partial)
+
+
+def precision_of(source: Source, known: Components, parts: Sequence[str], precision: str) -> str:
+    """The type of one network: a VAE that overflows in half is exported in float32, as diffusers runs it."""
+    wide = source.family.wide_vae and "vae" in parts and known.vae.config.force_upcast
+    return "fp32" if wide and precision == "fp16" else precision
 
 
 def exporter(
@@ -298,10 +332,12 @@ def main() -> int:
     try:
         wanted = precision(parse_devices(options.devices))
         loras, sides = parse_loras(options.lora), parse_sides(options.sizes)
-        name, folder = resolve(options.model)
-        asked = Asked(name + lora_name(options.lora), folder, loras, sides, options.allow_pickle)
-        target = options.build / bundle_name(asked.name, wanted)
+        model, folder = resolve(options.model, allow_pickle=options.allow_pickle)
+        name = Path(model).name + lora_name(options.lora)
+        asked = Asked(name, folder, loras, sides, options.allow_pickle, model)
+        target = options.build / bundle_name(name, wanted)
         with locked(target):
+            check_name(target, asked, wanted)
             source = asked.identity()
             if up_to_date(target, source):
                 print(f"{target.name}: the export in {target} is up to date")

@@ -204,9 +204,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(name: str | None, folder: object) -> Family:
+def family_of(name: object, folder: object) -> Family:
     """The entry of a pipeline's class; ExportError with those that there are."""
-    found = FAMILIES.get(name or "")
+    found = FAMILIES.get(str(name))
     if found is None:
         raise ExportError(f"{folder} holds a {name}; this version exports {', '.join(FAMILIES)}")
     return found

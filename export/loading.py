@@ -6,6 +6,7 @@ than a machine has. Nothing but safetensors is read unless the user insists, and
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
@@ -65,12 +67,22 @@ class Source:
         ]  # fmt: skip
         return [name for name in listed if (self.folder / name).is_dir() or name not in self.family.optional]
 
-    def config(self, component: str) -> SimpleNamespace:
-        """A component's config without its weights."""
+    def loaded_with(self, parts: Sequence[str]) -> list[str]:
+        """What is in memory when these are wanted: diffusers spreads a LoRA over the denoiser and the text encoders."""
+        there = self.parts()
+        wanted = [name for name in parts if name in there]
+        fused = [name for name in there if name in ("unet", "transformer") or name.startswith("text_encoder")]
+        return fused if self.loras and set(wanted) & set(fused) else wanted
+
+    def config(self, component: str) -> Any:
+        """A component's config without its weights, complete: older folders leave out what came later."""
         try:
-            return SimpleNamespace(**json.loads((self.folder / component / "config.json").read_text()))
-        except (OSError, ValueError) as error:
-            raise ExportError(f"{self.folder} cannot be loaded: {component}/config.json: {error}") from error
+            library, name = self.index[component]
+            return _config(library, name, self.folder / component)
+        except (OSError, ValueError, TypeError) as error:
+            raise ExportError(
+                f"{self.folder} cannot be loaded: {component}/config.json: {_first_line(error)}"
+            ) from error
 
     def weights(self, component: str) -> list[Path]:
         """The safetensors files of a component that would be loaded."""
@@ -99,6 +111,18 @@ class Components(SimpleNamespace):
 
     `config` is the pipeline's own.
     """
+
+
+def _config(library: str, name: str, folder: Path) -> Any:
+    """What a class of diffusers or transformers makes of its config file, with defaults for what is not in it."""
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    if kind is None:
+        raise ValueError(f"{library}.{name} is no class of diffusers or transformers, and no other code is run")
+    if library == "transformers":
+        return kind.config_class.from_pretrained(folder, local_files_only=True)
+    given = inspect.signature(kind.__init__).parameters.values()
+    defaults = {one.name: one.default for one in given if one.default is not one.empty}
+    return SimpleNamespace(**defaults | kind.load_config(folder, local_files_only=True))
 
 
 def _variant(file: Path) -> str | None:
@@ -147,10 +171,7 @@ def configs(source: Source) -> Components:
 def load(source: Source, wanted: Sequence[str], precision: str) -> Components:
     """Components with their weights in a precision; ExportError says what cannot be loaded."""
     there = source.parts()
-    wanted = [name for name in wanted if name in there]
-    fused = [name for name in there if name in ("unet", "transformer") or name.startswith("text_encoder")]
-    if source.loras and set(wanted) & set(fused):  # diffusers takes a LoRA apart over the denoiser and text encoders
-        wanted = fused
+    wanted = source.loaded_with(wanted)
     tokenizers = [name for name in there if name.startswith("tokenizer")]
     absent = {
         name: None for name, entry in source.index.items()
@@ -160,12 +181,12 @@ def load(source: Source, wanted: Sequence[str], precision: str) -> Components:
     variants = {_variant(file) for name in wanted for file in source.weights(name)} - {None}
     try:
         pipeline = getattr(diffusers, source.family_name).from_pretrained(
-            source.folder, local_files_only=True, use_safetensors=not source.allow_pickle, dtype=DTYPES[precision],
-            variant=variants.pop() if variants else None, **absent,
+            source.folder, local_files_only=True, use_safetensors=_safetensors(source.allow_pickle),
+            dtype=DTYPES[precision], variant=variants.pop() if variants else None, **absent,
         )  # fmt: skip
     except _LOADING as error:  # missing, truncated or mixed files
         raise ExportError(f"{source.folder} cannot be loaded by diffusers: {_first_line(error)}") from error
-    if set(wanted) & set(fused):
+    if any(name != "vae" for name in wanted):
         _fuse(pipeline, source)
     found = Components(config=dict(pipeline.config), scheduler=pipeline.scheduler)
     for name, component in pipeline.components.items():
@@ -204,7 +225,12 @@ def _first_line(error: Exception) -> str:
     return lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
 
 
-def download(name: str) -> Path:
+def _safetensors(allow_pickle: bool) -> bool | None:
+    """As diffusers takes it: with None it reads safetensors where there are some, per component, else pickles."""
+    return None if allow_pickle else True
+
+
+def download(name: str, *, allow_pickle: bool = False) -> Path:
     """The folder of a model on the hub, in its cache; ExportError when it cannot be had.
 
     Diffusers does it, and honours HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
@@ -212,7 +238,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=True))
+        return Path(diffusers.DiffusionPipeline.download(name, use_safetensors=_safetensors(allow_pickle)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ExportError(

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 
-from engines.errors import ExportError
+from engines.errors import DeviceError, ExportError
 from engines.manifest import Axes, File, Network, Parity, TensorSpec
 from export.families import Sides
 from export.networks import Axis, Exported
@@ -27,35 +27,50 @@ MAX_BATCH = 64
 # of an output's largest value; every layer rounds to 5e-4 in half and to 4e-3 in bfloat16
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 BATCHES, FEW = (1, 3, 4), (1, 2)  # rows of fresh inputs that are compared; few where one takes minutes
+WIDE = 256  # pixels of the smallest sides from which they are few for a VAE, whose memory grows with them
 LARGE = 1_500_000_000  # bytes of weights from which they are few, and lie beside the graph: the format ends at 2 GB
+# Peak memory, files apart: by the bytes of weights, by the pixels that a VAE is compared on, for what flows through
+# another network at most, and for the libraries.
+PER_WEIGHT = {"fp32": 2.6, "fp16": 2.6, "bf16": 5.0}
+PER_PIXEL = {"fp32": 10_000, "fp16": 7_000, "bf16": 10_000}
+FLOWING, ALWAYS = 1_000_000_000, 1_200_000_000
+STAGES = ("loads", "writes ONNX", "runs torch", "runs ONNX Runtime")  # of a network's export, for who shows progress
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def export_network(name: str, make: Callable[[], Exported], folder: Path, sides: Sides, factor: int) -> Network:
+def export_network(
+    name: str, make: Callable[[], Exported], folder: Path, sides: Sides, factor: int,
+    stage: Callable[[str], None] = lambda _: None,
+) -> Network:  # fmt: skip
     """Writes `<name>.onnx` with dynamic axes and measures it against torch in float32 with the same weights.
 
-    `factor` is how many pixels a latent is wide. ExportError when the largest difference exceeds PARITY_BOUND of the
-    output's scale, or is not finite. Torch has let go of the weights before ONNX Runtime loads them, in a process of
-    its own.
+    `factor` is how many pixels a latent is wide; `stage` is called with each of STAGES when it begins. ExportError when
+    the largest difference exceeds PARITY_BOUND of the output's scale, or is not finite. Torch has let go of the weights
+    before ONNX Runtime loads them, in a process of its own.
     """
     path = folder / f"{name}.onnx"
+    stage(STAGES[0])
     network = make()
     network.module.eval().requires_grad_(requires_grad=False)
-    large = sum(one.numel() * one.element_size() for one in network.module.state_dict().values()) >= LARGE
-    batches = FEW if large else BATCHES
+    weights = sum(one.numel() * one.element_size() for one in network.module.state_dict().values())
+    batches = compared(name, weights, sides)
     axes: list[Axes] = [_axes(sides, factor, batch) for batch in batches]
     precision = _precision(network.module)
     with torch.no_grad():
-        _write(network, path, sides, factor, beside=large)
+        stage(STAGES[1])
+        _write(network, path, sides, factor, beside=weights >= LARGE)
+        stage(STAGES[2])
         drawn = [[one.values(_resolve(one.axes, numbers)) for one in network.inputs] for numbers in axes]
         network.module.float()  # torch has no fast half on processors, and this is the better yardstick
         found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
+    stage(STAGES[3])
     names, inputs, outputs = [one.name for one in network.inputs], network.inputs, network.outputs
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pairs = Path(scratch) / "pairs.npz"
         _save(pairs, names, drawn, list(outputs), found)
         _release(network.module)
-        del network, found
+        del network, drawn, found
+        _collect()
         parity = measure_parity(name, path, pairs, PARITY_BOUND[precision], batches)
     graph = onnx.load(path, load_external_data=False).graph
     data = path.with_suffix(".data")
@@ -68,12 +83,29 @@ def export_network(name: str, make: Callable[[], Exported], folder: Path, sides:
     )
 
 
+def compared(name: str, weights: int, sides: Sides) -> tuple[int, ...]:
+    """The batches on which a network of so many bytes is measured against torch."""
+    return FEW if weights >= LARGE or (name.startswith("vae_") and sides.least >= WIDE) else BATCHES
+
+
+def memory(name: str, weights: int, precision: str, sides: Sides, factor: int) -> int:
+    """Bytes that exporting a network and comparing it take at their peak, as was measured for bench/results."""
+    sizes = (_axes(sides, factor, batch) for batch in compared(name, weights, sides))
+    pixels = max(one["batch"] * one["height"] * one["width"] for one in sizes) * factor**2
+    flowing = pixels * PER_PIXEL[precision] if name.startswith("vae_") else min(weights, FLOWING)
+    return int(weights * PER_WEIGHT[precision] + flowing + ALWAYS)
+
+
 def _release(module: torch.nn.Module) -> None:
-    """Gives the memory of weights back, also where torch's exporter still knows them."""
+    """Lets go of weights, also where torch's exporter still knows their tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
+
+
+def _collect() -> None:
+    """Gives the memory of what is gone back to the system: the C library keeps what is freed in small pieces."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the C library keeps what is freed in small pieces
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -186,11 +218,16 @@ def measure_parity(name: str, path: Path, pairs: Path, bound: float, batches: Se
     """ONNX Runtime against what torch made of the same inputs; ExportError beyond the bound."""
     run = [sys.executable, "-m", "export.parity", str(path), str(pairs)]
     done = subprocess.run(run, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise DeviceError(
+            f"{name}: ONNX Runtime was ended by signal {-done.returncode} while it ran the export, as happens where "
+            "memory ends: close other programs; the same command goes on from here"
+        )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise ExportError(f"{name}: ONNX Runtime cannot run the export: {last}")
     differences: Mapping[str, tuple[float, float]] = json.loads(done.stdout)
-    shares = {output: error / scale for output, (error, scale) in differences.items()}
+    shares = {output: error and error / (scale or error) for output, (error, scale) in differences.items()}
     worst = max(shares, key=lambda output: shares[output] if shares[output] == shares[output] else float("inf"))
     error, scale = differences[worst]
     if not shares[worst] <= bound:

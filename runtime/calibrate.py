@@ -130,6 +130,9 @@ def main() -> int:
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the model works, but mode auto does not know what was not measured", file=sys.stderr)
+        return 130
     print(f"{options['model']}: {done}")
     return 0
 

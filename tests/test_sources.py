@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.errors import DeviceError, ExportError, ParameterError
-from engines.manifest import MANIFEST
+from engines.manifest import MANIFEST, Manifest
 from engines.store import Bundle
-from export.__main__ import Asked, export, finished, parse_loras, parse_sides, resolve
+from export.__main__ import EMBEDDED, Asked, check_name, export, finished, main, parse_loras, parse_sides, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers, about themselves
 
@@ -197,7 +199,21 @@ def test_weights_that_are_no_safetensors_need_a_flag(copied: Path) -> None:
     from export.loading import load, open_source
 
     source = open_source(copied, allow_pickle=True)
-    assert load(source, ["vae"], "fp32").vae.config.latent_channels == 4
+    loaded = load(source, ["vae", "unet"], "fp32")  # the other one is safetensors alone
+    assert loaded.vae.config.latent_channels == 4 and loaded.unet.config.in_channels == 4
+
+
+def test_no_code_of_a_folder_is_run(copied: Path, tmp_path: Path) -> None:
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    for place in (copied / "unet" / "custom.py", copied / "custom.py", copied / "pipeline.py"):
+        place.write_text(trap)
+    path = copied / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"unet": ["custom", "UNet"]}))
+    assert "custom.UNet is no class of diffusers or transformers, and no other code is run" in refusal(copied)
+    path.write_text(json.dumps(index | {"_class_name": ["pipeline", "Own"]}))
+    assert "holds a ['pipeline', 'Own']; this version exports" in refusal(copied)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_of_a_variant_are_found(copied: Path) -> None:
@@ -220,6 +236,67 @@ def test_a_tokenizer_of_a_vocabulary_and_merges(copied: Path) -> None:
     after = configs(open_source(copied)).tokenizer.backend_tokenizer
     text = "a large red star at the left"
     assert after.encode(text).ids == before.encode(text).ids
+
+
+UNET = (
+    "act_fn attention_head_dim block_out_channels center_input_sample cross_attention_dim down_block_types "
+    "downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block mid_block_scale_factor norm_eps "
+    "norm_num_groups out_channels sample_size up_block_types"
+)
+VAE = (
+    "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block norm_num_groups "
+    "out_channels sample_size up_block_types"
+)
+ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def as_first_published(folder: Path) -> None:
+    """Makes of a folder what diffusers 0.6 and transformers 4.22 saved: fewer keys, other names, a safety checker."""
+    from safetensors.torch import load_file, save_file
+
+    for part, keys in (("unet", UNET), ("vae", VAE)):
+        path = folder / part / "config.json"
+        config = json.loads(path.read_text())
+        kept = {key: config[key] for key in ("_class_name", *keys.split())}
+        path.write_text(json.dumps(kept | {"_diffusers_version": "0.6.0"}))
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    renamed = {}
+    for name, value in load_file(path).items():
+        for new, old in ATTENTION.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        renamed[name] = value
+    save_file(renamed, path)
+    path = folder / "text_encoder" / "model.safetensors"
+    prefixed = {f"text_model.{name}": value for name, value in load_file(path).items()}
+    positions = torch_arange(len(prefixed["text_model.embeddings.position_embedding.weight"]))
+    save_file(prefixed | {"text_model.embeddings.position_ids": positions}, path)
+    path = folder / "model_index.json"
+    index = {name: value for name, value in json.loads(path.read_text()).items() if name in PARTS}
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    extractor = {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}
+    path.write_text(json.dumps(index | checker | extractor | {"_diffusers_version": "0.6.0"}))
+
+
+PARTS = ("_class_name", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+def torch_arange(count: int) -> Any:
+    import torch
+
+    return torch.arange(count)[None]
+
+
+def test_a_folder_as_it_was_first_published(tiny: Callable[[str], Path], copied: Path) -> None:
+    from export.loading import configs, open_source
+
+    as_first_published(copied)
+    old, new = open_source(copied), open_source(tiny("sd1"))
+    family, known = old.family, configs(old)
+    assert family.refused(known) is None and family.guidance(known) == "classifier_free"
+    assert family.sides(known) == family.sides(configs(new))
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = weights(tiny("sd1"), part=part), weights(copied, part=part)
+        assert set(before) == set(after) and all(np.array_equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +343,35 @@ def test_sizes_that_a_model_cannot_do(copied: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_said_before_the_work(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.__main__.MEMORY_ALWAYS", 10**15)
+    """Also where the first networks could be exported."""
+    from export import to_onnx
+
+    real = to_onnx.memory
+    monkeypatch.setattr(to_onnx, "memory", lambda name, *rest: 10**15 if name == "denoiser" else real(name, *rest))
+    monkeypatch.setattr(to_onnx, "export_network", lambda *_: pytest.fail("it began"))
     asked = Asked("copied", copied)
-    with pytest.raises(DeviceError, match=r"exporting text_encoder of copied needs about 1000000\.0 GB of memory"):
+    with pytest.raises(DeviceError, match=r"exporting denoiser of copied needs about 1000000\.0 GB of memory"):
         export(asked, tmp_path / "build" / "copied", asked.identity(), "fp32")
+    assert not list((tmp_path / "build").glob(".partial*"))
 
 
-def test_an_interrupted_export_goes_on(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_grows_with_weights_and_with_pixels() -> None:
+    from export.families import Sides
+    from export.to_onnx import BATCHES, FEW, compared, memory
+
+    small, large = Sides(512, 256, 1024, 64), Sides(1024, 512, 2048, 64)
+    xl = memory("denoiser", 5_140_000_000, "fp16", large, 8)
+    assert 13e9 < xl < 20e9, "measured: bench/results/export.json"
+    assert xl > memory("denoiser", 1_720_000_000, "fp16", small, 8) > 6.5e9
+    assert memory("vae_decoder", 10**8, "fp32", large, 8) > memory("vae_decoder", 10**8, "fp32", small, 8) + 3e9
+    assert compared("denoiser", 10**8, large) == BATCHES and compared("vae_decoder", 10**8, large) == FEW
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), DeviceError("memory ended")])
+def test_an_interrupted_export_goes_on(
+    failure: BaseException, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     from export import to_onnx
 
     made: list[str] = []
@@ -280,17 +379,19 @@ def test_an_interrupted_export_goes_on(copied: Path, tmp_path: Path, monkeypatch
 
     def interrupted(name: str, *rest: Any) -> Any:
         if len(made) == 1 and name == "denoiser":
-            raise KeyboardInterrupt
+            (rest[1] / "what a kill leaves").mkdir()
+            raise failure
         made.append(name)
         return real(name, *rest)
 
     monkeypatch.setattr(to_onnx, "export_network", interrupted)
     from export.families import STABLE_DIFFUSION
+    from export.to_onnx import STAGES
 
     networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser")}
     monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
     asked, target = Asked("copied", copied), tmp_path / "build" / "copied"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(failure)):
         export(asked, target, asked.identity(), "fp32")
     (kept,) = (tmp_path / "build").glob(".partial-*")
     assert finished(kept, "text_encoder") and not finished(kept, "denoiser") and not target.exists()
@@ -298,7 +399,65 @@ def test_an_interrupted_export_goes_on(copied: Path, tmp_path: Path, monkeypatch
     export(asked, target, asked.identity(), "fp32")
     assert made == ["text_encoder", "interrupted once", "denoiser"], "only what was missing is exported again"
     assert (target / MANIFEST).is_file() and not list((tmp_path / "build").glob(".partial-*"))
-    assert not Bundle.open(str(target)).damaged_sources() and not list(target.glob("*.done"))
+    assert not Bundle.open(str(target)).damaged_sources()
+    assert not list(target.glob("*.done")) and not list(target.glob("*/"))
+    shown = capsys.readouterr().err
+    for network in ("text_encoder", "denoiser"):
+        assert all(f"{network} {stage}" in shown for stage in STAGES)
+    assert "8/8" in shown
+
+
+def identity_model(path: Path) -> Path:
+    """An ONNX file that gives what it is given."""
+    import onnx
+    from onnx import helper
+
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "message"),
+    [
+        ([1.0, -4.0], [1.0, -4.5], "net: ONNX Runtime differs from torch by 0.5 in y, whose scale is 4.5; allowed is"),
+        ([1.0, np.nan], [1.0, 2.0], "net: ONNX Runtime differs from torch by inf in y"),
+        ([1.0, 2.0], [1.0, np.nan], "net: ONNX Runtime differs from torch by inf in y"),
+        ([1.0, np.inf], [1.0, np.inf], "net: ONNX Runtime differs from torch by inf in y"),
+        ([1.0, 2.0], [1.0], "net: ONNX Runtime"),
+    ],
+)
+def test_an_export_that_differs_from_torch_is_refused(
+    given: list[float], expected: list[float], message: str, tmp_path: Path
+) -> None:
+    from export.to_onnx import measure_parity
+
+    pairs = tmp_path / "pairs.npz"
+    np.savez(pairs, **{"in/0/x": np.float32(given), "out/0/y": np.float32(expected)})  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=re.escape(message)):
+        measure_parity("net", identity_model(tmp_path / "net.onnx"), pairs, 0.1, (1,))
+
+
+def test_an_export_that_equals_torch_says_by_how_much(tmp_path: Path) -> None:
+    from export.to_onnx import measure_parity
+
+    pairs = tmp_path / "pairs.npz"
+    np.savez(pairs, **{"in/0/x": np.float32([1, -4]), "out/0/y": np.float32([1, -4.25])})  # type: ignore[arg-type]
+    found = measure_parity("net", identity_model(tmp_path / "net.onnx"), pairs, 0.1, (1,))
+    assert found.relative_error == pytest.approx(0.25 / 4.25) and found.max_abs_error == 0.25
+
+
+def test_a_comparison_that_the_system_kills_is_the_machines_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export import to_onnx
+
+    monkeypatch.setattr(to_onnx, "sys", SimpleNamespace(executable=str(killed := tmp_path / "python")))
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with pytest.raises(DeviceError, match=r"net: ONNX Runtime was ended by signal 9 .* goes on from here"):
+        to_onnx.measure_parity("net", tmp_path / "net.onnx", tmp_path / "pairs.npz", 0.1, (1,))
 
 
 def family(networks: dict[str, Any]) -> Any:
@@ -332,12 +491,70 @@ def test_a_model_in_the_hubs_cache_is_found_without_network(
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PATH": "/usr/bin:/bin"}
     run = [sys.executable, "-c", script, "someone/sd1"]
     done = subprocess.run(run, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
-    name, folder = done.stdout.strip().split(" ", 1)
-    assert name == "sd1" and Path(folder).resolve() == (cached / "snapshots" / ("0" * 40)).resolve()
+    model, folder = done.stdout.strip().split(" ", 1)
+    assert model == "someone/sd1" and Path(folder).resolve() == (cached / "snapshots" / ("0" * 40)).resolve()
 
 
 def test_an_existing_folder_is_never_looked_up(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
     monkeypatch.chdir(tiny("sd1").parent.parent)
-    name, folder = resolve(str(tiny("sd1").relative_to(tiny("sd1").parent.parent)))
-    assert name == "sd1" and folder.is_dir()
+    model, folder = resolve(str(tiny("sd1").relative_to(tiny("sd1").parent.parent)))
+    assert model == str(tiny("sd1")) and folder.is_dir()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_makes_a_bundle_again(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, file = tiny("sd1"), lora(tiny("sd1"), tmp_path / "one.safetensors", 0)
+    assert Asked("shapes", EMBEDDED["shapes"]).origin == "shapes"
+    assert Asked("sd1", folder, sides=(64, 128)).origin == f"{folder} SIZES=64-128"
+    assert Asked("sd1", folder, ((file, 0.5),)).origin == f"{folder} LORA={file}:0.5"
+    cached = tmp_path / "hub" / "snapshots" / "0123"
+    assert Asked("sd1", cached, model="someone/sd1").origin == "someone/sd1", "not where the hub's cache has it"
+
+
+def test_a_link_has_a_name_of_its_own(tiny: Callable[[str], Path], tmp_path: Path, checkout: Path) -> None:
+    link = tmp_path / "mine"
+    link.symlink_to(tiny("sd1"))
+    assert resolve(str(link)) == (str(link), link)
+    for model, name in ((link, "mine"), (".", checkout.name)):
+        run = ["make", "--dry-run", "--always-make", "engines", "DEVICES=cpu", f"MODEL={model}"]
+        printed = subprocess.run(run, cwd=checkout, capture_output=True, text=True, check=True).stdout
+        assert f'engines build "{name}"' in printed
+
+
+def test_no_model_takes_the_place_of_another(copied: Path, tmp_path: Path) -> None:
+    taken = Path(shutil.copytree(copied, tmp_path / "shapes"))
+    with pytest.raises(ExportError, match="shapes is the name of an embedded model"):
+        resolve(str(taken))
+    target = tmp_path / "build" / "x-fp16"
+    target.mkdir(parents=True)
+    there = Bundle.open("shapes").manifest.model_copy(update={"model": "x", "precision": "fp16"})
+    there.write(target)
+    check_name(target, Asked("x", copied), "fp16")
+    check_name(tmp_path / "build" / "other", Asked("other", copied), "fp32")
+    with pytest.raises(ExportError, match="holds x in fp16: give the folder another name"):
+        check_name(target, Asked("x-fp16", copied), "fp32")
+
+
+@pytest.mark.slow
+def test_a_lora_is_in_its_own_bundle_alone(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export.families import STABLE_DIFFUSION
+
+    networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser")}
+    monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
+    file = lora(copied, tmp_path / "one.safetensors", 0)
+    files: dict[str, dict[str, bytes]] = {}
+    for run, words in {"before": [], "fused": ["--lora", f"{file}:0.8"], "after": []}.items():
+        command = ["export", str(copied), *words, "--devices", "cpu", "--build", str(tmp_path / run)]
+        monkeypatch.setattr("sys.argv", command)
+        assert main() == 0
+        (bundle,) = (tmp_path / run).glob("[!.]*")
+        assert bundle.name == ("copied+one:0.8" if words else "copied")
+        files[run] = {path.name: path.read_bytes() for path in bundle.iterdir() if path.suffix == ".onnx"}
+    assert files["before"] == files["after"], "byte for byte"
+    changed = {name for name, content in files["fused"].items() if content != files["before"][name]}
+    assert changed == {"denoiser.onnx"} and len(files["after"]) == 2
+    manifest = Manifest.read(tmp_path / "fused" / "copied+one:0.8")
+    assert manifest.origin == f"{copied} LORA={file}:0.8"
