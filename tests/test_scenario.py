@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -203,3 +204,26 @@ def test_quality_out_of_the_window_and_bad_input_end_with_an_error(
     ):  # fmt: skip
         monkeypatch.setattr("sys.argv", [*base, *more])
         assert command.main() == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", scenario.SCENARIOS)
+def test_a_request_that_failed_makes_the_exit_code_1(
+    kind: str, shapes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, calls = scenario.Bench.draw, itertools.count(1)
+
+    def breaking(bench: scenario.Bench, wanted: Any, **other: Any) -> Any:
+        if next(calls) == 4:  # the first behind the warm-up
+            raise DeviceError("the lane broke")
+        return draw(bench, wanted, **other)
+
+    monkeypatch.setattr(scenario.Bench, "draw", breaking)
+    target = tmp_path / "scenario.json"
+    arguments = ["scenario", kind, "--steps", "3", "--samples", "2", "--min-queries", "4", "--mode", "sequential"]
+    arguments += ["--batch", "2", "--output", str(tmp_path), "--json", str(target)]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    assert command.main() == 1
+    lost = 2 if kind == "offline" else 1
+    assert f"{lost} requests failed: DeviceError: the lane broke" in capsys.readouterr().out
+    (row,) = json.loads(target.read_text())["rows"]
+    assert (row["status"], row["failed"], row["valid"], row["queries"]) == ("failed", lost, False, 4)
