@@ -352,10 +352,11 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
             ]  # fmt: skip
             devices = [row["devices"] for row in line]
             law = [(n + 1) / 2 if mode == "conservative" else n for n in devices]
-            axes.plot(devices, law, ":", color=colour("sequential"), linewidth=1.2, label="N → ∞")
+            axes.plot(devices, law, ":", color=colour("sequential"), linewidth=1.2, label="theory: N → ∞")
+            broad = {"color": colour(mode), "linewidth": 4, "alpha": 0.4, "label": f"predicted, {tables[0]}"}
+            axes.plot(devices, [row["speedup"] for row in line], **broad)
             theory = [row["steps"] / row["rounds"] for row in line]
             axes.plot(devices, theory, "--", color=colour("ink"), linewidth=1, label="theory: N / rounds, N = 50")
-            axes.plot(devices, [row["speedup"] for row in line], color=colour(mode), label="predicted, SD 1.5 on V100")
             paper = [row for row in simulated if row["kind"] == "paper" and row["mode"] == mode]
             for model, marker in zip(dict.fromkeys(row["model"] for row in paper), "osD^v", strict=False):
                 points = [(row["devices"], row["published_speedup"]) for row in paper if row["model"] == model]
@@ -366,7 +367,7 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
                     ratio = row["speedups"]["one lane"]
                     spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
                     label = f"measured here, {row['lanes']} processor lanes"
-                    look = {"fmt": "*", "markersize": 13, "capsize": 3, "color": colour("auto"), "label": label}
+                    look = {"fmt": "*", "markersize": 8, "capsize": 3, "color": colour("auto"), "label": label}
                     axes.errorbar(row["lanes"], ratio["median"], yerr=spread, **look)
             axes.set(title=mode, xlabel="devices for one picture", xticks=devices, ylim=(0, 8.5), xlim=(0.7, 8.3))
             axes.legend()
@@ -376,7 +377,7 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
 
 @contextmanager
 def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
-    with drawing(10.5, 4.6, ncols=2) as (figure, (apart, right)):
+    with drawing(10.5, 5.2, ncols=2) as (figure, (apart, right)):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row.get("line") and row["drift"]["median"]:
@@ -389,11 +390,11 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
             apart.plot(x, [row["drift"]["median"] for row in several], **style)
             if all("caption_accuracy" in row for row in several):
                 right.plot(x, [100 * row["caption_accuracy"] for row in several], **style)
-        apart.set(yscale="log", xlabel="N / rounds", ylabel="distance to the sequential latents (median)")
-        apart.set_title("Distance to sequential: lower is closer")
-        right.set(xlabel="N / rounds", ylabel="captions right in every attribute, %", ylim=(0, 100))
-        right.set_title("Right pictures")
-        apart.legend()
+        speed = "N / rounds: the speed-up that the rounds allow"
+        apart.set(yscale="log", xlabel=speed, ylabel="drift (median)", title="Distance to sequential: lower is closer")
+        right.set(xlabel=speed, ylabel="captions right in every attribute, %", title="Right pictures")
+        right.set_ylim(top=100)
+        figure.legend(*apart.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         yield figure
 
 
