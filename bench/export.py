@@ -59,7 +59,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     capabilities = ", ".join(dict.fromkeys(row["capability"] for row in rows if "capability" in row))
     planned = f"TensorRT-RTX plan for compute capability {capabilities}" if capabilities else "TensorRT-RTX plan"
     lines = [
-        f"| model | network | | ONNX | export and parity | peak memory | difference to torch | {planned} |",
+        f"| model | network | type | ONNX | export and parity | peak memory | difference to torch | {planned} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -425,6 +425,8 @@ The words of this page:
   that an algorithm allows where a call takes as long on every lane at once as on one alone.
 - *Guidance* is classifier-free guidance: two halves per step, with the prompt and without. They are asked *together*,
   as one call, or *split* over two lanes, which changes nothing in the picture.
+- The alternatives: *one lane* is one ONNX Runtime session with one thread; *one session* a single session with all
+  cores, which is what one would use otherwise; *diffusers* is its own pipeline in PyTorch, eager or *compiled*.
 - *Drift* is the distance of the finished latents to the sequential ones of the same noise, relative to their size;
   0 is the same picture.
 - p20, p50 … are percentiles. A range in brackets behind a ratio is its 95 % bootstrap interval.
@@ -432,13 +434,11 @@ The words of this page:
 `shapes`, the model of most tables, is this project's own: small enough for processor cores, it draws 64×64 pictures of
 one or two coloured shapes, so that a program can check whether a picture shows what its caption says."""
 
-_RUN = """All rows of a table are interleaved picture by picture and start from the same noise. *One lane* is one ONNX
-Runtime session with one thread, *one session* a single session with all cores, which is what one would use otherwise;
-*diffusers* is its own pipeline in PyTorch, eager and compiled. The columns with × say how many times as fast as these
-a row is. *Of N/rounds* is the speed-up over one lane as a share of what the algorithm allows; splitting guidance can
-take it above 1. *Of the floor* is the time of the same model calls alone, on the same lanes with a barrier after each
-round, divided by the engine's time: 1 is an engine that costs nothing. With so few pictures p99 is nearly the slowest
-of them."""
+_RUN = """All rows of a table are interleaved picture by picture and start from the same noise. The columns with × say
+how many times as fast as an alternative a row is. *Of N/rounds* is the speed-up over one lane as a share of what the
+algorithm allows; splitting guidance can take it above 1. *Of the floor* is the time of the same model calls alone, on
+the same lanes with a barrier after each round, divided by the engine's time: 1 is an engine that costs nothing. With
+so few pictures p99 is nearly the slowest of them."""
 
 _ROUND = """The picture with the median time, split so that the parts add up to all of it; the numbers are in the
 tables above. *Model calls* is the longest call of every round. *Combine* is the sums over latents; *copy* brings
