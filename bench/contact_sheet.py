@@ -21,7 +21,7 @@ def contact_sheet(
     """Writes a PNG; `pictures[column][row]`, and what the checker found wrong in each, written beneath it."""
     line = CELL + GAP + 18
     sheet = Image.new("RGB", (CAPTION + len(columns) * (CELL + GAP), HEAD + len(captions) * line), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     for column, name in enumerate(columns):
         left = CAPTION + column * (CELL + GAP)
         pen.text((left, 6), name, INK, font)
@@ -29,7 +29,7 @@ def contact_sheet(
             top = HEAD + row * line
             sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
             if wrong[column][row]:
-                pen.text((left, top + CELL + 1), f"wrong: {', '.join(wrong[column][row])}", WRONG, font)
+                pen.text((left, top + CELL + 1), f"wrong: {', '.join(wrong[column][row])}", WRONG, small)
     for row, caption in enumerate(captions):
         pen.multiline_text((GAP, HEAD + row * line + CELL // 3), _wrapped(caption), INK, font, spacing=4)
     path.parent.mkdir(parents=True, exist_ok=True)

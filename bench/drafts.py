@@ -53,7 +53,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(row["drafts"] for row in rows if row["drafts"] != "frozen"))
     cells = list(dict.fromkeys((r["steps"], r["guidance_scale"], r["mode"], r["k"]) for r in rows))
     by = {((r["steps"], r["guidance_scale"], r["mode"], r["k"]), r["drafts"]): r["drift"] for r in rows}
-    lines = [f"| steps | guidance | | k | frozen | {' | '.join(kinds)} |", "|---" * (5 + len(kinds)) + "|"]
+    heads = ["steps", "guidance", "mode", "k", "drift, frozen", *(f"{kind}: times closer" for kind in kinds)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for cell in cells:
         frozen = by[cell, "frozen"]
         ratios = [

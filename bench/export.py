@@ -56,8 +56,10 @@ def measure(models: Sequence[str], folder: Path, keep: bool) -> list[dict[str, A
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
+    capabilities = ", ".join(dict.fromkeys(row["capability"] for row in rows if "capability" in row))
+    planned = f"TensorRT-RTX plan for compute capability {capabilities}" if capabilities else "TensorRT-RTX plan"
     lines = [
-        "| model | network | | ONNX | export and parity | peak memory | difference to torch | TensorRT-RTX plan |",
+        f"| model | network | type | ONNX | export and parity | peak memory | difference to torch | {planned} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

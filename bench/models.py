@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from export.shapes.data import Scene, random_scene
 from runtime.pipeline import Pipeline
 
 EMBEDDED = "shapes"
+EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "export" / "shapes" / "model"
 
 
 def model_arguments(parser: argparse.ArgumentParser, devices: str = "cpu*2") -> None:
@@ -71,8 +74,18 @@ def prompts(manifest: Manifest, count: int, seed: int = 0, file: Path | None = N
     return [lines[n % len(lines)] for n in range(count)]
 
 
-def checkpoint(manifest: Manifest) -> str:
-    """The diffusers folder or hub name that a model was exported from."""
-    if is_embedded(manifest):
-        return str(Path(__file__).resolve().parent.parent / "export" / "shapes" / "model")
-    return manifest.origin
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder or hub name, and the LoRA files that are to be fused into it, with their scales."""
+
+    folder: str
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+def checkpoint(manifest: Manifest) -> Checkpoint:
+    """What a model was exported from, for other software: the origin without the words of `make engines`."""
+    words = re.fullmatch(r"(.+?)(?: LORA=(.+?))?(?: SIZES=\d+-\d+)?", manifest.origin)
+    assert words is not None
+    files = re.findall(r"\s*(.+?\.safetensors):(\S+)", (words[2] or "").strip('"'))
+    folder = str(EMBEDDED_FOLDER) if words[1] == EMBEDDED else words[1]
+    return Checkpoint(folder, tuple((file, float(scale)) for file, scale in files))

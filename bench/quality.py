@@ -110,7 +110,7 @@ def cases(images: int, steps: int = STEPS, guidance_scale: float = GUIDANCE, *, 
     fewer = [math.ceil(steps * share) for share in (0.68, 0.52, 0.4, 0.28)]  # as many as the modes have rounds
     rows += [case(f"sequential, {n} steps", "sequential, fewer steps", steps=n) for n in fewer if n < steps]
     if full:
-        rows += [Case("sequential", "", 200), Case("sequential, two shapes", "", 100, shapes=2)]
+        rows += [Case("sequential, 200 captions", "", 200), Case("sequential, two shapes", "", 100, shapes=2)]
         rows += [case for scheduler in OTHER_SCHEDULERS for case in _other(scheduler)]
     return rows
 

@@ -31,6 +31,11 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "run": run.table, "simulate": simulate.table, "scenario": scenario.table, "quality": quality.table,
     "drafts": drafts.table, "kernel": kernel.table, "serve": serve.table, "export": export.table,
 }  # fmt: skip
+BENCH, FULL = "make bench", "make bench-full"
+MADE_BY = {
+    "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "quality": FULL, "drafts": FULL,
+    "serve": "python -m bench serve", "export": "python -m bench export", "gpu": "make gpu-check",
+}  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,16 +66,25 @@ def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
     return result
 
 
+def hardware(result: dict[str, Any]) -> str:
+    """Where it was measured."""
+    host = result["host"]
+    return f"{host['processor']}, {host['cores']} cores" + "".join(f", {card}" for card in host.get("gpus", []))
+
+
 def machine(result: dict[str, Any]) -> str:
     """Where and with what it was measured."""
-    host, versions = result["host"], result["versions"]
-    cards = "".join(f", {card}" for card in host.get("gpus", []))
-    return f"{host['processor']}, {host['cores']} cores{cards}, ONNX Runtime {versions.get('onnxruntime', 'not there')}"
+    return f"{hardware(result)}, ONNX Runtime {result['versions'].get('onnxruntime', 'not there')}"
 
 
 def source(name: str, result: dict[str, Any]) -> str:
     """The line beneath a table."""
-    return f"`bench/results/{name}.json`: {machine(result)}, commit {result['commit']}"
+    return f"`bench/results/{name}.json`, made by `{made_by(name)}`: {machine(result)}"
+
+
+def made_by(name: str) -> str:
+    """The command that makes a file; those of several GPUs begin alike."""
+    return MADE_BY.get(name, MADE_BY["gpu"])
 
 
 def block(name: str, results: Path = RESULTS) -> str:
@@ -151,7 +165,7 @@ class Page:
 
     def parts(self) -> Iterator[Part]:
         """The page from top to bottom."""
-        yield _INTRODUCTION + "\n\n" + self._machines()
+        yield _INTRODUCTION
         yield self._short()
         if rows := self.rows("run"):
             yield "## One picture, as fast as this machine can\n\n" + _RUN
@@ -161,34 +175,51 @@ class Page:
             yield "### Where the time of a round goes\n\n" + _ROUND
             yield Plot("rounds", "Microseconds per round beside the model's own calls, and those in milliseconds.",
                        lambda: _overheads(rows))  # fmt: skip
-        if simulated := self.rows("simulate"):
-            yield "## More devices\n\n" + _DEVICES
-            caption = "Speed-up against the number of devices: theory, the paper, the prediction, and here."
-            yield Plot("speedup", caption, lambda: _speedups(simulated, self.rows("run")))
-            yield Plot("simulate", "Predictions for other machines, and the prediction held against measurement.",
-                       lambda: simulate.figure(simulated))  # fmt: skip
-            yield self._table("simulate")
+        yield from self._predicted()
         if judged := self.rows("quality"):
             yield "## What it costs in quality\n\n" + _QUALITY
             yield Plot("quality", "Distance to the sequential picture, and captions that are right, against speed-up.",
                        lambda: _qualities(judged))  # fmt: skip
             yield self._table("quality")
         for name, title, text in (
-            ("scenario", "Requests", _SCENARIO), ("serve", "The server under load", _SERVE),
-            ("kernel", "One sum instead of many", _KERNEL), ("export", "Full-size models", _EXPORT),
+            ("drafts", "Kinds of drafts", _DRAFTS), ("scenario", "Requests in the manner of MLPerf", _SCENARIO),
+            ("serve", "The server under load", _SERVE), ("kernel", "One sum instead of many", _KERNEL),
+            ("export", "Full-size models", _EXPORT),
         ):  # fmt: skip
             if name in self.files:
                 yield f"## {title}\n\n{text}"
                 yield self._table(name)
         yield from self._gpus()
-        yield _AGAIN
+        yield _AGAIN + "\n\n" + self._machines()
+
+    def _predicted(self) -> Iterator[Part]:
+        simulated = self.rows("simulate")
+        if not simulated:
+            return
+        beneath = source("simulate", self.files["simulate"])
+        yield f"## More devices\n\n{_DEVICES}\n\n{simulate.assumptions(simulated)}"
+        caption = "Predictions for other machines: with guidance together or split, and over slower links."
+        yield Plot("simulate", caption, lambda: simulate.figure(simulated))
+        yield f"{simulate.prediction_table(simulated)}\n\n{beneath}"
+        if checked := simulate.validation_table(simulated):
+            yield "### The prediction beside measurement\n\n" + _VALIDATION
+            caption = "Errors of the predicted seconds on the lanes of this machine."
+            yield Plot("validation", caption, lambda: simulate.validation_figure(simulated))
+            yield f"{checked}\n\n{beneath}"
+        yield "### The paper's speed-ups beside round counts\n\n" + _PAPER
+        caption = "Speed-up against the number of devices: theory, the prediction, the paper, and here."
+        yield Plot("speedup", caption, lambda: _speedups(simulated, self.rows("run")))
+        yield f"{simulate.paper_table(simulated)}\n\n{beneath}"
 
     def _table(self, name: str) -> str:
         return f"{TABLES[name](self.rows(name))}\n\n{source(name, self.files[name])}"
 
     def _machines(self) -> str:
-        lines = ["| result | machine | commit |", "|---|---|---|"]
-        lines += [f"| `{name}.json` | {machine(file)} | {file['commit']} |" for name, file in self.files.items()]
+        packages = list(dict.fromkeys(package for file in self.files.values() for package in file["versions"]))
+        lines = [f"| file | made by | machine | {' | '.join(packages)} |", "|---" * (3 + len(packages)) + "|"]
+        for name, file in self.files.items():
+            versions = (file["versions"].get(package, "") for package in packages)
+            lines.append(f"| `{name}.json` | `{made_by(name)}` | {hardware(file)} | {' | '.join(versions)} |")
         return "\n".join(lines)
 
     def _short(self) -> str:
@@ -205,21 +236,13 @@ class Page:
             against = [
                 f"{interval(ratio)} times as fast as {name}" for name, ratio in best["speedups"].items() if ratio
             ]
+            played = f" ({best['mode']}, k = {best['k']})" if best["asked_mode"] == "auto" else ""
             lines.append(
-                f"- {cell[0]}, {cell[1]} steps, {guided}: fastest is **{best['name']}**, "
-                f"{best['seconds']['p50']:.3f} s: {', '.join(against)}."
+                f"- {cell[0]}, {cell[1]} steps, {guided}: fastest is **{best['name']}**{played}, "
+                f"{best['seconds']['p50']:.3f} s, median of {best['images']} pictures with a drift of "
+                f"{best['drift']['median']:.1e}: {', '.join(against)}."
             )
-        checked = [row["error"] for row in self.rows("simulate") if row["kind"] == "validation" and row["lanes"] > 1]
-        if checked:
-            errors = sorted(abs(error["median"]) for error in checked)
-            lines.append(
-                f"- The cost model predicts measured seconds on several lanes with a median error of "
-                f"{100 * errors[len(errors) // 2]:.1f} %, at most {100 * errors[-1]:.1f} %."
-            )
-        published = [abs(row["error"]) for row in self.rows("simulate") if row["kind"] == "paper"]
-        if published:
-            middle = sorted(published)[len(published) // 2]
-            lines.append(f"- It is {100 * middle:.1f} % (median) off the paper's {len(published)} published speed-ups.")
+        lines += [f"- {words}" for words in simulate.in_short(self.rows("simulate"))]
         judged = [row for row in self.rows("quality") if "caption_accuracy" in row]
         if judged:
             reference = judged[0]
@@ -251,8 +274,9 @@ def _ours(path: Path) -> bool:
 
 
 def _folded(table: re.Match[str]) -> str:
-    """A table of a page: as wide as it must be, and closed where it is long."""
-    wide, rows = f'<div class="wide">{table[0]}</div>', table[0].count("<tr>") - 1
+    """A table of a page: as wide as it must be, with long cells in lines, and closed where there are many rows."""
+    wrapped = re.sub(r"<td>(?=[^<]{60})", '<td class="long">', table[0])
+    wide, rows = f'<div class="wide">{wrapped}</div>', table[0].count("<tr>") - 1
     return wide if rows <= LONG else f"<details><summary>All {rows} rows</summary>{wide}</details>"
 
 
@@ -329,10 +353,11 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
             ]  # fmt: skip
             devices = [row["devices"] for row in line]
             law = [(n + 1) / 2 if mode == "conservative" else n for n in devices]
-            axes.plot(devices, law, ":", color=colour("sequential"), linewidth=1.2, label="N → ∞")
+            axes.plot(devices, law, ":", color=colour("sequential"), linewidth=1.2, label="theory: N → ∞")
+            broad = {"color": colour(mode), "linewidth": 4, "alpha": 0.4, "label": f"predicted, {tables[0]}"}
+            axes.plot(devices, [row["speedup"] for row in line], **broad)
             theory = [row["steps"] / row["rounds"] for row in line]
             axes.plot(devices, theory, "--", color=colour("ink"), linewidth=1, label="theory: N / rounds, N = 50")
-            axes.plot(devices, [row["speedup"] for row in line], color=colour(mode), label="predicted, SD 1.5 on V100")
             paper = [row for row in simulated if row["kind"] == "paper" and row["mode"] == mode]
             for model, marker in zip(dict.fromkeys(row["model"] for row in paper), "osD^v", strict=False):
                 points = [(row["devices"], row["published_speedup"]) for row in paper if row["model"] == model]
@@ -343,7 +368,7 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
                     ratio = row["speedups"]["one lane"]
                     spread = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
                     label = f"measured here, {row['lanes']} processor lanes"
-                    look = {"fmt": "*", "markersize": 13, "capsize": 3, "color": colour("auto"), "label": label}
+                    look = {"fmt": "*", "markersize": 8, "capsize": 3, "color": colour("auto"), "label": label}
                     axes.errorbar(row["lanes"], ratio["median"], yerr=spread, **look)
             axes.set(title=mode, xlabel="devices for one picture", xticks=devices, ylim=(0, 8.5), xlim=(0.7, 8.3))
             axes.legend()
@@ -353,7 +378,7 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
 
 @contextmanager
 def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
-    with drawing(10.5, 4.6, ncols=2) as (figure, (apart, right)):
+    with drawing(10.5, 5.2, ncols=2) as (figure, (apart, right)):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row.get("line") and row["drift"]["median"]:
@@ -366,12 +391,16 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
             apart.plot(x, [row["drift"]["median"] for row in several], **style)
             if all("caption_accuracy" in row for row in several):
                 right.plot(x, [100 * row["caption_accuracy"] for row in several], **style)
-        apart.set(yscale="log", xlabel="N / rounds", ylabel="distance to the sequential latents (median)")
-        apart.set_title("Distance to sequential: lower is closer")
-        right.set(xlabel="N / rounds", ylabel="captions right in every attribute, %", ylim=(0, 100))
-        right.set_title("Right pictures")
-        apart.legend()
+        speed = "N / rounds: the speed-up that the rounds allow"
+        apart.set(yscale="log", xlabel=speed, ylabel="drift (median)", title="Distance to sequential: lower is closer")
+        right.set(xlabel=speed, ylabel="captions right in every attribute, %", title="Right pictures")
+        right.set_ylim(top=100)
+        figure.legend(*apart.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         yield figure
+
+
+def _made(command: str) -> str:
+    return ", ".join(name for name, made in MADE_BY.items() if made == command)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -379,66 +408,108 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
 _INTRODUCTION = """# What the engine does, measured
 
 A diffusion model makes a picture in N steps, one after another: usually a second device does not make one picture any
-faster. This engine drafts the states of several steps ahead, asks the model about all of them at once, on as many
-*lanes* (GPUs, or here processor cores) as there are, and refines them with the scheduler's own steps. A *round* is one
-set of model calls that run at the same time; N / rounds is the speed-up that the algorithm allows.
+faster. This engine guesses the states of the next few steps, asks the model about all of them at once, on several
+devices, and refines them with the scheduler's own steps. The modes differ in what they guess, and in what they accept:
 
-- `sequential`: no drafts, N rounds; with guidance the two halves of an evaluation are dealt over two lanes, exactly.
-- `conservative`, `aggressive`: DRiffusion's two modes, with k drafts per round.
-- `srds`: Parareal over blocks of steps. `adaptive`: accepts only drafts that are close enough.
-- `auto`: the fastest of them whose distance to sequential, measured once, is within a tolerance.
+- `sequential`: no guesses, step after step; what all others are compared with.
+- `conservative`, `aggressive`: the two modes of the paper, DRiffusion. The first asks anew between two blocks of
+  guesses, 2⌈N/(k+1)⌉ rounds or one fewer; the second goes on from its guesses, 1 + ⌈(N−1)/k⌉ rounds.
+- `srds`: Parareal over blocks of steps, until the picture changes by less than a tolerance.
+- `adaptive`: accepts only drafts that are within a tolerance of the refined state.
+- `auto`: the fastest of them whose drift, measured once on this model, is within a tolerance.
 
-Everything below is made from the result files beside this page, by the commands at its end. A range in brackets behind
-a ratio is its 95 % bootstrap interval."""
+The words of this page:
 
-_RUN = """All rows of a table are interleaved picture by picture and start from the same noise. *One lane* is one
-ONNX Runtime session with one thread, *one session* a single session with all cores, which is what one would use
-otherwise; *diffusers* is its own pipeline in PyTorch, eager and compiled. *Of N/rounds* is the speed-up over one
-lane as a share of what the algorithm allows; splitting guidance can take it above 1. *Of the floor* is the time of
-the bare model calls of the same placement, replayed with a barrier after each round, divided by the engine's time.
-*Drift* is the relative distance of the finished latents from the sequential ones. With so few pictures p99 is
-nearly the slowest of them."""
+- A *lane* is what runs the model: a GPU, or here a processor core with a session of its own.
+- A *draft* is a guessed state; k is the number of drafts per round, by default the number of lanes.
+- A *round* is one set of model calls that run at the same time. Sequential takes N rounds: N / rounds is the speed-up
+  that an algorithm allows where a call takes as long on every lane at once as on one alone.
+- *Guidance* is classifier-free guidance: two halves per step, with the prompt and without. They are asked *together*,
+  as one call, or *split* over two lanes, which changes nothing in the picture.
+- The alternatives: *one lane* is one ONNX Runtime session with one thread; *one session* a single session with all
+  cores, which is what one would use otherwise; *diffusers* is its own pipeline in PyTorch, eager or *compiled*.
+- *Drift* is the distance of the finished latents to the sequential ones of the same noise, relative to their size;
+  0 is the same picture.
+- p20, p50 … are percentiles. A range in brackets behind a ratio is its 95 % bootstrap interval.
 
-_ROUND = """The picture with the median time, split so that the parts add up to all of it. *Model calls* is the
-longest call of every round. *Combine* is the sums over latents; *copy* brings latents to where calls and sums read
-them; *wait* is what starting lanes and waiting for the last one takes beyond its call; *Python* is the rest: the
-plan, binding calls, counting. Device-seconds are lanes times seconds: a faster picture on more devices still costs
-more of them."""
+`shapes`, the model of most tables, is this project's own: small enough for processor cores, it draws 64×64 pictures of
+one or two coloured shapes, so that a program can check whether a picture shows what its caption says."""
 
-_DEVICES = """Machines with more devices are predicted: the real plan of every sampler, played on a virtual clock.
-For the paper's machines the seconds of a model call come from its sequential row alone; links are typical of their
-kind; one half of a guided evaluation is assumed to cost 0.56 of both. The prediction is held against measurement on
-the lanes that are here, with the cost of calls, sums and starts measured in between the pictures. Two of the
-paper's points (SD 3) are above what their round counts allow, so its baseline was timed otherwise there."""
+_RUN = """All rows of a table are interleaved picture by picture and start from the same noise. The columns with × say
+how many times as fast as an alternative a row is. *Of N/rounds* is the speed-up over one lane as a share of what the
+algorithm allows; splitting guidance can take it above 1. *Of the floor* is the time of the same model calls alone, on
+the same lanes with a barrier after each round, divided by the engine's time: 1 is an engine that costs nothing. With
+so few pictures p99 is nearly the slowest of them."""
 
-_QUALITY = """The captions never occurred in training. An independent checker reads the picture back: right means
-every attribute is. The other axis is the distance to the sequential picture of the same noise. Fewer sequential
-steps are what one would do otherwise. *As in the paper* freezes the noise prediction for a block; *corrected* hands
-over mostly the predicted picture, at the same price."""
+_ROUND = """The picture with the median time, split so that the parts add up to all of it; the numbers are in the
+tables above. *Model calls* is the longest call of every round. *Combine* is the sums over latents; *copy* brings
+latents to where calls and sums read them; *wait* is what starting lanes and waiting for the last one takes beyond its
+call; *Python* is the rest: the plan, binding calls, counting. *Device-seconds* are lanes times seconds: a faster
+picture on more devices still costs more of them."""
 
-_SCENARIO = """In the manner of MLPerf inference text-to-image: fixed latents, one picture after another, arrivals at
-random, and all at once. **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far fewer queries than
-its rules ask for."""
+_DEVICES = """Machines with more devices are predicted: the real plan of every mode, played on a virtual clock. It
+takes the seconds of an evaluation, which is both halves of guidance, from elsewhere; latency and bandwidth of links are
+typical of their kind. The table is over NVLink."""
+
+_VALIDATION = """On the lanes that are here the prediction can be held against measurement: the cost of calls, sums and
+starts is measured before and after every pass of pictures, and each picture is predicted from the costs around it.
+*Error* is the median of predicted / measured − 1 picture by picture, *measured* the median seconds, and *predicted*
+what the error makes of them. On one lane k is 2."""
+
+_PAPER = """Here the prediction knows the paper's sequential seconds and nothing else, and they cancel out of a
+speed-up. Beside calls of 50 ms and more, sums, starts and copies vanish, so that the prediction is N/rounds in every
+row: this comparison tests that the engine's round counts are those of the paper, not the cost model. What the paper
+lost beyond its rounds is its error. Five points are above what their round counts allow, SD 3's by 5 and 7 %: their
+baselines were rounded, or timed otherwise."""
+
+_QUALITY = """The captions are of combinations that never occurred in training. An independent checker reads the
+picture back: right means every attribute is. The distance is the drift; 99 dB and an SSIM of 1 are equal pictures. *As
+in the paper* freezes the noise prediction for a block; *corrected* hands over mostly the predicted picture, at the
+same price; *fresh noise* draws other noise for drafts than for the steps, as the paper's listing for stochastic
+schedulers does. Fewer sequential steps are what one would do otherwise. The second row is the floor: the same pictures
+with another batch size and lane count. Rows that begin with a scheduler are compared with its own sequential pictures,
+of fewer captions. `ddpm` and `euler_a` are one sampler in two notations: at this model's whole timesteps their
+coefficients are equal, and so are their rows."""
+
+_DRAFTS = """How far the modes end from sequential with each kind of drafts: the drift with the paper's `frozen` ones,
+median and 90th percentile in brackets, and how many times closer another kind ends, median / 90th percentile. `frozen`
+keeps the last noise prediction for a whole block and uses what the model says of a draft as it is. `corrected`, which
+the engine takes if not told otherwise, hands over mostly the picture that the model predicted at a draft, not the
+noise, at the same price. The captions are others than those it was chosen by."""
+
+_SCENARIO = """Requests for pictures from fixed latents: one after another (*SingleStream*), arriving at random
+(*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
+fewer requests than its rules ask for. *Valid* is whether a run this short would count otherwise; quality is held
+against sequential pictures of the same latents."""
 
 _SERVE = """Clients over HTTP ask for the next picture when they have the last one. *Elastic* gives an idle server's
-only picture all lanes, and several waiting pictures fewer each; beside it, all lanes for every picture and one lane for
-each. The three take turns within one server."""
+only picture all lanes, and several waiting pictures fewer each; beside it, all lanes for every picture and one lane
+for each. The three take turns within one server. *× the better* is elastic's throughput, and its median latency,
+divided by those of the better of the two others."""
 
-_EXPORT = """Published architectures at full size with random weights, each network exported and compared with torch."""
+_EXPORT = """Architectures of published checkpoints with random weights, since weights could not be downloaded: each
+network is exported to ONNX by itself and compared with torch, which is part of every export. *Difference to torch* is
+the largest one over the largest value, at the smallest sizes of the exported range, which take the least time.
+TensorRT-RTX plans are built for a GPU that need not be there; none has run."""
 
 _KERNEL = """Guidance, k scheduler steps and k drafts are one linear combination, made in one pass over the latents.
-Beside it, the same as separate operations. On processor cores this is the NumPy sum that lanes there use, on one
-thread; its cost grows with inputs times outputs, so that for large latents and many drafts separate operations are
-cheaper there."""
+Beside it, the same as so many separate operations, for latents of four sizes, and a plain copy of as many bytes. On
+processor cores this is the NumPy sum that lanes there use, on one thread; its cost grows with inputs times outputs, so
+that for large latents and many drafts separate operations are cheaper there."""
 
-_AGAIN = """## Do it again
+_AGAIN = f"""## Do it again
 
 ```
-make bench        # all of this but the quality table, in under 15 minutes on two cores
-make bench-full   # that too, which takes much longer
+make bench        # {_made(BENCH)}: under 15 minutes on two cores
+make bench-full   # {_made(FULL)}, too, which takes much longer
+make gpu-check    # gpu, on any NVIDIA machine
+.venv/bin/{MADE_BY["serve"]} --json bench/results/serve.json
+.venv/bin/{MADE_BY["export"]} --json bench/results/export.json   # 60 GB of disk, 24 GB of memory
+.venv/bin/python -m bench report   # this page, and the README's tables
 ```
 
-`python -m bench` lists the commands; `bench/README.md` says what is in each result file."""
+Each makes the files that are named beside it here, and leaves the others as they were. `python -m bench` lists the
+commands; `bench/README.md` says what is in each file, which also names the commit that was measured."""
 
 _HTML = """<!doctype html>
 <html lang="en">
@@ -467,6 +538,7 @@ th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid var(-
 th { font-weight: 600; border-bottom: 2px solid var(--faint); }
 th:first-child, td:first-child { min-width: 8rem; }
 td:not(:first-child) { white-space: nowrap; }
+td.long:not(:first-child) { white-space: normal; min-width: 16rem; }
 .wide table:has(th:nth-child(8)) td:first-child { min-width: 13.5rem; }
 tbody tr:hover { background: var(--soft); }
 figure { margin: 1.5rem 0; overflow-x: auto; }

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bench.distances import drift, psnr
 from bench.energy import Meter
 from bench.floor import enqueued, replay
-from bench.models import EMBEDDED, checkpoint, model_arguments, one_lane, prompts
+from bench.models import EMBEDDED, Checkpoint, checkpoint, model_arguments, one_lane, prompts
 from bench.statistics import interval, median, middle, percentiles, quantile, ratio, scaled
 from bench.torch_baseline import NotPossibleHereError, Setting, TorchBaseline, Wanted
 from engines.base import Array, Call
@@ -226,11 +226,12 @@ class Machine:
             self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
         return self.pipelines[devices]
 
-    def diffusers(self, checkpoint: str, device: str, *, compiled: bool) -> TorchBaseline | str:
+    def diffusers(self, checkpoint: Checkpoint, device: str, *, compiled: bool) -> TorchBaseline | str:
         """The process with diffusers in it, or why there is none."""
         if compiled not in self.torches:
             try:
-                self.torches[compiled] = TorchBaseline(Wanted(checkpoint, compiled, device), TORCH_LIMIT)
+                wanted = Wanted(checkpoint.folder, compiled, device, checkpoint.loras)
+                self.torches[compiled] = TorchBaseline(wanted, TORCH_LIMIT)
             except NotPossibleHereError as error:
                 self.torches[compiled] = str(error)
         return self.torches[compiled]

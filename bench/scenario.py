@@ -338,7 +338,8 @@ class Bench:
         del config["judged"]
         config["windows"] = [[name, *(_bound(b) for b in bounds)] for name, *bounds in self.setting.windows]
         reasons = [f"{name} not met" for name, met in outcome.met.items() if not met]
-        reasons += [f"{len(outcome.failed)} requests failed: {outcome.failed[0].error}"] if outcome.failed else []
+        failed = len(outcome.failed)
+        reasons += [f"{failed} request{'s'[: failed - 1]} failed: {outcome.failed[0].error}"] if failed else []
         return {
             "name": f"{self.benchmark}, {outcome.scenario}", "unofficial": True, "scenario": outcome.scenario,
             "benchmark": self.benchmark, "model": self.pipeline.manifest.model, "devices": devices, "config": config,
@@ -355,20 +356,60 @@ def _bound(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+# the short names of what MLPerf's logs say is not met, in words
+UNMET = {
+    "duration not met": "shorter than asked for",
+    "queries not met": "fewer requests were answered than asked for",
+    "performance not met": "the 99th percentile is over the target latency",
+    "early_stopping not met": "too few requests, or too many of them late, to be 99 % sure of the percentile "
+    "(MLPerf's early stopping)",
+}
+WORDS = {
+    "psnr": "PSNR {:.1f} dB", "drift": "drift {:.1e}", "drift_p90": "its p90 {:.1e}",
+    "caption_accuracy": "{:.1%} of captions right", "sequential_caption_accuracy": "sequentially {:.1%}",
+    "share_of_sequential_accuracy": "{:.0%} of what is right sequentially",
+    "CLIP_SCORE": "CLIP score {:.2f}", "FID_SCORE": "FID {:.2f}",
+}  # fmt: skip
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per scenario; unofficial."""
-    lines = ["| unofficial, in the manner of MLPerf | mode, devices | queries | result | p50 / p90 / p99 | quality | |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    """One line per scenario, and what its columns mean; unofficial."""
+    lines = ["| unofficial, in the manner of MLPerf | mode, devices | requests | result | latency p50 / p90 / p99 "
+             "| quality | verdict |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         value, latency = row["metric"], row["metrics"].get("request_latency")
         shown = f"{value['value'] / 1e6:.0f} ms (90th percentile)" if value["name"].endswith("(ns)") else (
             f"{value['value']:.2f} pictures per second"
         )  # fmt: skip
         tail = " / ".join(f"{latency[q]:.0f}" for q in ("p50", "p90", "p99")) + " ms" if latency else ""
-        quality = ", ".join(f"{name} {v:.4g}" for name, v in row["quality"].items() if v is not None)
-        verdict = "; ".join(row["reasons"]) or "in the window"
+        quality = ", ".join(_words(name, v) for name, v in row["quality"].items() if v is not None)
+        reasons = "; ".join(UNMET.get(reason, reason) for reason in row["reasons"])
+        good = "quality in its window, " if row["status"] == "passed" else "failed, "
+        verdict = good + (f"not valid: {reasons}" if reasons else "valid")
         lines.append(
             f"| {row['name']} | {row['config']['mode']}, {row['devices']} | {row['queries']} | {shown} | {tail} "
             f"| {quality} | {verdict} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _notes(rows)])
+
+
+def _words(name: str, value: float) -> str:
+    return WORDS.get(name, f"{name} {{:.4g}}").format(value).replace("%", " %")
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> str:
+    """What the columns mean, of the scenarios that are there."""
+    windows = {tuple(window): None for row in rows for window in row["config"]["windows"]}
+    notes = [f"The window of quality: {'; '.join(_window(*window) for window in windows)}."] if windows else []
+    if any(row["metric"]["name"].endswith("(ns)") for row in rows):
+        notes.append("MLPerf's 90th percentile is the latency of one request (nearest rank); AIPerf's, in the column")
+        notes.append("beside it, lie between two (interpolated).")
+    if any(row["scenario"] == "Offline" for row in rows):
+        notes.append("Offline asks for everything at once: latencies count from then.")
+    return " ".join(notes)
+
+
+def _window(name: str, low: float | None, high: float | None) -> str:
+    bounds = [f"{_words(name, low)} or more" if low is not None else None]
+    bounds.append(f"{_words(name, high)} or less" if high is not None else None)
+    return " and ".join(filter(None, bounds))

@@ -49,6 +49,7 @@ DEVICES = (1, 2, 3, 4, 6, 8, 12, 16)
 BATCHES = (1, 2, 3, 4, 6, 8)
 LAUNCH = 10e-6  # seconds to start a round as a graph; assumed
 REPEATS = 3
+MEASURED = "measured here"  # where a table of costs comes from
 MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
 
 
@@ -459,7 +460,7 @@ def measure(
         last = [row for row in rows if row["kind"] == "costs"][-1]
         lane = last["call_seconds"][max(last["call_seconds"])]
         name = f"{model}, one lane of this machine each"
-        tables.append(Table(name, "measured here", lane[2], last["latent_bytes"], half_share=lane[1] / lane[2]))
+        tables.append(Table(name, MEASURED, lane[2], last["latent_bytes"], half_share=lane[1] / lane[2]))
     tables[:2] = [Table(t.name, t.source, t.evaluation, t.latent_bytes, t.steps, half_share) for t in tables[:2]]
     rows += [{"kind": "table", **vars(table)} for table in tables]
     rows += [{"kind": "link", **vars(link)} for link in LINKS]
@@ -471,36 +472,87 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The validation, the paper's points, and the predictions for one link."""
-    parts = []
+    """The validation where there is one, the paper's points, and the predictions for one link."""
+    return "\n\n".join(filter(None, (validation_table(rows), paper_table(rows), prediction_table(rows))))
+
+
+def assumptions(rows: Sequence[dict[str, Any]]) -> str:
+    """What predictions are made with, one line per model and device."""
+    return "\n".join(
+        f"- {row['name']}: {1e3 * row['evaluation']:.1f} ms an evaluation ({row['source']}), a half of it "
+        f"{100 * row['half_share']:.0f} % of that{' (assumed)' if row['source'] != MEASURED else ''}."
+        for row in rows
+        if row["kind"] == "table"
+    )
+
+
+def validation_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Measured seconds beside what was predicted of them: median times the median of the ratios picture by picture."""
     checked = [row for row in rows if row["kind"] == "validation"]
-    if checked:
-        lines = ["| lanes | | guidance | rounds | predicted | measured | error (95 % interval) |",
-                 "|---|---|---|---|---|---|---|"]  # fmt: skip
-        lines += [
-            f"| {r['lanes']} | {r['mode']} | {r['guidance_scale']:g} | {r['rounds']:g} "
-            f"| {r['predicted_seconds']:.3f} s | {r['measured_seconds']:.3f} s | {_percent(r['error'])} |"
-            for r in checked
-        ]
-        parts.append("\n".join(lines))
-    lines = ["| | | devices | published | predicted | N/rounds | error |", "|---|---|---|---|---|---|---|"]
+    lines = ["| lanes | mode | guidance | rounds | pictures | measured | predicted | error (95 % interval) |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {r['lanes']} | {r['mode']} | {r['guidance_scale']:g} | {r['rounds']:g} | {r['pictures']} "
+        f"| {r['measured_seconds']:.3f} s | {r['measured_seconds'] * (1 + r['error']['median']):.3f} s "
+        f"| {_percent(r['error'])} |"
+        for r in checked
+    ]
+    return "\n".join(lines) if checked else ""
+
+
+def paper_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The paper's speed-ups beside the predicted ones."""
+    lines = ["| model | mode | devices | published | predicted | N/rounds | error |", "|---|---|---|---|---|---|---|"]
     lines += [
         f"| {r['model']} | {r['mode']} | {r['devices']} | {r['published_speedup']:.2f}× | {r['speedup']:.2f}× "
         f"| {r['speedup_in_rounds']:.2f}× | {100 * r['error']:+.1f} % |"
         for r in rows
         if r["kind"] == "paper"
     ]
-    parts.append("\n".join(lines))
+    return "\n".join(lines)
+
+
+def in_short(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far predictions are off: what is typical, and the worst row."""
+    said = []
+    checked = [row for row in rows if row["kind"] == "validation"]
+    if checked:
+        worst = max(checked, key=lambda row: abs(row["error"]["median"]))
+        reach = max(abs(row["error"][end]) for row in checked for end in ("low", "high"))
+        usual = _typical([row["error"]["median"] for row in checked])
+        said.append(
+            f"The cost model's seconds are {usual} off the measured ones (median of {len(checked)} rows), at most "
+            f"{100 * worst['error']['median']:+.1f} % ({_named(worst)}); the rows' 95 % intervals, of "
+            f"{worst['pictures']} pictures each, reach {100 * reach:.1f} %."
+        )
+    published = [row for row in rows if row["kind"] == "paper"]
+    if published:
+        worst = max(published, key=lambda row: abs(row["error"]))
+        said.append(
+            f"Round counts alone are {_typical([row['error'] for row in published])} off the paper's {len(published)} "
+            f"published speed-ups (median), at most {100 * worst['error']:+.1f} % ({worst['model']}, {worst['mode']}, "
+            f"{worst['devices']} devices)."
+        )
+    return said
+
+
+def _typical(errors: Sequence[float]) -> str:
+    return f"{100 * float(np.median(np.abs(errors))):.1f} %"
+
+
+def prediction_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Predicted speed-ups over NVLink on 2, 4, 8 and 16 devices."""
     several = [r for r in rows if r["kind"] == "prediction" and r["link"] == "NVLink" and r["devices"] in (2, 4, 8, 16)]
-    lines = ["| | guidance | | 2 devices | 4 | 8 | 16 |", "|---|---|---|---|---|---|---|"]
-    keys = dict.fromkeys((r["table"], r["guidance_split"], r["mode"]) for r in several)
-    for key in keys:
+    counts = list(dict.fromkeys(r["devices"] for r in several))
+    lines = [f"| model and device | guidance | mode | {' | '.join(f'{n} devices' for n in counts)} |",
+             "|---" * (3 + len(counts)) + "|"]  # fmt: skip
+    for key in dict.fromkeys((r["table"], r["guidance_split"], r["mode"]) for r in several):
         found = [r["speedup"] for r in several if (r["table"], r["guidance_split"], r["mode"]) == key]
         name, split, mode = key
         lines.append(
             f"| {name} | {'split' if split else 'together'} | {mode} | {' | '.join(f'{x:.2f}×' for x in found)} |"
         )
-    return "\n\n".join([*parts, "\n".join(lines)])
+    return "\n".join(lines)
 
 
 def _percent(error: dict[str, float]) -> str:
@@ -510,15 +562,34 @@ def _percent(error: dict[str, float]) -> str:
 
 @contextmanager
 def figure(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
-    """Four plots: the paper's points, guidance split or not, links, and the validation."""
+    """Two plots of predictions: guidance split or not, and links."""
     predicted = [row for row in rows if row["kind"] == "prediction"]
     tables = [row["name"] for row in rows if row["kind"] == "table"]
-    with drawing(10.5, 8, nrows=2, ncols=2) as (whole, ((paper, split), (links, valid))):
-        _paper_plot(paper, predicted, [row for row in rows if row["kind"] == "paper"], tables[0])
+    with drawing(10.5, 5.4, ncols=2) as (whole, (split, links)):
         _split_plot(split, predicted, tables[0])
         _link_plot(links, predicted, tables[1])
-        _validation_plot(valid, [row for row in rows if row["kind"] == "validation"])
         yield whole
+
+
+@contextmanager
+def validation_figure(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
+    """Errors of the predicted seconds, with their intervals."""
+    checked = [row for row in reversed(rows) if row["kind"] == "validation"]
+    with drawing(10.5, 0.24 * len(checked) + 0.8) as (whole, axes):
+        axes.axvline(0, color=colour("ink"), linewidth=0.8)
+        for at, row in enumerate(checked):
+            error = {key: 100 * value for key, value in row["error"].items()}
+            spread = [[error["median"] - error["low"]], [error["high"] - error["median"]]]
+            axes.errorbar(error["median"], at, xerr=spread, fmt="o", color=colour(row["mode"]), capsize=2)
+        axes.set_yticks(range(len(checked)), map(_named, checked), fontsize=8.5)
+        axes.set_xlabel("error of the predicted seconds, %: median of pictures, and its 95 % interval")
+        axes.grid(visible=False, axis="y")
+        yield whole
+
+
+def _named(row: dict[str, Any]) -> str:
+    guided = "with guidance" if row["guidance_scale"] > 1 else "without guidance"
+    return f"{row['mode']}, {guided}, {row['lanes']} lane{'s'[: row['lanes'] - 1]}"
 
 
 def _line(
@@ -528,31 +599,11 @@ def _line(
     return [row["devices"] for row in found], [row["speedup"] for row in found]
 
 
-def _axes(axes: Any, title: str, most: int) -> None:
+def _axes(axes: Any, title: str) -> None:
     axes.set(title=title, xlabel="devices for one picture", ylabel="speed-up over one device")
-    axes.set_xticks([n for n in DEVICES if n <= most])
+    axes.set_xticks(DEVICES)
     axes.set_ylim(bottom=0)
-
-
-def _paper_plot(
-    axes: Any, predicted: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]], name: str
-) -> None:  # fmt: skip
-    for mode in (CONSERVATIVE, AGGRESSIVE):
-        x, y = _line(predicted, table=name, link="NVLink", mode=mode, guidance_split=False)
-        inside = [n for n in x if n <= 6]
-        law = [float(n) if mode == AGGRESSIVE else (n + 1) / 2 for n in inside]
-        axes.plot(inside, y[: len(inside)], color=colour(mode), label=f"{mode}, predicted")
-        axes.plot(inside, law, ":", color=colour(mode), linewidth=1, label=f"{mode}, N → ∞")
-    for model, marker in zip(dict.fromkeys(row["model"] for row in published), "osD^v", strict=False):
-        for mode in (CONSERVATIVE, AGGRESSIVE):
-            points = [row for row in published if (row["model"], row["mode"]) == (model, mode)]
-            axes.plot(
-                [row["devices"] for row in points], [row["published_speedup"] for row in points], marker,
-                color=colour(mode), markerfacecolor="none", markeredgewidth=1.3,
-            )  # fmt: skip
-        axes.plot([], [], marker, color=colour("ink"), markerfacecolor="none", label=f"{model}, published")
-    _axes(axes, "Predicted, and what the paper published", 6)
-    axes.legend(ncols=2, fontsize=7.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _split_plot(axes: Any, predicted: Sequence[dict[str, Any]], name: str) -> None:
@@ -562,8 +613,7 @@ def _split_plot(axes: Any, predicted: Sequence[dict[str, Any]], name: str) -> No
             if x and not (mode == "sequential" and not split):
                 label = f"{mode}{', guidance split' if split else ''}"
                 axes.plot(x, y, "-" if split else "--", color=colour(mode), label=label)
-    _axes(axes, f"All samplers, {name}", 16)
-    axes.legend(fontsize=7.5)
+    _axes(axes, f"All modes over NVLink, {name}")
 
 
 def _link_plot(axes: Any, predicted: Sequence[dict[str, Any]], name: str) -> None:
@@ -571,19 +621,4 @@ def _link_plot(axes: Any, predicted: Sequence[dict[str, Any]], name: str) -> Non
         for mode in (CONSERVATIVE, AGGRESSIVE):
             x, y = _line(predicted, table=name, link=link.name, mode=mode, guidance_split=False)
             axes.plot(x, y, style, color=colour(mode), label=f"{mode}, {link.name}")
-    _axes(axes, f"Links, {name}", 16)
-    axes.legend(fontsize=7.5)
-
-
-def _validation_plot(axes: Any, checked: Sequence[dict[str, Any]]) -> None:
-    axes.set(title="Predicted against measured, processor lanes", xlabel="error of the predicted seconds, %")
-    axes.axvline(0, color=colour("ink"), linewidth=0.8)
-    names = []
-    for at, row in enumerate(reversed(checked)):
-        error = {key: 100 * value for key, value in row["error"].items()}
-        spread = [[error["median"] - error["low"]], [error["high"] - error["median"]]]
-        axes.errorbar(error["median"], at, xerr=spread, fmt="o", color=colour(row["mode"]), capsize=2)
-        guided = "guided" if row["guidance_scale"] > 1 else "unguided"
-        names.append(f"{row['mode']}, {guided}, {row['lanes']} lane{'s'[: row['lanes'] - 1]}")
-    axes.set_yticks(range(len(names)), names, fontsize=7.5)
-    axes.grid(visible=False, axis="y")
+    _axes(axes, f"Links, {name}")

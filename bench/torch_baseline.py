@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from engines.base import Array
@@ -28,11 +29,12 @@ class NotPossibleHereError(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the process is to load, and on which of torch's devices."""
+    """What the process is to load, on which of torch's devices, and the LoRA files with their scales to fuse."""
 
     checkpoint: str
     compiled: bool = False
     device: str = "cpu"
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class TorchBaseline:
             raise
 
     def picture(self, prompt: str, noise: Array, setting: Setting) -> tuple[float, Array]:
-        """Seconds of the denoising loop, and the latents as diffusers returns them."""
+        """Seconds of the denoising loop, and the latents in the shape of the noise."""
         if self._broken is not None:
             raise NotPossibleHereError(self._broken)
         self._ours.send((prompt, noise, setting))
@@ -125,10 +127,15 @@ def _load(wanted: Wanted) -> Callable[[str, Array, Setting], tuple[float, Array]
         library.utils.logging.set_verbosity_error()
     kind = torch.float32 if wanted.device == "cpu" else torch.float16
     pipe = diffusers.DiffusionPipeline.from_pretrained(wanted.checkpoint, dtype=kind, local_files_only=True)
+    for number, (file, scale) in enumerate(wanted.loras):
+        pipe.load_lora_weights(Path(file).parent, weight_name=Path(file).name, adapter_name=f"lora{number}")
+        pipe.fuse_lora(adapter_names=[f"lora{number}"], lora_scale=scale)
+        pipe.unload_lora_weights()
     pipe.to(wanted.device)
     pipe.set_progress_bar_config(disable=True)
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     forward = torch.compile(denoiser.forward, dynamic=False) if wanted.compiled else denoiser.forward
+    packed = hasattr(pipe, "_pack_latents")  # Flux's own call takes and returns tokens of two by two latents
     started: list[float] = []
 
     def now() -> float:
@@ -148,10 +155,15 @@ def _load(wanted: Wanted) -> Callable[[str, Array, Setting], tuple[float, Array]
         if type(pipe.scheduler) is not scheduler:
             pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         started.clear()
+        height, width = (side * pipe.vae_scale_factor for side in noise.shape[2:])
+        given = torch.from_numpy(noise).to(wanted.device, kind)
         latents = pipe(
             prompt, num_inference_steps=setting.steps, guidance_scale=setting.guidance_scale, output_type="latent",
-            latents=torch.from_numpy(noise).to(wanted.device, kind),
+            height=height, width=width, latents=pipe._pack_latents(given, *given.shape) if packed else given,
         ).images  # fmt: skip
-        return now() - started[0], latents.float().cpu().numpy()
+        seconds = now() - started[0]
+        if packed:
+            latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        return seconds, latents.float().cpu().numpy()
 
     return draw

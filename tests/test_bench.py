@@ -30,6 +30,7 @@ from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.store import Bundle
+from export.__main__ import EMBEDDED, Asked
 from export.shapes.data import Scene, random_scene
 from runtime.execute import denoise, execute, plan
 from runtime.noise import gaussian
@@ -179,6 +180,21 @@ def test_a_baseline_that_is_not_possible_keeps_its_row() -> None:
     assert "not possible here: too slow" in run_table([row])
 
 
+@pytest.mark.parametrize("sides", [None, (512, 1024)])
+@pytest.mark.parametrize(
+    "loras", [(), (("one.safetensors", 0.8),), (("one.safetensors", 1.0), ("two two.safetensors", -2))]
+)
+@pytest.mark.parametrize("folder", ["models/my model", "shapes"])
+def test_a_checkpoint_is_its_folder_and_its_loras_however_it_was_exported(
+    folder: str, loras: Any, sides: Any, manifest: Manifest, tmp_path: Path
+) -> None:
+    where = EMBEDDED["shapes"] if folder == "shapes" else tmp_path / folder
+    files = tuple((tmp_path / file, scale) for file, scale in loras)
+    origin = Asked("any", where, files, sides).origin
+    found = checkpoint(manifest.model_copy(update={"origin": origin}))
+    assert Path(found.folder) == where and found.loras == tuple((str(file), scale) for file, scale in files)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_that_is_not_there_is_a_reason() -> None:
     with pytest.raises(NotPossibleHereError, match="nowhere"):
@@ -189,7 +205,7 @@ def test_a_checkpoint_that_is_not_there_is_a_reason() -> None:
 
 @pytest.mark.slow
 def test_diffusers_draws_the_same_picture(pipeline: Pipeline) -> None:
-    baseline = TorchBaseline(Wanted(checkpoint(pipeline.manifest)), 120)
+    baseline = TorchBaseline(Wanted(checkpoint(pipeline.manifest).folder), 120)
     try:
         noise = gaussian(5, 0, 0, pipeline.latent_shape)[None]
         for scheduler, guidance in (("ddim", 4.0), ("euler", 1.0)):

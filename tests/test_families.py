@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.torch_baseline import Setting, TorchBaseline, Wanted
 from engines import load
 from engines.base import Array
 from engines.devices import parse_devices
@@ -287,6 +288,18 @@ def test_one_lane_gives_what_two_give(made: Made) -> None:
     a, b = (one.generate(PROMPT, num_inference_steps=STEPS, mode="sequential", seed=2) for one in (made.ours, other))
     other.close()
     near(a.latents, b.latents, 1e-4)
+
+
+@pytest.mark.slow
+@every("sdxl", "flux")
+def test_the_baseline_of_benchmarks_draws_the_same_latents(made: Made, rng: np.random.Generator) -> None:
+    baseline = TorchBaseline(Wanted(str(made.folder)), 120)
+    try:
+        noise = noise_of(made, rng, side=(16, 24))
+        _, latents = baseline.picture(PROMPT, noise, Setting(SCHEDULERS[made.name][0], STEPS, 4.0))
+        near(made.generate(latents=noise, width=96, height=64, guidance_scale=4.0).latents, latents)
+    finally:
+        baseline.close()
 
 
 @every()

@@ -11,7 +11,9 @@ import pytest
 
 from bench import __main__ as command
 from bench import plots
-from bench.report import RESULTS, Page, Plot, block, rebuilt
+from bench.report import MADE_BY, README, RESULTS, Page, Plot, block, made_by, rebuilt
+
+ROOT = README.parent
 
 
 @pytest.fixture
@@ -42,6 +44,21 @@ def test_the_page_names_every_file_and_machine(folder: Path) -> None:
     for path in folder.glob("*.json"):
         assert f"`{path.name}`" in text
     assert json.loads((folder / "run.json").read_text())["host"]["processor"] in text
+
+
+def test_every_file_has_a_section_and_the_command_that_makes_it(folder: Path) -> None:
+    parts = [part for part in Page.read(folder).parts() if isinstance(part, str)]
+    for path in folder.glob("*.json"):
+        beneath = f"`bench/results/{path.name}`, made by `{made_by(path.stem)}`"
+        assert any(len(part) > 2 * len(beneath) and beneath in part for part in parts), path.name
+
+
+def test_the_commands_make_the_files_that_the_page_says() -> None:
+    rules = (ROOT / "Makefile").read_text().split("\n\n")
+    for target in {made for made in MADE_BY.values() if made.startswith("make ")}:
+        (rule,) = [rule for rule in rules if rule.startswith(f"{target.removeprefix('make ')}:")]
+        files = set(re.findall(r"--json bench/results/(\w+)\.json", rule))
+        assert files == {name for name, made in MADE_BY.items() if made == target}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from bench.formats import (
     overlatency_allowed,
     perf_analyzer,
 )
+from bench.report import load
 from bench.scenario import Load, outside, window
 from engines.errors import DeviceError
 from engines.store import Bundle
@@ -145,6 +147,18 @@ def test_blocks_windows_and_the_csv() -> None:
     assert len(row) == len(CSV) and dict(zip(CSV, row, strict=True))["Server Compute Infer"] == 90_000
 
 
+def test_the_table_is_in_words() -> None:
+    rows = load("scenario")["rows"]
+    shown, keys = scenario.table(rows), {key for row in rows for key in row["quality"]}
+    assert not any("_" in word for word in shown.split()) and keys <= set(scenario.WORDS)
+    assert (
+        "MLPerf's 90th percentile" in shown
+        and "98 % of what is right sequentially or more; PSNR 30.0 dB or more" in shown
+    )
+    unmet = outcome([9.0] * 10, "Server", target_latency=1.0, minimum=11, min_duration=1e3).met
+    assert [f"{name} not met" for name, met in unmet.items() if not met] == list(scenario.UNMET)
+
+
 def test_sdxl_is_asked_as_mlperf_asks() -> None:
     setting = scenario.DEFAULTS["StableDiffusionXLPipeline"]
     assert (setting.scheduler, setting.num_inference_steps, setting.guidance_scale) == ("euler", 20, 8.0)
@@ -203,3 +217,27 @@ def test_quality_out_of_the_window_and_bad_input_end_with_an_error(
     ):  # fmt: skip
         monkeypatch.setattr("sys.argv", [*base, *more])
         assert command.main() == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", scenario.SCENARIOS)
+def test_a_request_that_failed_makes_the_exit_code_1(
+    kind: str, shapes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, calls = scenario.Bench.draw, itertools.count(1)
+
+    def breaking(bench: scenario.Bench, wanted: Any, **other: Any) -> Any:
+        if next(calls) == 4:  # the first behind the warm-up
+            raise DeviceError("the lane broke")
+        return draw(bench, wanted, **other)
+
+    monkeypatch.setattr(scenario.Bench, "draw", breaking)
+    target = tmp_path / "scenario.json"
+    arguments = ["scenario", kind, "--steps", "3", "--samples", "2", "--min-queries", "4", "--mode", "sequential"]
+    arguments += ["--batch", "2", "--output", str(tmp_path), "--json", str(target)]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    assert command.main() == 1
+    lost = 2 if kind == "offline" else 1
+    shown = capsys.readouterr().out
+    assert "| failed, not valid: " in shown and "failed: DeviceError: the lane broke |" in shown
+    (row,) = json.loads(target.read_text())["rows"]
+    assert (row["status"], row["failed"], row["valid"], row["queries"]) == ("failed", lost, False, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import Any
 
 import diffusers
@@ -175,6 +176,16 @@ def test_another_scheduler_takes_the_fields_that_it_knows() -> None:
     own = config(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
     euler = schedule_from_config(own, ALPHAS, 10, scheduler="euler")
     assert euler.timesteps == schedule_from_config(own, ALPHAS, 10).timesteps
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_ddpm_and_euler_ancestral_are_one_sampler_at_whole_timesteps(steps: int) -> None:
+    """The posterior of Ho et al. is a step to below the next σ with fresh noise up to it: equal where timesteps are."""
+    own = config(timestep_spacing="leading", steps_offset=1)
+    ddpm, euler = (schedule_from_config(own, ALPHAS, steps, scheduler=name) for name in ("ddpm", "euler_a"))
+    assert ddpm.timesteps == euler.timesteps and ddpm.init_noise_sigma == euler.init_noise_sigma
+    rows, others = ([astuple(row) for row in one.rows] for one in (ddpm, euler))
+    np.testing.assert_allclose(rows, others, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "flow_euler"])

@@ -73,6 +73,16 @@ def weights(folder: Path, *loras: tuple[Path, float], part: str = "unet") -> dic
     return {name: value.numpy() for name, value in module.state_dict().items()}
 
 
+def diffusers_with(folder: Path, *loras: tuple[Path, float]) -> Any:
+    """The diffusers pipeline with the denoiser that would be exported."""
+    import diffusers
+
+    from export.loading import Lora, load, open_source
+
+    source = open_source(folder, [Lora(file, scale) for file, scale in loras])
+    return diffusers.DiffusionPipeline.from_pretrained(folder, unet=load(source, ["unet"], "fp32").unet)
+
+
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +113,32 @@ def test_a_lora_reaches_the_text_encoder(tiny: Callable[[str], Path], tmp_path: 
     file = lora(folder, tmp_path / "text.safetensors", 3, text=True)
     before, after = weights(folder, part="text_encoder"), weights(folder, (file, 1.0), part="text_encoder")
     assert sum(not np.array_equal(before[name], after[name]) for name in before) == 6  # two of each of three layers
+
+
+@pytest.mark.slow
+def test_the_baseline_of_benchmarks_has_the_lora_too(
+    tiny: Callable[[str], Path], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    import torch
+
+    from bench.torch_baseline import Setting, TorchBaseline, Wanted
+
+    folder, noise = tiny("sd2"), rng.standard_normal((1, 4, 16, 16), np.float32)
+    file = lora(folder, tmp_path / "a lora.safetensors", 0)
+    found = []
+    for loras in ((), ((file, 0.8),)):
+        theirs = diffusers_with(folder, *loras)
+        options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+        wanted = theirs("a star", latents=torch.from_numpy(noise.copy()), **options).images.numpy()
+        baseline = TorchBaseline(Wanted(str(folder), loras=tuple((str(one), scale) for one, scale in loras)), 120)
+        try:
+            _, latents = baseline.picture("a star", noise, Setting("ddim", 3, 4.0))
+        finally:
+            baseline.close()
+        np.testing.assert_allclose(latents, wanted, atol=1e-5 * np.abs(wanted).max())
+        found.append(latents)
+    plain, fused = found
+    assert not np.allclose(plain, fused, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("folder", "of"), [("sd1", "sdxl"), ("sdxl", "sd1"), ("sd1", "sd3"), ("sd3", "sd1")])
