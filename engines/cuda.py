@@ -135,6 +135,7 @@ class CudaBackend:
         self._driver, self._dtype, self._graphs = driver, dtype, graphs
         devices = {ordinal: driver.device(ordinal) for ordinal in sorted({one.device for one in networks})}
         self._home = devices[networks[home].device]
+        self._devices = list(devices.values())
         self._freed: list[Callable[[], None]] = []
         streams: list[Any] = [lane.stream for lane in beside._lanes] if beside else [None] * len(networks)
         self._lanes: list[_Lane] = [
@@ -142,8 +143,8 @@ class CudaBackend:
             for network, stream in zip(networks, streams, strict=True)
         ]
         self._main = self._lanes[home].stream
-        self._carriers = {device.ordinal: self._carrier(device) for device in devices.values()}
-        self._staged = beside.staged if beside else self._test_pairs(list(devices.values()))
+        self._carriers = {device.ordinal: self._carrier(device) for device in self._devices}
+        self._staged = beside.staged if beside else self._test_pairs(self._devices)
         self._copied = {"peer": 0, "staged": 0}
         with self._on(self._home):
             self._uploads = driver.stream()
@@ -289,14 +290,8 @@ class CudaBackend:
         self._settle()
 
     def dead(self) -> list[int]:
-        """See Backend.dead: an error that a lost device once gave comes again with every call."""
-        busy, found = self._driver.api.CUresult.CUDA_ERROR_NOT_READY, []
-        for number, lane in enumerate(self._lanes):
-            self._driver.api.cuCtxSetCurrent(lane.device.context)
-            status = self._driver.api.cuStreamQuery(lane.stream)[0]
-            if status and status != busy:
-                found.append(number)
-        return found
+        """See Backend.dead: lanes of devices that were lost."""
+        return [number for number, lane in enumerate(self._lanes) if self._failed(lane.device)]
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
@@ -608,11 +603,26 @@ class CudaBackend:
         self._driver("cuMemcpyAsync", target, source, size, stream)
 
     def _settle(self) -> None:
-        """Waits until home has done everything; lanes have then, too."""
+        """Waits until home has done everything; lanes have then, too. DeviceError when another device was lost.
+
+        Home may not notice: it was told not to wait any more, and goes on with what lay there before.
+        """
         with self._on(self._home):
             self._driver("cuEventRecord", self._idle, self._main)
         self._driver.wait(self._idle, f"the work on {self._home.name}")
         self._staged_bytes = 0
+        for device in self._devices:
+            if self._failed(device):
+                with self._on(device):
+                    self._driver("cuStreamQuery", self._carriers[device.ordinal][0])
+
+    def _failed(self, device: Device) -> bool:
+        """An error that a lost device once gave comes again with every call, also on streams that nothing runs on."""
+        api, (stream, _) = self._driver.api, self._carriers[device.ordinal]
+        api.cuCtxSetCurrent(device.context)
+        status = api.cuStreamQuery(stream)[0]
+        api.cuCtxSetCurrent(self._home.context)
+        return status not in (api.CUresult.CUDA_SUCCESS, api.CUresult.CUDA_ERROR_NOT_READY)
 
     # --- devices -------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class Lanes:
         self._waiting: deque[tuple[Seconds]] = deque()  # of one each, so that every one is itself
         self._seats: dict[int, Seat] = {}
         self._alone = False
-        self._wanting_alone = 0
+        self._wanting_alone = self._closing = self._visitors = 0
         self.policy = ELASTIC
         self.version = 0
         self.generation = 0
@@ -132,12 +132,16 @@ class Lanes:
 
     @contextmanager
     def alone(self, wait: bool) -> Iterator[bool]:
-        """Keeps everyone from sitting down; True when nobody is seated, for which it waits if it is told to."""
+        """Keeps everyone from sitting down; True when nobody is seated, for which it waits if it is told to.
+
+        Who waits may close everything: visitors, too, are waited for, and kept out.
+        """
         with self._changed:
             free = wait or not (self._seats or self._waiting or self._wanting_alone)
             if free:
                 self._wanting_alone += 1  # nobody sits down from here on
-                while self._seats or self._alone:
+                self._closing += wait
+                while self._seats or self._alone or (wait and self._visitors):
                     self._changed.wait()
                 self._alone = True
         try:
@@ -147,7 +151,22 @@ class Lanes:
                 if free:
                     self._alone = False
                     self._wanting_alone -= 1
+                    self._closing -= wait
                     self._changed.notify_all()
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """For networks beside the lanes, without a seat: nothing is closed meanwhile."""
+        with self._changed:
+            while self._closing:
+                self._changed.wait()
+            self._visitors += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._visitors -= 1
+                self._changed.notify_all()
 
     def replace(self, count: int, backend: Callable[[int], Backend]) -> None:
         """Other lanes, while nobody is seated; who waits keeps the place in the line."""

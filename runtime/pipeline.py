@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from PIL import Image
 
 from engines.base import Array, Backend, Half
 from engines.devices import parse_devices, precision
-from engines.errors import DeviceError, NonFiniteError, ParameterError
+from engines.errors import DeviceError, EngineError, NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.load import load
 from engines.store import BUILD, Bundle
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
+Made = TypeVar("Made")
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
 
 
@@ -53,10 +54,11 @@ class Pipeline:
     """A loaded model on a set of lanes. Safe to call from several threads, which share the lanes (`runtime.lanes`).
 
     A lane that stops working is left out from then on, and named in `lost`; its picture is made again on the others.
+    `revive` tries it again.
     """
 
     def __init__(self, bundle: Bundle, devices: str) -> None:
-        self.devices = parse_devices(devices)
+        self._wanted_devices = self.devices = parse_devices(devices)
         self.lost: tuple[str, ...] = ()
         self._bundle = bundle
         self.manifest = bundle.manifest
@@ -247,10 +249,14 @@ class Pipeline:
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
         started = time.perf_counter()
-        conditioning, cut = self._conditioner(texts, float(guidance_scale), size, num_images_per_prompt)
         images = texts.count * num_images_per_prompt
-        noise = initial_noise(seed, images, self._latent_shape(size), latents)
-        state = start.state(schedule, noise, seed, size, self._engines.runners.get("vae_encoder"))
+
+        def encode() -> tuple[Conditioning, Sequence[str], Array]:
+            conditioning, cut = self._conditioner(texts, float(guidance_scale), size, num_images_per_prompt)
+            noise = initial_noise(seed, images, self._latent_shape(size), latents)
+            return conditioning, cut, start.state(schedule, noise, seed, size, self._engines.runners.get("vae_encoder"))
+
+        conditioning, cut, state = self._beside_lanes(encode, warnings)
         encoded = time.perf_counter()
         notify = self._notifier(callback_on_step_end, progress, schedule)
 
@@ -271,11 +277,12 @@ class Pipeline:
                     after = seat.critical
                 break
             except DeviceError as error:
-                again, warnings = True, [*warnings, self._without_dead_lanes(error, seat, seat.generation)]
+                again = True
+                warnings.append(self._without_dead_lanes(error, seat, seat.generation))
         self._round_inputs = state[:1], [{name: value[:1] for name, value in half.items()} for half in conditioning]
         critical = None if before is None or after is None else after - before
         denoised = time.perf_counter()
-        pictures = self._decode(finished)
+        pictures = self._beside_lanes(lambda: self._decode(finished), warnings)
         ended = time.perf_counter()
         working = self.devices[:lanes]
         report = Report(
@@ -330,6 +337,42 @@ class Pipeline:
             self._without_dead_lanes(error, backend, generation)
             raise error
         return True
+
+    def revive(self) -> bool:
+        """Opens the model again on the lost lanes, too, after the pictures that are being made; whether all lanes work.
+
+        EngineError when not even those that worked can be opened.
+        """
+        with self._repairing, self.lanes.alone(wait=True):
+            if not self.lost:
+                return True
+            left = self.devices
+            self._engines.close()
+            try:
+                self.devices = self._wanted_devices
+                self._open()
+                self.lost = ()
+            except EngineError as error:
+                log.warning("%s did not come back: %s", ", ".join(self.lost), error)
+                self.devices = left
+                self._open()
+            self.lanes.replace(len(self.devices), self._desk)
+        try:
+            self.probe()
+        except EngineError as error:
+            log.warning("lanes that came back do not work: %s", error)
+        return not self.lost
+
+    def _beside_lanes(self, run: Callable[[], Made], warnings: list[str]) -> Made:
+        """Runs networks that belong to no lane; once more on what is left when their device has stopped working."""
+        generation = self.lanes.generation
+        try:
+            with self.lanes.visit():
+                return run()
+        except DeviceError as error:
+            warnings.append(self._without_dead_lanes(error, self._engines.backend, generation))
+        with self.lanes.visit():
+            return run()
 
     def _desk(self, desk: int) -> Backend:
         return self._engines.beside(desk) if desk else self._engines.backend

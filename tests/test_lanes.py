@@ -14,6 +14,7 @@ import pytest
 from engines.base import Array
 from engines.errors import DeviceError
 from engines.host import FunctionLane, HostBackend
+from engines.load import load
 from engines.store import Bundle
 from runtime.execute import denoise
 from runtime.lanes import Lanes
@@ -229,6 +230,33 @@ def test_a_round_that_does_not_end_is_seen() -> None:
     assert lanes.overdue(0.0) == ()
 
 
+def test_who_closes_waits_for_visitors_and_keeps_them_out() -> None:
+    lanes, order = opened([OneAtATime()]), list[str]()
+    with ThreadPoolExecutor(2) as pool:
+
+        def close() -> None:
+            with lanes.alone(wait=True):
+                order.append("closed")
+                time.sleep(0.1)
+                order.append("opened")
+
+        def visit() -> None:
+            with lanes.visit():
+                order.append("visited")
+
+        with lanes.visit():
+            with lanes.alone(wait=False) as free:
+                assert free, "a probe does not wait for visitors"
+            closing = pool.submit(close)
+            time.sleep(0.1)
+            later = pool.submit(visit)
+            time.sleep(0.1)
+            order.append("left")
+        closing.result()
+        later.result()
+    assert order == ["left", "closed", "opened", "visited"]
+
+
 # --- on the embedded model -------------------------------------------------------------------------------------------
 
 
@@ -278,6 +306,31 @@ def test_lanes_that_die_under_load_cost_no_picture(shapes: Bundle, monkeypatch: 
         assert np.abs(np.asarray(a.images[0], int) - np.asarray(b.images[0], int)).max() <= 2
     assert any("burnt out" in text for one in results for text in one.report.warnings)
     pipeline.close()
+
+
+def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(shapes, "cpu*2")
+    options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 6, "seed": 4}
+    assert pipeline.revive(), "nothing is lost"
+    before = pipeline.generate(PROMPT, **options)
+    session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
+    monkeypatch.setattr(session, "session", Broken(session.session))
+    pipeline.generate(PROMPT, **options)
+    assert pipeline.lost == ("cpu/1",)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "runtime.pipeline.load", lambda bundle, lanes: refuse() if len(lanes) > 1 else load(bundle, lanes)
+        )
+        assert not pipeline.revive() and pipeline.lost == ("cpu/1",)
+        assert pipeline.generate(PROMPT, **options).report.lanes == 1, "the others go on"
+    assert pipeline.revive() and not pipeline.lost and pipeline.lanes.count == 2
+    after = pipeline.generate(PROMPT, **options)
+    assert after.report.lanes == 2 and np.array_equal(after.latents, before.latents)
+    pipeline.close()
+
+
+def refuse() -> None:
+    raise DeviceError("it is still broken")
 
 
 def test_a_probe_finds_a_dead_lane_before_a_picture_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
