@@ -46,9 +46,10 @@ class Load:
     lanes: list[float] = field(default_factory=list)
 
     def add(self, ends: Sequence[float], latencies: Sequence[float], lanes: Sequence[float]) -> None:
-        """One turn: pictures per second between its first and its last answer."""
+        """One turn: pictures per second between its first and its last answer; of a single one, by its own time."""
         ordered = sorted(ends)
-        self.throughput.append((len(ordered) - 1) / (ordered[-1] - ordered[0]))
+        single = len(ordered) == 1
+        self.throughput.append(1 / latencies[0] if single else (len(ordered) - 1) / (ordered[-1] - ordered[0]))
         self.medians.append(float(np.median(latencies)))
         self.latencies += latencies
         self.lanes += lanes
@@ -70,11 +71,13 @@ def serving(pipeline: Pipeline) -> Iterator[int]:
     """The server in a thread of this process; yields its port."""
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(pipeline, Limits()), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
-        yield int(listener.getsockname()[1])
-        server.should_exit = True
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
@@ -94,8 +97,9 @@ def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps:
 
     def client(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        asked = number
-        while (start := time.perf_counter()) - begun < seconds:
+        asked, end = number, begun
+        while end - begun < seconds:
+            start = time.perf_counter()
             report = ask(
                 connection, prompt=prompts[asked % len(prompts)], seed=asked, mode=MODES[asked % len(MODES)],
                 num_inference_steps=steps,

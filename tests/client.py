@@ -24,12 +24,14 @@ def serving(pipeline: Any, limits: Limits | None = None) -> Iterator[httpx.Clien
     """Speaks to the application on a real socket, served by a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(pipeline, limits), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
-        with connect(listener.getsockname()[1]) as connected:
-            yield connected
-        server.should_exit = True
-        thread.join()
+        try:
+            with connect(listener.getsockname()[1]) as connected:
+                yield connected
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def connect(port: int) -> httpx.Client:
