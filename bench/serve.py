@@ -38,10 +38,11 @@ MODES = ("sequential", "conservative", "aggressive")
 
 @dataclass
 class Load:
-    """What one policy did under one number of clients; one entry per turn in the first two."""
+    """What one policy did under one number of clients; one entry per turn in the first three."""
 
     throughput: list[float] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)
+    tails: list[float] = field(default_factory=list)  # p95
     latencies: list[float] = field(default_factory=list)
     lanes: list[float] = field(default_factory=list)
 
@@ -51,6 +52,7 @@ class Load:
         single = len(ordered) == 1
         self.throughput.append(1 / latencies[0] if single else (len(ordered) - 1) / (ordered[-1] - ordered[0]))
         self.medians.append(float(np.median(latencies)))
+        self.tails.append(float(np.quantile(latencies, 0.95)))
         self.latencies += latencies
         self.lanes += lanes
 
@@ -148,10 +150,12 @@ def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
     elastic, others = loads["elastic"], [name for name in loads if name != "elastic"]
     faster = max(others, key=lambda name: float(np.median(loads[name].throughput)))
     sooner = min(others, key=lambda name: float(np.median(loads[name].medians)))
+    steadier = min(others, key=lambda name: float(np.median(loads[name].tails)))
     return {
         "name": "elastic against the better", "clients": clients, "better_throughput": faster,
         "throughput": ratio(elastic.throughput, loads[faster].throughput), "better_latency": sooner,
-        "latency_p50": ratio(elastic.medians, loads[sooner].medians),
+        "latency_p50": ratio(elastic.medians, loads[sooner].medians), "better_latency_p95": steadier,
+        "latency_p95": ratio(elastic.tails, loads[steadier].tails),
     }  # fmt: skip
 
 
@@ -203,8 +207,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in (row for row in rows if row["name"] == "load"):
         rate, latency, told = row["pictures_per_second"], row["latency_seconds"], ""
         if row["policy"] == "elastic":
-            a, b = against[row["clients"]]["throughput"], against[row["clients"]]["latency_p50"]
-            told = f"throughput {ratio_of(a)}, p50 {ratio_of(b)}"
+            beside = against[row["clients"]]
+            names = {"throughput": "throughput", "p50": "latency_p50", "p95": "latency_p95"}
+            # results of earlier commits have no p95
+            told = ", ".join(f"{name} {ratio_of(beside[key])}" for name, key in names.items() if key in beside)
         lines.append(
             f"| {row['clients']} | {row['policy']} | {rate['median']:.2f} ({rate['low']:.2f}–{rate['high']:.2f}) "
             f"| {latency['p50']:.3f} | {latency['p95']:.3f} | {row['lanes_per_round']:.2f} | {told} |"
