@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -17,12 +18,14 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from engines.errors import EngineError, ParameterError
 from engines.manifest import Defaults
 from runtime.limits import Limits
 from runtime.pipeline import MAX_SEED, MODES
 from runtime.samplers import DRAFTS
 from runtime.schedulers import SCHEDULERS
 
+log = logging.getLogger(__name__)
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
@@ -150,6 +153,20 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status of any error and what its client is told; a line in the log when it is our fault."""
+    if isinstance(error, ApiError):
+        return error.status_code, error_body(error.status_code, error.detail, error.param, error.code)
+    if isinstance(error, ParameterError):
+        param = {"width": "size", "height": "size"}.get(error.param, error.param)
+        return 400, error_body(400, str(error), param, "invalid_value")
+    if isinstance(error, EngineError):
+        log.error("request failed: %r", error)
+        return 500, error_body(500, str(error), None, "engine_error")
+    log.error("request failed: %r", error, exc_info=error)
+    return 500, error_body(500, "unexpected error, see the server's log", None, None)
 
 
 async def read_body(request: Request, limits: Limits, most: int) -> bytes:

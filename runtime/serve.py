@@ -33,12 +33,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import EngineError, ParameterError
+from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.limits import Limits
+from runtime.logs import REQUEST, Formatter
 from runtime.pipeline import MODES, Pipeline
-from runtime.request import ApiError, EditRequest, ImageRequest, error_body, limited, read_form, read_json
-from runtime.service import LATE_SECONDS, Service, stream, translated, whole
+from runtime.request import ApiError, EditRequest, ImageRequest, error_body, limited, read_form, read_json, told
+from runtime.service import Service, stream, translated, whole
 
 log = logging.getLogger("runtime.serve")
 PAGE = Path(__file__).parent / "page.html"
@@ -61,24 +62,18 @@ ERROR_SCHEMA = {
         "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
     }},
 }  # fmt: skip
+LATE_SECONDS = 5.0  # for the last bytes, and for the lanes to stop
 KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Any exception as {"error": {"message", "type", "param", "code"}}; a line in the log when it is our fault."""
-    status, message, param, code = 500, str(error), getattr(error, "param", None), None
-    if isinstance(error, ApiError):
-        status, message, code = error.status_code, error.detail, error.code
-    elif isinstance(error, HTTPException):  # the router's own
-        status, message = error.status_code, f"{request.method} {request.url.path}: {error.detail}"
-        code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    elif isinstance(error, ParameterError):
-        status, param, code = 400, {"width": "size", "height": "size"}.get(error.param, error.param), "invalid_value"
-    else:
-        log.error("request failed: %r", error)  # uvicorn adds the traceback of what is no EngineError
-        known = isinstance(error, EngineError)
-        message, code = (message, "engine_error") if known else ("unexpected error, see the server's log", None)
-    return JSONResponse(error_body(status, message, param, code), status, getattr(error, "headers", None))
+    """Any exception as {"error": {"message", "type", "param", "code"}}."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
+    status, content = told(error)
+    return JSONResponse(content, status, headers)
 
 
 def make_app(pipeline: Pipeline, limits: Limits | None = None, service: Service | None = None) -> FastAPI:
@@ -86,7 +81,7 @@ def make_app(pipeline: Pipeline, limits: Limits | None = None, service: Service 
     service = service or Service(pipeline, limits or Limits())
     limits = service.limits
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
-    for kind in (HTTPException, EngineError, Exception):
+    for kind in (HTTPException, EngineError):  # others end in `Known`
         app.add_exception_handler(kind, answer_error)
 
     app.add_middleware(Known, keys=limits.keys, count=lambda outcome: service.metrics.requests.labels(outcome).inc())
@@ -172,7 +167,10 @@ def operation(kind: str, model: type[ImageRequest]) -> dict[str, Any]:
 
 
 class Known:
-    """Gives every request an id, asks for a key where there are some, counts, and logs what was answered."""
+    """Gives every request an id, asks for a key where there are some, counts, and logs what was answered.
+
+    Unexpected errors are answered here: what Starlette has for them lies outside, where nothing is counted.
+    """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], count: Callable[[str], None]) -> None:
         self._app, self._keys, self._count = app, keys, count
@@ -186,6 +184,7 @@ class Known:
         number = headers.get("x-request-id", "")
         if not (re.fullmatch(r"[!-~]{1,100}", number)):
             number = uuid.uuid4().hex
+        REQUEST.set(number)
         state = scope["state"] = {**scope.get("state", {}), "outcome": 499}  # unless it is answered
 
         async def labelled(message: Message) -> None:
@@ -199,11 +198,17 @@ class Known:
             message = "send one of this server's keys as Authorization: Bearer KEY"
             target = JSONResponse(error_body(401, message, None, "invalid_api_key"), 401)
         try:
-            await target(scope, receive, labelled)
+            try:
+                await target(scope, receive, labelled)
+            except Exception as error:
+                if state["outcome"] != 499:  # it is too late for another answer: the connection ends
+                    state["outcome"] = 500
+                    raise
+                await (await answer_error(Request(scope), error))(scope, receive, labelled)
         finally:
             if path.startswith("/v1/"):
-                facts = (number, scope["method"], path, state["outcome"], time.monotonic() - start)
-                log.info("request=%s method=%s path=%s status=%d seconds=%.3f", *facts)
+                facts = (scope["method"], path, state["outcome"], time.monotonic() - start)
+                log.info("method=%s path=%s status=%d seconds=%.3f", *facts)
             if path.startswith("/v1/images/"):
                 self._count(str(state["outcome"]))
 
@@ -333,7 +338,9 @@ def at_least_one(kind: type[float]) -> Callable[[str], float]:
 def main() -> int:
     """The command line; exit code 1 with one message when it cannot serve, 0 after Ctrl-C or SIGTERM."""
     options = vars(arguments().parse_args())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
     try:
         keys = read_keys(options.pop("api_keys"))

@@ -42,6 +42,19 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return found
 
 
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never was"
+        time.sleep(0.01)
+
+
+def depth(client: httpx.Client) -> float:
+    """Requests that wait or are being made."""
+    (found,) = (one for one in client.get("/metrics").text.splitlines() if one.startswith("driffusion_queue_depth "))
+    return float(found.split()[1])
+
+
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +151,7 @@ def test_a_job_that_is_too_old_or_not_wanted_does_not_begin() -> None:
     first, held = blocked(jobs)
     late, unwanted = jobs.submit(lambda job: "made", 0.05), jobs.submit(lambda job: "made", 60)
     unwanted.cancel()
+    assert jobs.depth == 2 and unwanted.future.done(), "it leaves at once"
     time.sleep(0.1)
     first.cancel()
     held.set()
@@ -149,6 +163,73 @@ def test_a_job_that_is_too_old_or_not_wanted_does_not_begin() -> None:
         unwanted.future.result(20)
     assert jobs.submit(lambda job: "made", 60).future.result(20) == "made"
     jobs.close()
+
+
+def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While every thread of the engine is in something long."""
+    made, held = pipeline.generate, threading.Event()
+    monkeypatch.setattr(pipeline, "generate", lambda *args, **more: (held.wait(20), made(*args, **more))[1])
+    with serving(pipeline, Limits(queue=5)) as client, ThreadPoolExecutor(8) as pool:
+        try:
+            at_work = [pool.submit(ask, client, seed=seed) for seed in range(4)]
+            until(lambda: depth(client) == 4)
+            leaving = [pool.submit(client.post, GENERATE, json={"prompt": PROMPT}, timeout=0.5) for _ in range(3)]
+            until(lambda: depth(client) == 7)
+            assert client.post(GENERATE, json={"prompt": PROMPT}).status_code == 429
+            assert all(isinstance(one.exception(), httpx.ReadTimeout) for one in leaving)
+            until(lambda: depth(client) == 4, seconds=1)
+            waiting = pool.submit(ask, client)
+            until(lambda: depth(client) == 5)
+        finally:
+            held.set()
+        assert all(one.result()["data"] for one in (*at_work, waiting))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_the_deadline_does_not_wait_for_a_long_round(
+    stream: bool, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+    with serving(pipeline, Limits(seconds=0.5)) as client:
+        monkeypatch.setattr(pipeline, "generate", lambda *_, before_round, **__: (held.wait(20), before_round()))
+        try:
+            start = time.monotonic()
+            response = client.post(GENERATE, json={"prompt": PROMPT, "stream": stream})
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert 0.5 <= time.monotonic() - start < 0.9
+            assert depth(client) == 1, "until its next round"
+        finally:
+            held.set()
+        until(lambda: depth(client) == 0)
+
+
+def test_the_deadline_ends_a_stream_in_the_middle_of_a_long_round(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, held = pipeline.generate, threading.Event()
+
+    def stuck(*args: Any, progress: Callable[[int, int], None], **more: Any) -> Any:
+        def then_wait(finished: int, steps: int) -> None:
+            progress(finished, steps)
+            if finished == 2:
+                held.wait(20)
+
+        return made(*args, progress=then_wait, **more)
+
+    with serving(pipeline, Limits(seconds=1.0)) as client:
+        monkeypatch.setattr(pipeline, "generate", stuck)
+        try:
+            body = {"prompt": PROMPT, "num_inference_steps": 4, "mode": "sequential", "stream": True}
+            start = time.monotonic()
+            response = client.post(GENERATE, json={**body, "partial_images": 1})
+            partial, last = events(response)
+            assert partial["type"] == "image_generation.partial_image"
+            assert (last["type"], last["error"]["code"]) == ("error", "deadline_exceeded")
+            assert 1 <= time.monotonic() - start < 1.4
+        finally:
+            held.set()
+        until(lambda: depth(client) == 0)
+        assert 'driffusion_requests_total{outcome="504"} 1.0' in client.get("/metrics").text
 
 
 def test_a_full_queue_is_429_and_a_deadline_504(pipeline: Pipeline) -> None:
