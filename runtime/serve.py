@@ -215,8 +215,9 @@ class Known:
 
 def has_key(header: str, keys: tuple[str, ...]) -> bool:
     """Whether a bearer token is one of the keys; takes as long for a near miss as for any other."""
-    given = header.removeprefix("Bearer ").encode()
-    return sum(hmac.compare_digest(given, key.encode()) for key in keys) > 0
+    given = header.removeprefix("Bearer ")
+    sent = given.encode("latin-1"), given.encode()  # by curl, whose bytes are UTF-8; by a browser, whose are Latin-1
+    return sum(hmac.compare_digest(token, key.encode()) for token in sent for key in keys) > 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -275,7 +276,7 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """The API keys of a file and of the environment."""
     try:
-        lines = path.read_text().splitlines() if path else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"the API keys cannot be read: {error}") from error
     keys = tuple(key.strip() for key in [*lines, *os.environ.get(KEYS_VARIABLE, "").split(",")] if key.strip())
