@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from tqdm import tqdm
 
 from bench.models import model_arguments
@@ -29,7 +28,8 @@ from engines.errors import EngineError, ParameterError
 from runtime.limits import Limits
 from runtime.pipeline import Pipeline
 from runtime.report import load_average
-from runtime.serve import listen, make_app
+from runtime.serve import Server, listen
+from runtime.service import Service
 from runtime.share import ALL_LANES, ELASTIC, ONE_LANE
 
 POLICIES = {"elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
@@ -72,7 +72,7 @@ class Load:
 def serving(pipeline: Pipeline) -> Iterator[int]:
     """The server in a thread of this process; yields its port."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, Limits()), log_config=None))
+        server = Server(Service(pipeline, Limits()))
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
         try:

@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.errors import EngineError
 from engines.store import BUILD
+from runtime.connection import limited_connection
 from runtime.limits import Limits
 from runtime.logs import REQUEST, Formatter
 from runtime.pipeline import MODES, Pipeline
@@ -53,7 +54,7 @@ STATUSES = {
     403: "Another site's page sent a form.", 404: "There is no such model.",
     408: "The body did not arrive in time.", 413: "The body is too large.", 415: "The body is of another type.",
     429: "The queue is full; see Retry-After.", 500: "The engine failed.",
-    503: "The server is shutting down; see Retry-After.", 504: "The request became too old.",
+    503: "The server is shutting down, or too many connect; see Retry-After.", 504: "The request became too old.",
 }  # fmt: skip
 ERROR_SCHEMA = {
     "type": "object", "required": ["error"], "additionalProperties": False,
@@ -76,10 +77,9 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(content, status, headers)
 
 
-def make_app(pipeline: Pipeline, limits: Limits | None = None, service: Service | None = None) -> FastAPI:
+def make_app(service: Service) -> FastAPI:
     """The application around a loaded pipeline."""
-    service = service or Service(pipeline, limits or Limits())
-    limits = service.limits
+    pipeline, limits = service.pipeline, service.limits
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
     for kind in (HTTPException, EngineError):  # others end in `Known`
         app.add_exception_handler(kind, answer_error)
@@ -167,7 +167,7 @@ def operation(kind: str, model: type[ImageRequest]) -> dict[str, Any]:
 
 
 class Known:
-    """Gives every request an id, asks for a key where there are some, counts, and logs what was answered.
+    """Gives every request an id, refuses those without a key or on too many connections, counts and logs answers.
 
     Unexpected errors are answered here: what Starlette has for them lies outside, where nothing is counted.
     """
@@ -194,7 +194,10 @@ class Known:
             await send(message)
 
         target: ASGIApp = self._app
-        if self._keys and path.startswith("/v1/") and not has_key(headers.get("authorization", ""), self._keys):
+        if state.get("crowded") and not path.startswith("/health/"):
+            message, more = "there are too many connections: try again", {"Retry-After": "1", "Connection": "close"}
+            target = JSONResponse(error_body(503, message, None, "too_many_connections"), 503, more)
+        elif self._keys and path.startswith("/v1/") and not has_key(headers.get("authorization", ""), self._keys):
             message = "send one of this server's keys as Authorization: Bearer KEY"
             target = JSONResponse(error_body(401, message, None, "invalid_api_key"), 401)
         try:
@@ -232,8 +235,9 @@ class Server(uvicorn.Server):
     """Answers until a signal; then it refuses what is new and finishes what it took, unless Ctrl-C is pressed again."""
 
     def __init__(self, service: Service) -> None:
-        app = make_app(service.pipeline, service=service)
-        super().__init__(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(LATE_SECONDS)))
+        connection, late = limited_connection(service.limits), int(LATE_SECONDS)
+        config = uvicorn.Config(make_app(service), http=connection, log_config=None, timeout_graceful_shutdown=late)
+        super().__init__(config)
         self._service = service
         self._draining = False
 
@@ -297,6 +301,7 @@ def arguments() -> argparse.ArgumentParser:
     for option, name, text in (
         ("--queue", "queue", "requests that may wait; more get 429"),
         ("--timeout", "seconds", "seconds until a request gets 504, or 408 while it arrives"),
+        ("--connections", "connections", "open connections; requests on more get 503"),
         ("--drain", "drain", "seconds to finish what was accepted, after SIGTERM or Ctrl-C"),
         ("--lane-timeout", "lane_seconds", "seconds of one round after which the server is no longer ready"),
         ("--max-body", "body", "bytes of a request"),

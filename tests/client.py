@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 
 from runtime.limits import Limits
-from runtime.serve import make_app
+from runtime.serve import Server
+from runtime.service import Service
 
 GENERATE = "/v1/images/generations"
 PROMPT = "a large red star at the left on blue background"
@@ -23,7 +23,7 @@ PROMPT = "a large red star at the left on blue background"
 def serving(pipeline: Any, limits: Limits | None = None) -> Iterator[httpx.Client]:
     """Speaks to the application on a real socket, served by a thread of this process."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, limits), log_config=None))
+        server = Server(Service(pipeline, limits or Limits()))
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
         try:

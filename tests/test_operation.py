@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,12 +24,17 @@ from runtime.limits import Limits
 from runtime.pipeline import Pipeline
 from tests.client import GENERATE, PROMPT, ask, connect, serving
 from tests.test_serve import process, wait_for
-from tests.test_service import blocked, events
+from tests.test_service import blocked, events, until
 
 
 def values(client: httpx.Client) -> dict[str, float]:
     lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines}
+
+
+def opened(client: httpx.Client) -> socket.socket:
+    """A connection of its own to the same server."""
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
 
 
 # --- ready -----------------------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ def test_limits_are_kept_told_and_documented(pipeline: Pipeline) -> None:
         assert client.post(GENERATE, json={"prompt": "a star"}).json()["report"]["steps"] == 7, "the default fits"
         told = client.get("/v1/models").json()["data"][0]["limits"]
         assert told == {
-            "queue": 32, "seconds": 120.0, "body_bytes": 4000, "upload_bytes": Limits.upload,
+            "queue": 32, "connections": 512, "seconds": 120.0, "body_bytes": 4000, "upload_bytes": Limits.upload,
             "prompt_characters": 50, "side_pixels": 64,
             "num_inference_steps": 7, "n": 2,
         }  # fmt: skip
@@ -243,6 +249,41 @@ def test_a_client_that_sends_slowly_is_told_and_holds_up_nobody(pipeline: Pipeli
             slow.sendall(head.encode() + b'{"prompt')
             assert ask(client, num_inference_steps=1)["data"]
             assert b" 408 " in slow.recv(4096)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "next"])
+def test_a_client_that_never_ends_its_head_is_cut_off(pipeline: Pipeline, before: bytes) -> None:
+    """Also when it sends a byte now and then, on a connection that has answered before or has not."""
+    with serving(pipeline, Limits(seconds=0.6)) as client, opened(client) as slow:
+        slow.sendall(before)
+        answer = b""
+        while before and not answer.endswith(b'"live"}'):
+            answer += slow.recv(4096)
+        start = time.monotonic()
+        slow.settimeout(0.2)
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        with suppress(ConnectionError):
+            while time.monotonic() - start < 5:
+                slow.sendall(b"x")
+                with suppress(TimeoutError):
+                    assert slow.recv(4096) == b""
+                    break
+        assert 0.5 < time.monotonic() - start < 1.5
+        assert client.get("/health/live").status_code == 200
+
+
+def test_connections_have_a_limit(pipeline: Pipeline) -> None:
+    with serving(pipeline, Limits(connections=3)) as client, connect(client.base_url.port or 0) as late:
+        assert client.get("/v1/models").status_code == 200  # one, which stays open
+        with opened(client), opened(client):
+            assert late.get("/health/live").status_code == 200
+            response = late.post(GENERATE, json={"prompt": PROMPT}, headers={"x-request-id": "mine"})
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "too_many_connections")
+            assert response.headers["connection"] == "close" and int(response.headers["retry-after"]) > 0
+            assert response.headers["x-request-id"] == "mine"
+            assert client.get("/v1/models").status_code == 200
+        until(lambda: late.get("/v1/models").status_code == 200)
+        assert 'driffusion_requests_total{outcome="503"} 1.0' in client.get("/metrics").text
 
 
 def test_a_client_that_reads_slowly_holds_up_nobody(client: httpx.Client) -> None:
