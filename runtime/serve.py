@@ -251,10 +251,12 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         seconds = self._service.limits.drain
+        end = time.monotonic() + seconds
         log.info("Shutting down: %d requests are finished first, within %g s", self._service.jobs.depth, seconds)
         late = self._service.jobs.drain(seconds)
         if late:
             log.warning("%d requests were given up after %g s", late, seconds)
+        self.config.timeout_graceful_shutdown = math.ceil(max(end - time.monotonic(), LATE_SECONDS))  # to send answers
         self.should_exit = True
 
 
@@ -262,6 +264,10 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
         pipeline = Pipeline.load(model, devices, build)
+        usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
+        if usual > limits.side:
+            message = f"--max-side {limits.side} rules out the usual pictures of {pipeline.manifest.model}"
+            raise EngineError(f"{message}: choose at least {usual}")
         pipeline.generate("", num_inference_steps=1)  # or the first request would pay for first-time allocations
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
         address = f"[{host}]" if ":" in host else host

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -22,7 +24,9 @@ from engines.store import Bundle
 from runtime.jobs import DeadlineError, Job, Jobs, ShutdownError
 from runtime.limits import Limits
 from runtime.pipeline import Pipeline
-from tests.client import GENERATE, PROMPT, ask, connect, serving
+from runtime.serve import Server
+from runtime.service import Service
+from tests.client import GENERATE, PROMPT, ask, connect, running, serving
 from tests.test_serve import process, wait_for
 from tests.test_service import blocked, events, until
 
@@ -286,16 +290,51 @@ def test_connections_have_a_limit(pipeline: Pipeline) -> None:
         assert 'driffusion_requests_total{outcome="503"} 1.0' in client.get("/metrics").text
 
 
-def test_a_client_that_reads_slowly_holds_up_nobody(client: httpx.Client) -> None:
-    body = b'{"prompt": "a star", "n": 4, "num_inference_steps": 2}'
-    head = (
-        f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as slow:
+@contextmanager
+def slow_reader(server: Server, port: int) -> Iterator[Callable[[], bytes]]:
+    """A client whose answer, far larger than all buffers on its way, waits in the server; reads it to its end."""
+    body = json.dumps({"prompt": PROMPT, "n": 10, "num_inference_steps": 2})
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    with socket.socket() as slow:
+        slow.settimeout(10)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        slow.sendall(head.encode() + body)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: unsent(server) > 20_000)
+        yield lambda: b"".join(iter(lambda: slow.recv(1 << 16), b""))
+
+
+def unsent(server: Server) -> int:
+    """Bytes of answers that clients do not take."""
+    connections = list(server.server_state.connections)
+    return sum(cast(Any, one).transport.get_write_buffer_size() for one in connections)
+
+
+def whole(answer: bytes) -> bool:
+    """Whether all ten pictures have arrived."""
+    return len(json.loads(answer.split(b"\r\n\r\n", 1)[1])["data"]) == 10
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(pipeline: Pipeline) -> None:
+    server = Server(Service(pipeline, Limits()))
+    with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest, connect(port) as client:
         for seed in range(3):
             assert ask(client, seed=seed)["data"]
+        assert unsent(server) > 20_000, "it has not read"
+        assert whole(rest())
+
+
+def test_draining_gives_slow_clients_what_is_left_of_its_time(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.serve.LATE_SECONDS", 0.3)
+    server = Server(Service(pipeline, Limits(drain=20)))
+    with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest:
+        server.handle_exit(signal.SIGTERM, None)
+        time.sleep(2)
+        assert unsent(server) > 20_000, "it has not read"
+        assert whole(rest())
+        until(lambda: not server.server_state.connections)
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

@@ -529,7 +529,11 @@ def test_a_port_in_use_is_one_message() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", [("--port", "65536"), ("--port", "0", "--model", "nothing")])
+@pytest.mark.parametrize(
+    "options",
+    [("--port", "65536"), ("--port", "0", "--model", "nothing"), ("--port", "0", "--max-side", "63")],
+    ids=lambda options: options[-2],
+)
 def test_what_cannot_be_served_is_one_message(options: tuple[str, ...]) -> None:
     done = start(*options)
     assert (done.returncode, done.stdout) == (1, "")
