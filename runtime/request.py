@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -27,6 +27,8 @@ from runtime.schedulers import SCHEDULERS
 
 log = logging.getLogger(__name__)
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+# of OpenAI's; whatever else is not a field of the request is unknown
+UNSUPPORTED = {"style", "mask", "input_fidelity", "complexity", "svg", "frame_count", "frame_duration_ms"}
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
 
@@ -37,10 +39,19 @@ Drafts = Annotated[Name, Field(json_schema_extra={"enum": ["auto", *DRAFTS]})]
 Scheduler = Annotated[Name, Field(min_length=1, json_schema_extra={"enum": [*SCHEDULERS]})]
 
 
+def nullable(schema: dict[str, Any]) -> None:
+    """Says in the document that null means the default."""
+    for field in schema["properties"].values():
+        if "default" in field and "type" in field:
+            field["type"] = [field["type"], "null"]
+            if choices := field.get("enum", [field.pop("const")] if "const" in field else []):
+                field["enum"] = [*choices, None]
+
+
 class ImageRequest(BaseModel):
     """OpenAI's fields that this server honours, and the engine's own. Anything else is refused by name."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     prompt: Text = Field(min_length=1)
     model: Name | None = None
@@ -53,7 +64,9 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] = "auto"
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
+    moderation: Literal["auto", "low"] = "auto"  # there is none
     user: Name | None = None
+    safety_identifier: Name | None = None
     negative_prompt: Text | None = None
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(4.0, ge=0, le=100, allow_inf_nan=False)
@@ -71,6 +84,14 @@ class ImageRequest(BaseModel):
     timeline: bool = False
 
     event: ClassVar[str] = "image_generation"  # what events of a stream are called
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = UNSUPPORTED | {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
     def arguments(self) -> dict[str, Any]:
         """What `Pipeline.generate` is called with beside the prompt."""
@@ -236,6 +257,9 @@ def checked(validate: Callable[[], Asked], limits: Limits) -> Asked:
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
+        if param in UNSUPPORTED:
+            message = f"{param}: this server does not support it: leave it out"
+            raise ApiError(400, message, param, "unsupported_parameter") from None
         message = f"{'the body' if param is None else param}: {first['msg']}"
         raise ApiError(400, message, param, CODES.get(first["type"], "invalid_value")) from None
     if asked.stream and asked.n > 1:

@@ -18,6 +18,9 @@ from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline, Result
 from runtime.request import ApiError, ImageRequest, told
 
+# clients expect it; nothing is sold here
+USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0,
+         "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}  # fmt: skip
 RETRY_SECONDS = 10  # a supervisor needs about that long to start another process
 
 
@@ -44,7 +47,7 @@ def answer(asked: ImageRequest, result: Result) -> bytes:
     """The whole answer, encoded on the engine's thread, so that the event loop only has bytes to send."""
     content = {
         "created": int(time.time()), "data": [{"b64_json": asked.encode(image)} for image in result.images],
-        **asked.facts(result.images[0]), "report": result.report.to_dict(),
+        **asked.facts(result.images[0]), "usage": USAGE, "report": result.report.to_dict(),
     }  # fmt: skip
     return json.dumps(content).encode()
 
@@ -98,8 +101,7 @@ class Service:
                 event("partial_image", self.pipeline.preview()[0], partial_image_index=previews.shown - 1)
 
         result = self._made(job, generate(self.pipeline, asked, job, show))
-        usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
-        event("completed", result.images[0], usage=usage, report=result.report.to_dict())
+        event("completed", result.images[0], usage=USAGE, report=result.report.to_dict())
 
     def _made(self, job: Job, result: Result) -> Result:
         assert job.started is not None

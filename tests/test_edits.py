@@ -77,7 +77,8 @@ def test_a_streamed_edit(client: httpx.Client, picture: Image.Image) -> None:
         ({"strength": "2"}, "strength", "invalid_value"), ({"strength": "much"}, "strength", "invalid_value"),
         ({"strength": "0"}, "strength", "invalid_value"), ({"mode": "magic"}, "mode", "invalid_value"),
         ({"n": "0"}, "n", "invalid_value"), ({"prompt": ""}, "prompt", "invalid_value"),
-        ({"size": "8x8"}, "size", "invalid_value"), ({"input_fidelity": "high"}, "input_fidelity", "unknown_parameter"),
+        ({"size": "8x8"}, "size", "invalid_value"), ({"promt": "a"}, "promt", "unknown_parameter"),
+        ({"input_fidelity": "high"}, "input_fidelity", "unsupported_parameter"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_used_is_named(

@@ -32,6 +32,7 @@ from runtime.limits import Limits
 from runtime.logs import Formatter
 from runtime.pipeline import MAX_SEED, Pipeline
 from runtime.report import Report
+from runtime.request import UNSUPPORTED, ImageRequest
 from tests.client import GENERATE, PROMPT, ask, connect, files, serving
 
 JSON = {"Content-Type": "application/json"}
@@ -141,9 +142,17 @@ def test_openai_fields_are_taken(client: httpx.Client, pipeline: Pipeline) -> No
     size = f"{manifest.sizes.width}x{manifest.sizes.height}"
     answer = ask(
         client, model=manifest.model, size=size, response_format="b64_json", quality="auto", background="opaque",
-        user="someone",
+        user="someone", safety_identifier="someone", moderation="low",
     )  # fmt: skip
     assert abs(answer["created"] - time.time()) < 100
+    assert files(answer) == files(ask(client))
+
+
+def test_null_means_the_default(client: httpx.Client) -> None:
+    optional = [name for name, field in ImageRequest.model_fields.items() if not field.is_required()]
+    nothing = dict.fromkeys([*optional, *UNSUPPORTED]) | {"num_inference_steps": 3}
+    assert {"n", "size", "output_format", "moderation", "style", "seed"} <= set(nothing)
+    assert files(ask(client, **nothing)) == files(ask(client))
 
 
 # ---- what else it answers
@@ -198,7 +207,10 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
         ({"prompt": "a" * 32_001}, "prompt", "invalid_value"),
         ({"negative_prompt": "a\0star"}, "negative_prompt", "invalid_value"),
         ({"promt": "a star"}, "promt", "unknown_parameter"),
-        ({"moderation": "low"}, "moderation", "unknown_parameter"),
+        ({"promt": None}, "promt", "unknown_parameter"),
+        ({"moderation": "high"}, "moderation", "invalid_value"),
+        ({"style": "vivid"}, "style", "unsupported_parameter"),
+        ({"svg": {"model": "a"}}, "svg", "unsupported_parameter"),
         ({"": 1}, "", "unknown_parameter"),
         ({"response_format": "url"}, "response_format", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),

@@ -83,8 +83,11 @@ def test_the_openai_client(client: httpx.Client) -> None:
     plain = made.images.generate(prompt=PROMPT, model="shapes", n=2, extra_body=more)
     assert plain.data and len(plain.data) == 2
     stream = made.images.generate(prompt=PROMPT, model="shapes", stream=True, partial_images=2, extra_body=more)
-    kinds = [event.type for event in stream]
-    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    *partials, last = stream
+    assert [event.type for event in partials] == ["image_generation.partial_image"] * 2
+    assert last.type == "image_generation.completed"
+    assert plain.usage and plain.usage.model_dump(exclude_unset=True) == last.usage.model_dump(exclude_unset=True)
+    assert plain.usage.input_tokens_details.text_tokens == plain.usage.total_tokens == 0
     with pytest.raises(openai.BadRequestError, match="unknown mode"):
         made.images.generate(prompt=PROMPT, extra_body={"mode": "magic"})
     with pytest.raises(openai.BadRequestError, match="unknown mode"):
