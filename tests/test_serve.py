@@ -476,25 +476,32 @@ def test_the_server_answers_while_a_picture_is_made(client: httpx.Client) -> Non
 
 
 @contextmanager
-def process(shapes: Bundle, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`python -m runtime.serve` that takes requests, and its port; its log also says what was imported."""
+def launched(shapes: Bundle, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m runtime.serve`; its log also says what was imported."""
     command = [sys.executable, "-X", "importtime", "-m", "runtime.serve", "--model", str(shapes.folder), "--port", "0"]
     command += ["--devices", "cpu*2", *options]
     with log.open("wb") as output, subprocess.Popen(command, stderr=output) as server:
         try:
-            address = wait_for(r"http://127.0.0.1:(\d+)", log, server)
-            yield server, int(address[1])
+            yield server
         finally:
             server.kill()
 
 
+@contextmanager
+def process(shapes: Bundle, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The same when it takes requests, and its port."""
+    with launched(shapes, log, *options) as server:
+        address = wait_for(r"http://127.0.0.1:(\d+)", log, server)
+        yield server, int(address[1])
+
+
 def wait_for(pattern: str, log: Path, server: subprocess.Popen[bytes]) -> re.Match[str]:
-    for _ in range(600):
+    for _ in range(12_000):
         found = re.search(pattern, log.read_text())
         if found:
             return found
         assert server.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.1)
+        time.sleep(0.005)
     raise AssertionError(f"no {pattern} in {log.read_text()[-3000:]}")
 
 

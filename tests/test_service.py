@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -279,16 +280,66 @@ def test_clients_that_leave_in_the_queue_or_before_the_end_of_their_request(clie
     assert files(ask(client, seed=12)) == wanted
 
 
+def posted(client: httpx.Client, body: dict[str, Any]) -> socket.socket:
+    """A request on a connection of its own, which ends when it is closed."""
+    content = json.dumps(body)
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    opened = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
+    opened.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    return opened
+
+
+LONG = {"prompt": PROMPT, "num_inference_steps": 900, "mode": "sequential"}
+
+
+def test_a_client_that_leaves_after_a_preview(pipeline: Pipeline) -> None:
+    with serving(pipeline) as client:
+        wanted = [files(ask(client, seed=13, lanes=lanes)) for lanes in (1, 2)]
+        with posted(client, {**LONG, "stream": True, "partial_images": 3, "num_inference_steps": 200}) as leaving:
+            received = b""
+            while b"\n\n" not in received.partition(b"event: image_generation.partial_image")[2]:
+                received += leaving.recv(4096)
+            assert depth(client) == 1 and b"completed" not in received, "it is being made"
+        # one lane has the same placement whether or not what was left is still in its last round
+        assert files(ask(client, seed=13, lanes=1)) == wanted[0]
+        until(lambda: depth(client) == 0)
+        assert files(ask(client, seed=13)) == wanted[1]
+        text = client.get("/metrics").text
+        assert 'driffusion_requests_total{outcome="499"} 1.0' in text
+        assert 'driffusion_stage_seconds_count{stage="decode"} 4.0' in text, "it was not finished for nobody"
+
+
+def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> None:
+    with serving(pipeline) as client:
+        wanted = [files(ask(client, seed=14, lanes=lanes)) for lanes in (1, 2)]
+        with posted(client, LONG), posted(client, LONG):
+            until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            with posted(client, LONG), posted(client, LONG):
+                until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 4)
+                assert pipeline.lanes.waiting >= 2
+            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2, seconds=2)
+        assert files(ask(client, seed=14, lanes=1)) == wanted[0]
+        until(lambda: depth(client) == 0)
+        assert files(ask(client, seed=14)) == wanted[1]
+        assert 'driffusion_requests_total{outcome="499"} 4.0' in client.get("/metrics").text
+
+
+@pytest.mark.usefixtures("usual_costs")
 def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> None:
-    alone = {seed: ask(client, seed=seed, mode="aggressive", k=2) for seed in range(6)}
+    alone = {
+        (seed, lanes): ask(client, seed=seed, mode="aggressive", k=2, lanes=lanes)
+        for seed in range(6)
+        for lanes in (1, 2)
+    }
     with ThreadPoolExecutor(12) as pool:
         seeds = [n % 6 for n in range(24)]
         made = list(pool.map(lambda seed: ask(client, seed=seed, mode="aggressive", k=2), seeds))
     for seed, answer in zip(seeds, made, strict=True):
-        a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed]))
+        a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed, 2]))
         assert np.abs(a - b).max() <= 2
-        if answer["report"]["lanes_per_round"] == 2:
-            assert files(answer) == files(alone[seed]), "equal bytes for equal placement"
+        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2):
+            assert files(answer) == files(alone[seed, lanes]), "equal bytes for equal placement"
+    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load pictures share the lanes"
 
 
 # --- who asks, and what is told --------------------------------------------------------------------------------------
