@@ -26,6 +26,7 @@ from runtime.samplers import DRAFTS
 from runtime.schedulers import SCHEDULERS
 
 log = logging.getLogger(__name__)
+TOGETHER = 8  # of the largest bodies, whose bytes may be arriving at the same time
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 # of OpenAI's; whatever else is not a field of the request is unknown
 UNSUPPORTED = {"style", "mask", "input_fidelity", "complexity", "svg", "frame_count", "frame_duration_ms"}
@@ -190,40 +191,54 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body(500, "unexpected error, see the server's log", None, None)
 
 
-async def read_body(request: Request, limits: Limits, most: int) -> bytes:
-    """The body, up to so many bytes and in time."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
-    except ClientDisconnect:
-        raise ApiError(400, "the client went away before its request was complete") from None
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.seconds:g} s", None, "request_timeout") from None
-    return bytes(body)
+class Bodies:
+    """Reads bodies in time, each up to its limit, and all at once up to so many of the largest."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._free = TOGETHER * max(limits.body, limits.upload)
+
+    async def read(self, request: Request, most: int) -> bytes:
+        """One body of up to so many bytes."""
+        body, seconds = bytearray(), self.limits.seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._free -= len(chunk)
+                    if len(body) > most:
+                        raise ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
+                    if self._free < 0:
+                        message = "too many large bodies arrive at once: try again"
+                        raise ApiError(429, message, None, "too_many_uploads", {"Retry-After": "1"})
+        except ClientDisconnect:
+            raise ApiError(400, "the client went away before its request was complete") from None
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {seconds:g} s", None, "request_timeout") from None
+        finally:
+            self._free += len(body)
+        return bytes(body)
 
 
-async def read_json(request: Request, model: type[ImageRequest], limits: Limits) -> ImageRequest:
+async def read_json(request: Request, model: type[ImageRequest], bodies: Bodies) -> ImageRequest:
     """The body as a request of that model; ApiError names the first field that cannot be used."""
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         # not only a courtesy: other sites' pages may send forms and text to a local server, but not JSON
         raise ApiError(415, "send JSON, with the header Content-Type: application/json", None, "unsupported_media_type")
-    body = await read_body(request, limits, limits.body)
-    return checked(lambda: model.model_validate_json(body), limits)
+    body = await bodies.read(request, bodies.limits.body)
+    return checked(lambda: model.model_validate_json(body), bodies.limits)
 
 
-async def read_form(request: Request, model: type[EditRequest], limits: Limits) -> EditRequest:
+async def read_form(request: Request, model: type[EditRequest], bodies: Bodies) -> EditRequest:
     """The same of a form with a file, as OpenAI's clients send it."""
+    limits = bodies.limits
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "send a form: Content-Type: multipart/form-data", None, "unsupported_media_type")
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         # a browser sends forms of other sites' pages to a local server without asking; JSON it would not send
         raise ApiError(403, f"forms of pages of {origin} are not taken", None, "cross_origin")
-    body = await read_body(request, limits, limits.upload)
+    body = await bodies.read(request, limits.upload)
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield body

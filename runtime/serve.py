@@ -39,7 +39,7 @@ from runtime.connection import limited_connection
 from runtime.limits import Limits
 from runtime.logs import REQUEST, Formatter
 from runtime.pipeline import MODES, Pipeline
-from runtime.request import ApiError, EditRequest, ImageRequest, error_body, limited, read_form, read_json, told
+from runtime.request import ApiError, Bodies, EditRequest, ImageRequest, error_body, limited, read_form, read_json, told
 from runtime.service import Service, stream, translated, whole
 
 log = logging.getLogger("runtime.serve")
@@ -53,7 +53,7 @@ STATUSES = {
     400: "A field cannot be used; `param` names it.", 401: "A key is needed.",
     403: "Another site's page sent a form.", 404: "There is no such model.",
     408: "The body did not arrive in time.", 413: "The body is too large.", 415: "The body is of another type.",
-    429: "The queue is full; see Retry-After.", 500: "The engine failed.",
+    429: "The queue is full, or too many bodies arrive; see Retry-After.", 500: "The engine failed.",
     503: "The server is shutting down, or too many connect; see Retry-After.", 504: "The request became too old.",
 }  # fmt: skip
 ERROR_SCHEMA = {
@@ -79,7 +79,7 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
 
 def make_app(service: Service) -> FastAPI:
     """The application around a loaded pipeline."""
-    pipeline, limits = service.pipeline, service.limits
+    pipeline, limits, bodies = service.pipeline, service.limits, Bodies(service.limits)
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
     for kind in (HTTPException, EngineError):  # others end in `Known`
         app.add_exception_handler(kind, answer_error)
@@ -103,12 +103,12 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/images/generations", **operation("application/json", model))
     async def generations(request: Request) -> Response:
         """Makes n pictures of a prompt, or with `stream` one picture and previews of it."""
-        return await pictures(await read_json(request, model, limits), request)
+        return await pictures(await read_json(request, model, bodies), request)
 
     @app.post("/v1/images/edits", **operation("multipart/form-data", edit))
     async def edits(request: Request) -> Response:
         """The same, starting from a picture: the last `strength` of the steps are made, with the noise for them."""
-        return await pictures(await read_form(request, edit, limits), request)
+        return await pictures(await read_form(request, edit, bodies), request)
 
     @app.get("/v1/models", responses=described(401))
     async def models() -> dict[str, Any]:
