@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime.limits import Limits
 
-HEAD_SECONDS = 10.0
+HEAD_SECONDS = 10.0  # for the request line and the headers
 
 
 def limited_connection(limits: Limits) -> type[H11Protocol]:
@@ -30,7 +30,7 @@ def limited_connection(limits: Limits) -> type[H11Protocol]:
             self._watch()
 
         def _watch(self) -> None:
-            """Once from the first byte of a head to its last: who sends one after another gains no time."""
+            """One timer per head: who sends byte after byte gains no time."""
             if self.conn.their_state is not h11.IDLE and self._late is not None:
                 self._late.cancel()
                 self._late = None

@@ -201,13 +201,12 @@ class Known:
             message = "send one of this server's keys as Authorization: Bearer KEY"
             target = JSONResponse(error_body(401, message, None, "invalid_api_key"), 401)
         try:
-            try:
-                await target(scope, receive, labelled)
-            except Exception as error:
-                if state["outcome"] != 499:  # it is too late for another answer: the connection ends
-                    state["outcome"] = 500
-                    raise
-                await (await answer_error(Request(scope), error))(scope, receive, labelled)
+            await target(scope, receive, labelled)
+        except Exception as error:
+            if state["outcome"] != 499:  # it is too late for another answer: the connection ends
+                state["outcome"] = 500
+                raise
+            await (await answer_error(Request(scope), error))(scope, receive, labelled)
         finally:
             if path.startswith("/v1/"):
                 facts = (scope["method"], path, state["outcome"], time.monotonic() - start)

@@ -129,7 +129,7 @@ def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
                     response = client.get("/health/ready")
                     assert (response.json()["status"], response.json()["lanes"]) == ("hanging", ["cpu/0", "cpu/1"])
                     assert stuck.result().status_code == 504
-                    assert time.monotonic() - asked < 1.5, "the deadline does not wait for the round"
+                    assert time.monotonic() - asked < 3, "the deadline does not wait for the round"
             for _ in range(3):
                 start = time.monotonic()
                 response = client.get("/health/ready")
@@ -272,7 +272,7 @@ def test_a_client_that_never_ends_its_head_is_cut_off(pipeline: Pipeline, before
                 with suppress(TimeoutError):
                     assert slow.recv(4096) == b""
                     break
-        assert 0.5 < time.monotonic() - start < 1.5
+        assert 0.5 < time.monotonic() - start < 4
         assert client.get("/health/live").status_code == 200
 
 

@@ -181,7 +181,7 @@ def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch
             until(lambda: depth(client) == 7)
             assert client.post(GENERATE, json={"prompt": PROMPT}).status_code == 429
             assert all(isinstance(one.exception(), httpx.ReadTimeout) for one in leaving)
-            until(lambda: depth(client) == 4, seconds=1)
+            until(lambda: depth(client) == 4)
             waiting = pool.submit(ask, client)
             until(lambda: depth(client) == 5)
         finally:
@@ -200,7 +200,7 @@ def test_the_deadline_does_not_wait_for_a_long_round(
             start = time.monotonic()
             response = client.post(GENERATE, json={"prompt": PROMPT, "stream": stream})
             assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
-            assert 0.5 <= time.monotonic() - start < 0.9
+            assert 0.5 <= time.monotonic() - start < 2
             assert depth(client) == 1, "until its next round"
         finally:
             held.set()
@@ -229,7 +229,7 @@ def test_the_deadline_ends_a_stream_in_the_middle_of_a_long_round(
             partial, last = events(response)
             assert partial["type"] == "image_generation.partial_image"
             assert (last["type"], last["error"]["code"]) == ("error", "deadline_exceeded")
-            assert 1 <= time.monotonic() - start < 1.4
+            assert 1 <= time.monotonic() - start < 3
         finally:
             held.set()
         until(lambda: depth(client) == 0)
@@ -317,7 +317,7 @@ def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> No
             with posted(client, LONG), posted(client, LONG):
                 until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 4)
                 assert pipeline.lanes.waiting >= 2
-            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2, seconds=2)
+            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2)
         assert files(ask(client, seed=14, lanes=1)) == wanted[0]
         until(lambda: depth(client) == 0)
         assert files(ask(client, seed=14)) == wanted[1]
