@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from tqdm import tqdm
 
 from bench.models import model_arguments
@@ -29,7 +28,8 @@ from engines.errors import EngineError, ParameterError
 from runtime.limits import Limits
 from runtime.pipeline import Pipeline
 from runtime.report import load_average
-from runtime.serve import listen, make_app
+from runtime.serve import Server, listen
+from runtime.service import Service
 from runtime.share import ALL_LANES, ELASTIC, ONE_LANE
 
 POLICIES = {"elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
@@ -38,18 +38,21 @@ MODES = ("sequential", "conservative", "aggressive")
 
 @dataclass
 class Load:
-    """What one policy did under one number of clients; one entry per turn in the first two."""
+    """What one policy did under one number of clients; one entry per turn in the first three."""
 
     throughput: list[float] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)
+    tails: list[float] = field(default_factory=list)  # p95
     latencies: list[float] = field(default_factory=list)
     lanes: list[float] = field(default_factory=list)
 
     def add(self, ends: Sequence[float], latencies: Sequence[float], lanes: Sequence[float]) -> None:
-        """One turn: pictures per second between its first and its last answer."""
+        """One turn: pictures per second between its first and its last answer; of a single one, by its own time."""
         ordered = sorted(ends)
-        self.throughput.append((len(ordered) - 1) / (ordered[-1] - ordered[0]))
+        single = len(ordered) == 1
+        self.throughput.append(1 / latencies[0] if single else (len(ordered) - 1) / (ordered[-1] - ordered[0]))
         self.medians.append(float(np.median(latencies)))
+        self.tails.append(float(np.quantile(latencies, 0.95)))
         self.latencies += latencies
         self.lanes += lanes
 
@@ -69,12 +72,14 @@ class Load:
 def serving(pipeline: Pipeline) -> Iterator[int]:
     """The server in a thread of this process; yields its port."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, Limits()), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        server = Server(Service(pipeline, Limits()))
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
-        yield int(listener.getsockname()[1])
-        server.should_exit = True
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
@@ -94,8 +99,9 @@ def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps:
 
     def client(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        asked = number
-        while (start := time.perf_counter()) - begun < seconds:
+        asked, end = number, begun
+        while end - begun < seconds:
+            start = time.perf_counter()
             report = ask(
                 connection, prompt=prompts[asked % len(prompts)], seed=asked, mode=MODES[asked % len(MODES)],
                 num_inference_steps=steps,
@@ -144,10 +150,12 @@ def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
     elastic, others = loads["elastic"], [name for name in loads if name != "elastic"]
     faster = max(others, key=lambda name: float(np.median(loads[name].throughput)))
     sooner = min(others, key=lambda name: float(np.median(loads[name].medians)))
+    steadier = min(others, key=lambda name: float(np.median(loads[name].tails)))
     return {
         "name": "elastic against the better", "clients": clients, "better_throughput": faster,
         "throughput": ratio(elastic.throughput, loads[faster].throughput), "better_latency": sooner,
-        "latency_p50": ratio(elastic.medians, loads[sooner].medians),
+        "latency_p50": ratio(elastic.medians, loads[sooner].medians), "better_latency_p95": steadier,
+        "latency_p95": ratio(elastic.tails, loads[steadier].tails),
     }  # fmt: skip
 
 
@@ -199,8 +207,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in (row for row in rows if row["name"] == "load"):
         rate, latency, told = row["pictures_per_second"], row["latency_seconds"], ""
         if row["policy"] == "elastic":
-            a, b = against[row["clients"]]["throughput"], against[row["clients"]]["latency_p50"]
-            told = f"throughput {ratio_of(a)}, p50 {ratio_of(b)}"
+            beside = against[row["clients"]]
+            names = {"throughput": "throughput", "p50": "latency_p50", "p95": "latency_p95"}
+            # results of earlier commits have no p95
+            told = ", ".join(f"{name} {ratio_of(beside[key])}" for name, key in names.items() if key in beside)
         lines.append(
             f"| {row['clients']} | {row['policy']} | {rate['median']:.2f} ({rate['low']:.2f}–{rate['high']:.2f}) "
             f"| {latency['p50']:.3f} | {latency['p95']:.3f} | {row['lanes_per_round']:.2f} | {told} |"

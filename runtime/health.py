@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from engines.errors import EngineError
 from runtime.pipeline import Pipeline
 
+log = logging.getLogger(__name__)
 FRESH = 1.0  # seconds that the answer of free lanes is good for
 
 
@@ -53,7 +57,8 @@ class Health:
         if self._probe is None:
             self._probe = asyncio.get_running_loop().create_future()
             # no pool: a lane that hangs must not keep the process from ending
-            threading.Thread(target=self._play, args=(self._probe,), daemon=True, name="probe").start()
+            play = partial(copy_context().run, self._play, self._probe)
+            threading.Thread(target=play, daemon=True, name="probe").start()
         await asyncio.wait_for(asyncio.shield(self._probe), self._seconds)
 
     def _play(self, probe: asyncio.Future[None]) -> None:
@@ -62,6 +67,9 @@ class Health:
             self._pipeline.probe()
         except EngineError as caught:
             error = caught
+        except Exception as caught:
+            log.exception("a tiny round failed")
+            error = EngineError(f"unexpected error, see the server's log: {caught!r}")
 
         def tell() -> None:
             self._probe = None

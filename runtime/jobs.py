@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 
@@ -33,17 +35,20 @@ class CancelledError(Exception):
 class Job:
     """One request on its way: `check` is called between rounds, and `future` ends with its result or error."""
 
-    future: Future[Any]
-
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, work: Callable[[Job], Any], seconds: float, leave: Callable[[Job, Exception], None]) -> None:
+        self.work = work
+        self.context = copy_context()  # log lines of the engine's threads name the request, too
+        self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()  # only `cancel` ends it early
         self.asked = time.monotonic()
         self.started: float | None = None
-        self._seconds = seconds
+        self._seconds, self._leave = seconds, leave
         self._reason: Exception | None = None
 
     def cancel(self, reason: Exception | None = None) -> None:
-        """It ends before its next round, or before it begins; the first reason counts."""
+        """It ends before its next round, or at once when it has not begun; the first reason counts."""
         self._reason = self._reason or reason or CancelledError()
+        self._leave(self, self._reason)
 
     @property
     def left(self) -> float:
@@ -75,7 +80,8 @@ class Jobs:
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="engine")
         self._changed = threading.Condition()
         self._open = True
-        self._jobs: set[Job] = set()
+        self._waiting: deque[Job] = deque()
+        self._jobs: set[Job] = set()  # with those that threads have
         self._typical = 1.0  # seconds that a thread spends on a request, a running mean
 
     @property
@@ -90,7 +96,7 @@ class Jobs:
 
     def submit(self, work: Callable[[Job], Any], seconds: float) -> Job:
         """Queues work that may take so long from now on; QueueFullError, or ShutdownError after `drain`."""
-        job = Job(seconds)
+        job = Job(work, seconds, self._leave)
         with self._changed:
             if not self._open:
                 raise ShutdownError("the server is shutting down: ask another one, or this one when it is back")
@@ -98,7 +104,8 @@ class Jobs:
                 later = math.ceil(self.depth * self._typical / self._workers)
                 raise QueueFullError(self.depth - self._lanes, max(1, later))
             self._jobs.add(job)
-        job.future = self._pool.submit(self._run, job, work)
+            self._waiting.append(job)
+        self._pool.submit(self._next)
         return job
 
     def drain(self, seconds: float, grace: float = 5.0) -> int:
@@ -116,14 +123,36 @@ class Jobs:
         return len(late)
 
     def close(self) -> None:
-        """Takes no more, and waits for those that are being made."""
-        self._pool.shutdown(cancel_futures=True)
+        """Takes no more, and waits for those that there are."""
+        self._pool.shutdown()
 
-    def _run(self, job: Job, work: Callable[[Job], Any]) -> Any:
+    def _leave(self, job: Job, reason: Exception) -> None:
+        """Makes room for another one, unless a thread has the job already."""
+        with self._changed:
+            if job not in self._waiting:
+                return
+            self._waiting.remove(job)
+            self._jobs.discard(job)
+            self._changed.notify_all()
+        job.future.set_exception(reason)
+
+    def _next(self) -> None:
+        with self._changed:
+            if not self._waiting:  # who this was for has left
+                return
+            job = self._waiting.popleft()
+        try:
+            result = job.context.run(self._run, job)
+        except BaseException as error:  # noqa: BLE001 - carried to whoever waits and raised there
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)
+
+    def _run(self, job: Job) -> Any:
         try:
             job.check()
             job.started = time.monotonic()
-            result = work(job)
+            result = job.work(job)
             self._typical += 0.2 * (time.monotonic() - job.started - self._typical)
             return result
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -12,18 +13,23 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from engines.errors import EngineError, ParameterError
 from engines.manifest import Defaults
 from runtime.limits import Limits
 from runtime.pipeline import MAX_SEED, MODES
 from runtime.samplers import DRAFTS
 from runtime.schedulers import SCHEDULERS
 
+log = logging.getLogger(__name__)
+TOGETHER = 8  # of the largest bodies, whose bytes may be arriving at the same time
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+# of OpenAI's; whatever else is not a field of the request is unknown
+UNSUPPORTED = {"style", "mask", "input_fidelity", "complexity", "svg", "frame_count", "frame_duration_ms"}
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
 
@@ -34,10 +40,19 @@ Drafts = Annotated[Name, Field(json_schema_extra={"enum": ["auto", *DRAFTS]})]
 Scheduler = Annotated[Name, Field(min_length=1, json_schema_extra={"enum": [*SCHEDULERS]})]
 
 
+def nullable(schema: dict[str, Any]) -> None:
+    """Says in the document that null means the default."""
+    for field in schema["properties"].values():
+        if "default" in field and "type" in field:
+            field["type"] = [field["type"], "null"]
+            if choices := field.get("enum", [field.pop("const")] if "const" in field else []):
+                field["enum"] = [*choices, None]
+
+
 class ImageRequest(BaseModel):
     """OpenAI's fields that this server honours, and the engine's own. Anything else is refused by name."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     prompt: Text = Field(min_length=1)
     model: Name | None = None
@@ -50,7 +65,9 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] = "auto"
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
+    moderation: Literal["auto", "low"] = "auto"  # there is none
     user: Name | None = None
+    safety_identifier: Name | None = None
     negative_prompt: Text | None = None
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(4.0, ge=0, le=100, allow_inf_nan=False)
@@ -68,6 +85,14 @@ class ImageRequest(BaseModel):
     timeline: bool = False
 
     event: ClassVar[str] = "image_generation"  # what events of a stream are called
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = UNSUPPORTED | {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
     def arguments(self) -> dict[str, Any]:
         """What `Pipeline.generate` is called with beside the prompt."""
@@ -152,40 +177,68 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def read_body(request: Request, limits: Limits, most: int) -> bytes:
-    """The body, up to so many bytes and in time."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
-    except ClientDisconnect:
-        raise ApiError(400, "the client went away before its request was complete") from None
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.seconds:g} s", None, "request_timeout") from None
-    return bytes(body)
+def told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status of any error and what its client is told; a line in the log when it is our fault."""
+    if isinstance(error, ApiError):
+        return error.status_code, error_body(error.status_code, error.detail, error.param, error.code)
+    if isinstance(error, ParameterError):
+        param = {"width": "size", "height": "size"}.get(error.param, error.param)
+        return 400, error_body(400, str(error), param, "invalid_value")
+    if isinstance(error, EngineError):
+        log.error("request failed: %r", error)
+        return 500, error_body(500, str(error), None, "engine_error")
+    log.error("request failed: %r", error, exc_info=error)
+    return 500, error_body(500, "unexpected error, see the server's log", None, None)
 
 
-async def read_json(request: Request, model: type[ImageRequest], limits: Limits) -> ImageRequest:
+class Bodies:
+    """Reads bodies in time, each up to its limit, and all at once up to so many of the largest."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._free = TOGETHER * max(limits.body, limits.upload)
+
+    async def read(self, request: Request, most: int) -> bytes:
+        """One body of up to so many bytes."""
+        body, seconds = bytearray(), self.limits.seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._free -= len(chunk)
+                    if len(body) > most:
+                        raise ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
+                    if self._free < 0:
+                        message = "too many large bodies arrive at once: try again"
+                        raise ApiError(429, message, None, "too_many_uploads", {"Retry-After": "1"})
+        except ClientDisconnect:
+            raise ApiError(400, "the client went away before its request was complete") from None
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {seconds:g} s", None, "request_timeout") from None
+        finally:
+            self._free += len(body)
+        return bytes(body)
+
+
+async def read_json(request: Request, model: type[ImageRequest], bodies: Bodies) -> ImageRequest:
     """The body as a request of that model; ApiError names the first field that cannot be used."""
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         # not only a courtesy: other sites' pages may send forms and text to a local server, but not JSON
         raise ApiError(415, "send JSON, with the header Content-Type: application/json", None, "unsupported_media_type")
-    body = await read_body(request, limits, limits.body)
-    return checked(lambda: model.model_validate_json(body), limits)
+    body = await bodies.read(request, bodies.limits.body)
+    return checked(lambda: model.model_validate_json(body), bodies.limits)
 
 
-async def read_form(request: Request, model: type[EditRequest], limits: Limits) -> EditRequest:
+async def read_form(request: Request, model: type[EditRequest], bodies: Bodies) -> EditRequest:
     """The same of a form with a file, as OpenAI's clients send it."""
+    limits = bodies.limits
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "send a form: Content-Type: multipart/form-data", None, "unsupported_media_type")
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         # a browser sends forms of other sites' pages to a local server without asking; JSON it would not send
         raise ApiError(403, f"forms of pages of {origin} are not taken", None, "cross_origin")
-    body = await read_body(request, limits, limits.upload)
+    body = await bodies.read(request, limits.upload)
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
@@ -219,6 +272,9 @@ def checked(validate: Callable[[], Asked], limits: Limits) -> Asked:
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
+        if param in UNSUPPORTED:
+            message = f"{param}: this server does not support it: leave it out"
+            raise ApiError(400, message, param, "unsupported_parameter") from None
         message = f"{'the body' if param is None else param}: {first['msg']}"
         raise ApiError(400, message, param, CODES.get(first["type"], "invalid_value")) from None
     if asked.stream and asked.n > 1:

@@ -33,12 +33,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engines.errors import EngineError, ParameterError
+from engines.errors import EngineError
 from engines.store import BUILD
+from runtime.connection import limited_connection
 from runtime.limits import Limits
+from runtime.logs import REQUEST, Formatter
 from runtime.pipeline import MODES, Pipeline
-from runtime.request import ApiError, EditRequest, ImageRequest, error_body, limited, read_form, read_json
-from runtime.service import LATE_SECONDS, Service, stream, translated, whole
+from runtime.request import ApiError, Bodies, EditRequest, ImageRequest, error_body, limited, read_form, read_json, told
+from runtime.service import Service, stream, translated, whole
 
 log = logging.getLogger("runtime.serve")
 PAGE = Path(__file__).parent / "page.html"
@@ -51,8 +53,8 @@ STATUSES = {
     400: "A field cannot be used; `param` names it.", 401: "A key is needed.",
     403: "Another site's page sent a form.", 404: "There is no such model.",
     408: "The body did not arrive in time.", 413: "The body is too large.", 415: "The body is of another type.",
-    429: "The queue is full; see Retry-After.", 500: "The engine failed.",
-    503: "The server is shutting down; see Retry-After.", 504: "The request became too old.",
+    429: "The queue is full, or too many bodies arrive; see Retry-After.", 500: "The engine failed.",
+    503: "The server is shutting down, or too many connect; see Retry-After.", 504: "The request became too old.",
 }  # fmt: skip
 ERROR_SCHEMA = {
     "type": "object", "required": ["error"], "additionalProperties": False,
@@ -61,32 +63,25 @@ ERROR_SCHEMA = {
         "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
     }},
 }  # fmt: skip
+LATE_SECONDS = 5.0  # for the last bytes, and for the lanes to stop
 KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Any exception as {"error": {"message", "type", "param", "code"}}; a line in the log when it is our fault."""
-    status, message, param, code = 500, str(error), getattr(error, "param", None), None
-    if isinstance(error, ApiError):
-        status, message, code = error.status_code, error.detail, error.code
-    elif isinstance(error, HTTPException):  # the router's own
-        status, message = error.status_code, f"{request.method} {request.url.path}: {error.detail}"
-        code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    elif isinstance(error, ParameterError):
-        status, param, code = 400, {"width": "size", "height": "size"}.get(error.param, error.param), "invalid_value"
-    else:
-        log.error("request failed: %r", error)  # uvicorn adds the traceback of what is no EngineError
-        known = isinstance(error, EngineError)
-        message, code = (message, "engine_error") if known else ("unexpected error, see the server's log", None)
-    return JSONResponse(error_body(status, message, param, code), status, getattr(error, "headers", None))
+    """Any exception as {"error": {"message", "type", "param", "code"}}."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
+    status, content = told(error)
+    return JSONResponse(content, status, headers)
 
 
-def make_app(pipeline: Pipeline, limits: Limits | None = None, service: Service | None = None) -> FastAPI:
+def make_app(service: Service) -> FastAPI:
     """The application around a loaded pipeline."""
-    service = service or Service(pipeline, limits or Limits())
-    limits = service.limits
+    pipeline, limits, bodies = service.pipeline, service.limits, Bodies(service.limits)
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
-    for kind in (HTTPException, EngineError, Exception):
+    for kind in (HTTPException, EngineError):  # others end in `Known`
         app.add_exception_handler(kind, answer_error)
 
     app.add_middleware(Known, keys=limits.keys, count=lambda outcome: service.metrics.requests.labels(outcome).inc())
@@ -108,12 +103,12 @@ def make_app(pipeline: Pipeline, limits: Limits | None = None, service: Service 
     @app.post("/v1/images/generations", **operation("application/json", model))
     async def generations(request: Request) -> Response:
         """Makes n pictures of a prompt, or with `stream` one picture and previews of it."""
-        return await pictures(await read_json(request, model, limits), request)
+        return await pictures(await read_json(request, model, bodies), request)
 
     @app.post("/v1/images/edits", **operation("multipart/form-data", edit))
     async def edits(request: Request) -> Response:
         """The same, starting from a picture: the last `strength` of the steps are made, with the noise for them."""
-        return await pictures(await read_form(request, edit, limits), request)
+        return await pictures(await read_form(request, edit, bodies), request)
 
     @app.get("/v1/models", responses=described(401))
     async def models() -> dict[str, Any]:
@@ -172,7 +167,10 @@ def operation(kind: str, model: type[ImageRequest]) -> dict[str, Any]:
 
 
 class Known:
-    """Gives every request an id, asks for a key where there are some, counts, and logs what was answered."""
+    """Gives every request an id, refuses those without a key or on too many connections, counts and logs answers.
+
+    Unexpected errors are answered here: what Starlette has for them lies outside, where nothing is counted.
+    """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], count: Callable[[str], None]) -> None:
         self._app, self._keys, self._count = app, keys, count
@@ -186,6 +184,7 @@ class Known:
         number = headers.get("x-request-id", "")
         if not (re.fullmatch(r"[!-~]{1,100}", number)):
             number = uuid.uuid4().hex
+        REQUEST.set(number)
         state = scope["state"] = {**scope.get("state", {}), "outcome": 499}  # unless it is answered
 
         async def labelled(message: Message) -> None:
@@ -195,23 +194,32 @@ class Known:
             await send(message)
 
         target: ASGIApp = self._app
-        if self._keys and path.startswith("/v1/") and not has_key(headers.get("authorization", ""), self._keys):
+        if state.get("crowded") and not path.startswith("/health/"):
+            message, more = "there are too many connections: try again", {"Retry-After": "1", "Connection": "close"}
+            target = JSONResponse(error_body(503, message, None, "too_many_connections"), 503, more)
+        elif self._keys and path.startswith("/v1/") and not has_key(headers.get("authorization", ""), self._keys):
             message = "send one of this server's keys as Authorization: Bearer KEY"
             target = JSONResponse(error_body(401, message, None, "invalid_api_key"), 401)
         try:
             await target(scope, receive, labelled)
+        except Exception as error:
+            if state["outcome"] != 499:  # it is too late for another answer: the connection ends
+                state["outcome"] = 500
+                raise
+            await (await answer_error(Request(scope), error))(scope, receive, labelled)
         finally:
             if path.startswith("/v1/"):
-                facts = (number, scope["method"], path, state["outcome"], time.monotonic() - start)
-                log.info("request=%s method=%s path=%s status=%d seconds=%.3f", *facts)
+                facts = (scope["method"], path, state["outcome"], time.monotonic() - start)
+                log.info("method=%s path=%s status=%d seconds=%.3f", *facts)
             if path.startswith("/v1/images/"):
                 self._count(str(state["outcome"]))
 
 
 def has_key(header: str, keys: tuple[str, ...]) -> bool:
     """Whether a bearer token is one of the keys; takes as long for a near miss as for any other."""
-    given = header.removeprefix("Bearer ").encode()
-    return sum(hmac.compare_digest(given, key.encode()) for key in keys) > 0
+    given = header.removeprefix("Bearer ")
+    sent = given.encode("latin-1"), given.encode()  # by curl, whose bytes are UTF-8; by a browser, whose are Latin-1
+    return sum(hmac.compare_digest(token, key.encode()) for token in sent for key in keys) > 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -226,8 +234,9 @@ class Server(uvicorn.Server):
     """Answers until a signal; then it refuses what is new and finishes what it took, unless Ctrl-C is pressed again."""
 
     def __init__(self, service: Service) -> None:
-        app = make_app(service.pipeline, service=service)
-        super().__init__(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(LATE_SECONDS)))
+        connection, late = limited_connection(service.limits), int(LATE_SECONDS)
+        config = uvicorn.Config(make_app(service), http=connection, log_config=None, timeout_graceful_shutdown=late)
+        super().__init__(config)
         self._service = service
         self._draining = False
 
@@ -241,10 +250,12 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         seconds = self._service.limits.drain
+        end = time.monotonic() + seconds
         log.info("Shutting down: %d requests are finished first, within %g s", self._service.jobs.depth, seconds)
         late = self._service.jobs.drain(seconds)
         if late:
             log.warning("%d requests were given up after %g s", late, seconds)
+        self.config.timeout_graceful_shutdown = math.ceil(max(end - time.monotonic(), LATE_SECONDS))  # to send answers
         self.should_exit = True
 
 
@@ -252,6 +263,10 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
         pipeline = Pipeline.load(model, devices, build)
+        usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
+        if usual > limits.side:
+            message = f"--max-side {limits.side} rules out the usual pictures of {pipeline.manifest.model}"
+            raise EngineError(f"{message}: choose at least {usual}")
         pipeline.generate("", num_inference_steps=1)  # or the first request would pay for first-time allocations
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
         address = f"[{host}]" if ":" in host else host
@@ -270,7 +285,7 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """The API keys of a file and of the environment."""
     try:
-        lines = path.read_text().splitlines() if path else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"the API keys cannot be read: {error}") from error
     keys = tuple(key.strip() for key in [*lines, *os.environ.get(KEYS_VARIABLE, "").split(",")] if key.strip())
@@ -291,6 +306,7 @@ def arguments() -> argparse.ArgumentParser:
     for option, name, text in (
         ("--queue", "queue", "requests that may wait; more get 429"),
         ("--timeout", "seconds", "seconds until a request gets 504, or 408 while it arrives"),
+        ("--connections", "connections", "open connections; requests on more get 503"),
         ("--drain", "drain", "seconds to finish what was accepted, after SIGTERM or Ctrl-C"),
         ("--lane-timeout", "lane_seconds", "seconds of one round after which the server is no longer ready"),
         ("--max-body", "body", "bytes of a request"),
@@ -333,7 +349,9 @@ def at_least_one(kind: type[float]) -> Callable[[str], float]:
 def main() -> int:
     """The command line; exit code 1 with one message when it cannot serve, 0 after Ctrl-C or SIGTERM."""
     options = vars(arguments().parse_args())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
     try:
         keys = read_keys(options.pop("api_keys"))

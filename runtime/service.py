@@ -11,16 +11,17 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from engines.errors import EngineError
 from runtime.health import Health
 from runtime.jobs import CancelledError, DeadlineError, Job, Jobs, QueueFullError, ShutdownError
 from runtime.limits import Limits
 from runtime.metrics import Metrics
 from runtime.pipeline import Pipeline, Result
-from runtime.request import ApiError, ImageRequest, error_body
+from runtime.request import ApiError, ImageRequest, told
 
+# clients expect it; nothing is sold here
+USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0,
+         "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}  # fmt: skip
 RETRY_SECONDS = 10  # a supervisor needs about that long to start another process
-LATE_SECONDS = 5.0  # after a deadline that a round overlaps, until its client is told without the engine
 
 
 def translated(error: Exception) -> Exception:
@@ -46,7 +47,7 @@ def answer(asked: ImageRequest, result: Result) -> bytes:
     """The whole answer, encoded on the engine's thread, so that the event loop only has bytes to send."""
     content = {
         "created": int(time.time()), "data": [{"b64_json": asked.encode(image)} for image in result.images],
-        **asked.facts(result.images[0]), "report": result.report.to_dict(),
+        **asked.facts(result.images[0]), "usage": USAGE, "report": result.report.to_dict(),
     }  # fmt: skip
     return json.dumps(content).encode()
 
@@ -100,8 +101,7 @@ class Service:
                 event("partial_image", self.pipeline.preview()[0], partial_image_index=previews.shown - 1)
 
         result = self._made(job, generate(self.pipeline, asked, job, show))
-        usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
-        event("completed", result.images[0], usage=usage, report=result.report.to_dict())
+        event("completed", result.images[0], usage=USAGE, report=result.report.to_dict())
 
     def _made(self, job: Job, result: Result) -> Result:
         assert job.started is not None
@@ -125,20 +125,18 @@ async def whole(service: Service, asked: ImageRequest, request: Request) -> byte
 
 
 async def unless_gone(wanted: asyncio.Future[Any], job: Job, request: Request) -> Any:
-    """What is waited for; when the client goes away first, its job is cancelled, and then what becomes of that.
+    """What is waited for, unless the client goes away first, or the deadline comes.
 
-    DeadlineError also when the job itself cannot say so, because its round does not end.
+    Then the job is cancelled, and nobody waits for the round that it may be in.
     """
     wanted.add_done_callback(lambda one: one.cancelled() or one.exception())  # looked at, also when nobody waits
     gone = asyncio.ensure_future(request.receive())  # the body has been read: the next message is the disconnection
     try:
-        limit = max(job.left, 0) + LATE_SECONDS
-        await asyncio.wait({wanted, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({wanted, gone}, timeout=max(job.left, 0), return_when=asyncio.FIRST_COMPLETED)
         if not wanted.done():
-            job.cancel(None if gone.done() else job.late())
-            await asyncio.wait({wanted}, timeout=LATE_SECONDS)
-        if not wanted.done():
-            raise CancelledError if gone.done() else job.late()
+            reason = CancelledError() if gone.done() else job.late()
+            job.cancel(reason)
+            raise reason
         return await wanted
     except asyncio.CancelledError:  # the server is going down
         job.cancel()
@@ -160,20 +158,25 @@ async def stream(service: Service, asked: ImageRequest, request: Request) -> Str
     if first is None:
         await asyncio.wrap_future(job.future)
 
+    async def following() -> bytes | None:
+        try:
+            async with asyncio.timeout(max(job.left, 0)):
+                return await events.get()  # what is there already comes also after the deadline
+        except TimeoutError:
+            raise job.late() from None
+
     async def body() -> AsyncIterator[bytes]:
         event = first
         outcome = 499
         try:
             while event is not None:
                 yield event
-                event = await asyncio.wait_for(events.get(), max(job.left, 0) + LATE_SECONDS)
+                event = await following()
             await asyncio.wrap_future(job.future)
             outcome = 200
-        except (EngineError, DeadlineError, ShutdownError, TimeoutError) as error:
-            final = translated(job.late() if isinstance(error, TimeoutError) else error)
-            outcome = final.status_code if isinstance(final, ApiError) else 500
-            content = {"type": "error"} | error_body(outcome, str(final), None, getattr(final, "code", None))
-            yield f"event: error\ndata: {json.dumps(content)}\n\n".encode()
+        except Exception as error:  # noqa: BLE001 - this is the only place where it can be told
+            outcome, content = told(translated(error))
+            yield f"event: error\ndata: {json.dumps({'type': 'error'} | content)}\n\n".encode()
         finally:
             request.scope["state"]["outcome"] = outcome
             job.cancel()

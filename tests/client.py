@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 
 from runtime.limits import Limits
-from runtime.serve import make_app
+from runtime.serve import Server
+from runtime.service import Service
 
 GENERATE = "/v1/images/generations"
 PROMPT = "a large red star at the left on blue background"
@@ -22,14 +22,23 @@ PROMPT = "a large red star at the left on blue background"
 @contextmanager
 def serving(pipeline: Any, limits: Limits | None = None) -> Iterator[httpx.Client]:
     """Speaks to the application on a real socket, served by a thread of this process."""
+    with running(Server(Service(pipeline, limits or Limits()))) as port, connect(port) as connected:
+        yield connected
+
+
+@contextmanager
+def running(server: Server, send_buffer: int | None = None) -> Iterator[int]:
+    """A server in a thread, and its port; what is sent waits in the server beyond so many bytes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(make_app(pipeline, limits), log_config=None))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()
-        with connect(listener.getsockname()[1]) as connected:
-            yield connected
-        server.should_exit = True
-        thread.join()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def connect(port: int) -> httpx.Client:

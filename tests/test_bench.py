@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import re
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from bench.floor import enqueued, replay
 from bench.models import checkpoint, named_devices, one_lane, prompts, scenes
 from bench.run import PARTS, Clock, Contender, _recorded
 from bench.run import table as run_table
+from bench.serve import Load, ask, compared, serving
+from bench.serve import table as serve_table
 from bench.statistics import bootstrap, interval, mean, median, middle, percentiles, ratio, scaled
 from bench.torch_baseline import NotPossibleHereError, TorchBaseline, Wanted
 from bench.torch_baseline import Setting as TorchSetting
 from engines.base import Array
 from engines.devices import parse_devices
-from engines.errors import ParameterError
+from engines.errors import EngineError, ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.store import Bundle
@@ -339,3 +343,39 @@ def test_serving_is_measured_with_every_policy(
     assert loads[1, "one lane"]["lanes_per_round"] == 1 <= loads[3, "elastic"]["lanes_per_round"] < 2
     assert [row["clients"] for row in rows if row["name"] == "elastic against the better"] == [1, 3]
     assert "HTTP adds" in capsys.readouterr().out
+
+
+def test_elastic_is_compared_with_the_better_policy_in_throughput_p50_and_p95() -> None:
+    def load(*latencies: float) -> Load:
+        made = Load()
+        for _ in range(3):
+            made.add(np.cumsum(latencies).tolist(), latencies, [2.0] * len(latencies))
+        return made
+
+    loads = {"elastic": load(1, 1, 2), "all lanes": load(1, 1, 9), "one lane": load(2, 2, 2)}
+    row = compared(1, loads)
+    assert (row["better_throughput"], row["better_latency"], row["better_latency_p95"]) == (
+        "one lane", "all lanes", "one lane"
+    )  # fmt: skip
+    assert row["latency_p50"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert row["latency_p95"]["low"] == row["latency_p95"]["median"] == pytest.approx(1.9 / 2)
+    added = {"name": "overhead", "milliseconds": {"p50": 1.0, "low": 1.0, "high": 1.0, "p95": 1.0}}
+    text = serve_table([*(one.row(1, policy) for policy, one in loads.items()), row, added])
+    assert "p50 1.00 (1.00–1.00), p95 0.95 (0.95–0.95) |" in text
+
+
+def test_a_turn_with_a_single_answer_has_a_rate() -> None:
+    load = Load()
+    load.add([3.0], [0.5], [2.0])
+    load.add([1.0, 3.0, 2.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    assert load.throughput == [2.0, 1.0]
+
+
+def test_a_benchmark_that_fails_leaves_no_server(pipeline: Pipeline) -> None:
+    with (
+        pytest.raises(EngineError, match="a request failed with 400"),
+        serving(pipeline) as port,
+        closing(http.client.HTTPConnection("127.0.0.1", port)) as connection,
+    ):
+        ask(connection, prompt="")
+    assert "server" not in {thread.name for thread in threading.enumerate()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -11,10 +13,12 @@ import openai
 import pytest
 from PIL import Image
 
+from runtime.limits import Limits
 from runtime.pipeline import Pipeline
+from runtime.request import TOGETHER
 from tests.client import PROMPT, serving
 from tests.test_serve import received, refused, same
-from tests.test_service import events
+from tests.test_service import events, until
 
 EDIT = "/v1/images/edits"
 
@@ -77,7 +81,8 @@ def test_a_streamed_edit(client: httpx.Client, picture: Image.Image) -> None:
         ({"strength": "2"}, "strength", "invalid_value"), ({"strength": "much"}, "strength", "invalid_value"),
         ({"strength": "0"}, "strength", "invalid_value"), ({"mode": "magic"}, "mode", "invalid_value"),
         ({"n": "0"}, "n", "invalid_value"), ({"prompt": ""}, "prompt", "invalid_value"),
-        ({"size": "8x8"}, "size", "invalid_value"), ({"input_fidelity": "high"}, "input_fidelity", "unknown_parameter"),
+        ({"size": "8x8"}, "size", "invalid_value"), ({"promt": "a"}, "promt", "unknown_parameter"),
+        ({"input_fidelity": "high"}, "input_fidelity", "unsupported_parameter"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_used_is_named(
@@ -125,8 +130,20 @@ def test_pages_of_other_sites_cannot_send_forms(client: httpx.Client, picture: I
 
 
 def test_uploads_have_a_limit(pipeline: Pipeline, picture: Image.Image) -> None:
-    from runtime.limits import Limits
-
     with serving(pipeline, Limits(upload=3000)) as client:
         noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
         refused(edit(client, encoded(noisy)), 413, None, "request_too_large")
+
+
+def test_uploads_have_a_limit_together(pipeline: Pipeline, picture: Image.Image) -> None:
+    with serving(pipeline, Limits(upload=1 << 20)) as client:
+        head = f"POST {EDIT} HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with ExitStack() as arriving:
+            for _ in range(TOGETHER):
+                slow = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
+                arriving.enter_context(slow)
+                slow.sendall(f"{head}Content-Length: {1 << 20}\r\n\r\n".encode() + bytes((1 << 20) - 1))
+            until(lambda: edit(client, encoded(picture)).status_code == 429)
+            response = edit(client, encoded(picture))
+            assert response.json()["error"]["code"] == "too_many_uploads" and response.headers["retry-after"]
+        until(lambda: edit(client, encoded(picture)).status_code == 200)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -21,14 +24,21 @@ from engines.store import Bundle
 from runtime.jobs import DeadlineError, Job, Jobs, ShutdownError
 from runtime.limits import Limits
 from runtime.pipeline import Pipeline
-from tests.client import GENERATE, PROMPT, ask, connect, serving
+from runtime.serve import Server
+from runtime.service import Service
+from tests.client import GENERATE, PROMPT, ask, connect, running, serving
 from tests.test_serve import process, wait_for
-from tests.test_service import blocked, events
+from tests.test_service import blocked, events, until
 
 
 def values(client: httpx.Client) -> dict[str, float]:
     lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines}
+
+
+def opened(client: httpx.Client) -> socket.socket:
+    """A connection of its own to the same server."""
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
 
 
 # --- ready -----------------------------------------------------------------------------------------------------------
@@ -73,12 +83,28 @@ def test_a_lane_that_dies_makes_it_unready_before_any_picture(shapes: Bundle, mo
     pipeline.close()
 
 
+@pytest.mark.parametrize("error", [ValueError("odd"), TimeoutError("odd"), DeviceError("odd")], ids=repr)
+def test_a_probe_that_fails_is_told_and_tried_again(
+    pipeline: Pipeline, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise error
+
+    with serving(pipeline, Limits(lane_seconds=2.0)) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "probe", broken)
+            for _ in range(2):
+                response = client.get("/health/ready")
+                assert (response.status_code, response.json()["status"]) == (503, "failing")
+                assert "odd" in response.json()["message"]
+        assert client.get("/health/ready").status_code == 200
+
+
 @pytest.mark.parametrize("by", ["probe", "picture"])
 def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
     by: str, shapes: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, held = Pipeline(shapes, "cpu*2"), threading.Event()
-    monkeypatch.setattr("runtime.service.LATE_SECONDS", 0.3)
     with serving(pipeline, Limits(lane_seconds=0.3, seconds=1.0)) as client:
         ask(client)
         assert client.get("/health/ready").status_code == 200
@@ -97,11 +123,13 @@ def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
                 time.sleep(1.1)
             else:
                 with ThreadPoolExecutor(1) as pool:
+                    asked = time.monotonic()
                     stuck = pool.submit(client.post, GENERATE, json={"prompt": PROMPT, "stream": False})
                     time.sleep(0.6)
                     response = client.get("/health/ready")
                     assert (response.json()["status"], response.json()["lanes"]) == ("hanging", ["cpu/0", "cpu/1"])
                     assert stuck.result().status_code == 504
+                    assert time.monotonic() - asked < 3, "the deadline does not wait for the round"
             for _ in range(3):
                 start = time.monotonic()
                 response = client.get("/health/ready")
@@ -136,7 +164,7 @@ def test_draining_finishes_refuses_and_then_gives_up() -> None:
     jobs = Jobs(9)
     first, held = blocked(jobs)
     second = jobs.submit(lambda job: "made", 60)
-    assert jobs.drain(0.1, grace=0.1) == 2 and jobs.depth == 2
+    assert jobs.drain(0.1, grace=0.1) == 2 and jobs.depth == 1, "who waits leaves at once, who is at work cannot"
     held.set()
     for job in (first, second):
         with pytest.raises(ShutdownError, match=r"within 0\.1 s"):
@@ -144,7 +172,7 @@ def test_draining_finishes_refuses_and_then_gives_up() -> None:
 
 
 def test_a_job_that_is_late_is_late_whoever_says_so() -> None:
-    job = Job(0.0)
+    job = Job(lambda job: None, 0.0, lambda job, reason: None)
     time.sleep(0.01)
     assert job.left < 0
     with pytest.raises(DeadlineError, match=str(job.late())):
@@ -208,7 +236,7 @@ def test_limits_are_kept_told_and_documented(pipeline: Pipeline) -> None:
         assert client.post(GENERATE, json={"prompt": "a star"}).json()["report"]["steps"] == 7, "the default fits"
         told = client.get("/v1/models").json()["data"][0]["limits"]
         assert told == {
-            "queue": 32, "seconds": 120.0, "body_bytes": 4000, "upload_bytes": Limits.upload,
+            "queue": 32, "connections": 512, "seconds": 120.0, "body_bytes": 4000, "upload_bytes": Limits.upload,
             "prompt_characters": 50, "side_pixels": 64,
             "num_inference_steps": 7, "n": 2,
         }  # fmt: skip
@@ -227,16 +255,86 @@ def test_a_client_that_sends_slowly_is_told_and_holds_up_nobody(pipeline: Pipeli
             assert b" 408 " in slow.recv(4096)
 
 
-def test_a_client_that_reads_slowly_holds_up_nobody(client: httpx.Client) -> None:
-    body = b'{"prompt": "a star", "n": 4, "num_inference_steps": 2}'
-    head = (
-        f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as slow:
+@pytest.mark.parametrize("before", [b"", b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "next"])
+def test_a_client_that_never_ends_its_head_is_cut_off(pipeline: Pipeline, before: bytes) -> None:
+    """Also when it sends a byte now and then, on a connection that has answered before or has not."""
+    with serving(pipeline, Limits(seconds=0.6)) as client, opened(client) as slow:
+        slow.sendall(before)
+        answer = b""
+        while before and not answer.endswith(b'"live"}'):
+            answer += slow.recv(4096)
+        start = time.monotonic()
+        slow.settimeout(0.2)
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+        with suppress(ConnectionError):
+            while time.monotonic() - start < 5:
+                slow.sendall(b"x")
+                with suppress(TimeoutError):
+                    assert slow.recv(4096) == b""
+                    break
+        assert 0.5 < time.monotonic() - start < 4
+        assert client.get("/health/live").status_code == 200
+
+
+def test_connections_have_a_limit(pipeline: Pipeline) -> None:
+    with serving(pipeline, Limits(connections=3)) as client, connect(client.base_url.port or 0) as late:
+        assert client.get("/v1/models").status_code == 200  # one, which stays open
+        with opened(client), opened(client):
+            assert late.get("/health/live").status_code == 200
+            response = late.post(GENERATE, json={"prompt": PROMPT}, headers={"x-request-id": "mine"})
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "too_many_connections")
+            assert response.headers["connection"] == "close" and int(response.headers["retry-after"]) > 0
+            assert response.headers["x-request-id"] == "mine"
+            assert client.get("/v1/models").status_code == 200
+        until(lambda: late.get("/v1/models").status_code == 200)
+        assert 'driffusion_requests_total{outcome="503"} 1.0' in client.get("/metrics").text
+
+
+@contextmanager
+def slow_reader(server: Server, port: int) -> Iterator[Callable[[], bytes]]:
+    """A client whose answer, far larger than all buffers on its way, waits in the server; reads it to its end."""
+    body = json.dumps({"prompt": PROMPT, "n": 10, "num_inference_steps": 2})
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    with socket.socket() as slow:
+        slow.settimeout(10)
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        slow.sendall(head.encode() + body)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: unsent(server) > 20_000)
+        yield lambda: b"".join(iter(lambda: slow.recv(1 << 16), b""))
+
+
+def unsent(server: Server) -> int:
+    """Bytes of answers that clients do not take."""
+    connections = list(server.server_state.connections)
+    return sum(cast(Any, one).transport.get_write_buffer_size() for one in connections)
+
+
+def whole(answer: bytes) -> bool:
+    """Whether all ten pictures have arrived."""
+    return len(json.loads(answer.split(b"\r\n\r\n", 1)[1])["data"]) == 10
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(pipeline: Pipeline) -> None:
+    server = Server(Service(pipeline, Limits()))
+    with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest, connect(port) as client:
         for seed in range(3):
             assert ask(client, seed=seed)["data"]
+        assert unsent(server) > 20_000, "it has not read"
+        assert whole(rest())
+
+
+def test_draining_gives_slow_clients_what_is_left_of_its_time(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.serve.LATE_SECONDS", 0.3)
+    server = Server(Service(pipeline, Limits(drain=20)))
+    with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest:
+        server.handle_exit(signal.SIGTERM, None)
+        time.sleep(2)
+        assert unsent(server) > 20_000, "it has not read"
+        assert whole(rest())
+        until(lambda: not server.server_state.connections)
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from PIL import Image
 from bench import moves
 from bench.report import README, RESULTS, load, rebuilt
 from engines.store import Bundle
+from runtime.request import UNSUPPORTED, EditRequest
+from runtime.serve import arguments
 
 ROOT = README.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
@@ -68,9 +70,19 @@ def test_make_engines_has_nothing_left_to_do(shapes: Bundle) -> None:
     assert "up to date" in run.stdout and "exported to" not in run.stdout
 
 
-def test_the_curl_command_makes_a_picture(server: int, tmp_path: Path) -> None:
-    subprocess.run(here(block("curl"), server), shell=True, cwd=tmp_path, check=True)
-    assert is_picture(tmp_path / "star.png")
+def test_the_curl_commands_make_pictures(server: int, tmp_path: Path) -> None:
+    for path, picture in (("generations", "star.png"), ("edits", "edited.png")):
+        command = here(block(f"/v1/images/{path}"), server)
+        run = subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+        assert is_picture(tmp_path / picture) and not run.stdout
+
+
+def test_the_readme_has_every_option_and_field_of_the_server() -> None:
+    text = README.read_text().partition("## The server")[2].partition("\n## ")[0]
+    options = {option for action in arguments()._actions for option in action.option_strings if len(option) > 2}
+    fields = {*EditRequest.model_fields, *UNSUPPORTED}
+    missing = [name for name in (options - {"--help"}) | fields if not re.search(rf"`{name}\b", text)]
+    assert not missing
 
 
 def test_the_openai_example_streams(server: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
@@ -24,10 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.errors import DeviceError
+from engines.host import HostBackend
 from engines.store import Bundle
 from runtime.limits import Limits
+from runtime.logs import Formatter
 from runtime.pipeline import MAX_SEED, Pipeline
 from runtime.report import Report
+from runtime.request import UNSUPPORTED, ImageRequest
 from tests.client import GENERATE, PROMPT, ask, connect, files, serving
 
 JSON = {"Content-Type": "application/json"}
@@ -137,9 +142,17 @@ def test_openai_fields_are_taken(client: httpx.Client, pipeline: Pipeline) -> No
     size = f"{manifest.sizes.width}x{manifest.sizes.height}"
     answer = ask(
         client, model=manifest.model, size=size, response_format="b64_json", quality="auto", background="opaque",
-        user="someone",
+        user="someone", safety_identifier="someone", moderation="low",
     )  # fmt: skip
     assert abs(answer["created"] - time.time()) < 100
+    assert files(answer) == files(ask(client))
+
+
+def test_null_means_the_default(client: httpx.Client) -> None:
+    optional = [name for name, field in ImageRequest.model_fields.items() if not field.is_required()]
+    nothing = dict.fromkeys([*optional, *UNSUPPORTED]) | {"num_inference_steps": 3}
+    assert {"n", "size", "output_format", "moderation", "style", "seed"} <= set(nothing)
+    assert files(ask(client, **nothing)) == files(ask(client))
 
 
 # ---- what else it answers
@@ -194,7 +207,10 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
         ({"prompt": "a" * 32_001}, "prompt", "invalid_value"),
         ({"negative_prompt": "a\0star"}, "negative_prompt", "invalid_value"),
         ({"promt": "a star"}, "promt", "unknown_parameter"),
-        ({"moderation": "low"}, "moderation", "unknown_parameter"),
+        ({"promt": None}, "promt", "unknown_parameter"),
+        ({"moderation": "high"}, "moderation", "invalid_value"),
+        ({"style": "vivid"}, "style", "unsupported_parameter"),
+        ({"svg": {"model": "a"}}, "svg", "unsupported_parameter"),
         ({"": 1}, "", "unknown_parameter"),
         ({"response_format": "url"}, "response_format", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
@@ -308,32 +324,113 @@ def test_wrong_methods(client: httpx.Client, method: str, path: str) -> None:
 # ---- when the engine fails
 
 
-def test_an_engine_error_is_told(
-    client: httpx.Client, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise DeviceError("lane 1 stopped: start the server again")
+@contextmanager
+def failing(pipeline: Pipeline, error: Exception, after: int = 0) -> Iterator[None]:
+    """A pipeline that fails, after so many steps."""
+    made = pipeline.generate
 
-    with monkeypatch.context() as patch:
+    def broken(*args: Any, progress: Callable[[int, int], None], **more: Any) -> Any:
+        def until_then(finished: int, steps: int) -> None:
+            progress(finished, steps)
+            if finished == after:
+                raise error
+
+        if not after:
+            raise error
+        return made(*args, progress=until_then, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "generate", broken)
-        response = client.post(GENERATE, json={"prompt": PROMPT})
-    assert refused(response, 500, None, "engine_error") == "lane 1 stopped: start the server again"
-    assert "lane 1 stopped" in caplog.text
-    assert received(ask(client))
+        yield
 
 
-def test_an_unexpected_error_is_logged_and_not_told(
-    client: httpx.Client, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def outcomes(client: httpx.Client) -> dict[str, float]:
+    """How many requests for pictures ended how."""
+    lines = client.get("/metrics").text.splitlines()
+    counted = (line.rsplit(" ", 1) for line in lines if line.startswith("driffusion_requests_total"))
+    return {name.split('"')[1]: float(number) for name, number in counted}
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged, as the server writes it."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(caplog.handler, "formatter", Formatter())
+    return caplog
+
+
+def failures(log: pytest.LogCaptureFixture, number: str) -> list[str]:
+    """Lines of a request that failed."""
+    return [line for line in log.text.splitlines() if f"ERROR runtime.request: request={number} request failed" in line]
+
+
+ERRORS = [
+    (DeviceError("lane 1 stopped: start the server again"), "engine_error", "lane 1 stopped: start the server again"),
+    (RuntimeError("/home/secret"), None, "unexpected error, see the server's log"),
+    (TimeoutError("/home/secret"), None, "unexpected error, see the server's log"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "said"), ERRORS, ids=lambda value: type(value).__name__)
+def test_an_error_of_the_engine_is_told_counted_and_logged(
+    pipeline: Pipeline, error: Exception, code: str | None, said: str, log: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("/home/secret")
+    with serving(pipeline) as client:
+        with failing(pipeline, error):
+            response = client.post(GENERATE, json={"prompt": PROMPT}, headers={"x-request-id": "mine-1"})
+        assert refused(response, 500, None, code) == said
+        assert response.headers["x-request-id"] == "mine-1"
+        assert received(ask(client))
+        assert outcomes(client) == {"500": 1, "200": 1}
+    (line,) = failures(log, "mine-1")
+    assert repr(error) in line
+    assert ("Traceback" in log.text) == (code is None)
+    assert log.text.count("Traceback") <= 1
+    assert "request=mine-1 method=POST path=/v1/images/generations status=500" in log.text
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "generate", broken)
-        response = client.post(GENERATE, json={"prompt": PROMPT})
-    assert "secret" not in refused(response, 500)
-    assert "RuntimeError('/home/secret')" in caplog.text
-    assert received(ask(client))
+
+@pytest.mark.parametrize(("error", "code", "said"), ERRORS, ids=lambda value: type(value).__name__)
+def test_an_error_in_the_middle_of_a_stream_is_told_counted_and_logged(
+    pipeline: Pipeline, error: Exception, code: str | None, said: str, log: pytest.LogCaptureFixture
+) -> None:
+    body = {"prompt": PROMPT, "num_inference_steps": 4, "mode": "sequential", "stream": True, "partial_images": 1}
+    with serving(pipeline) as client:
+        with failing(pipeline, error, after=2):
+            response = client.post(GENERATE, json=body, headers={"x-request-id": "mine-2"})
+        partial, last = response.text.strip().split("\n\n")
+        assert partial.startswith("event: image_generation.partial_image")
+        content = {"type": "error", "error": {"message": said, "type": "server_error", "param": None, "code": code}}
+        assert last == f"event: error\ndata: {json.dumps(content)}"
+        assert outcomes(client) == {"500": 1}
+    (line,) = failures(log, "mine-2")
+    assert repr(error) in line
+    assert ("Traceback" in log.text) == (code is None)
+    assert "request=mine-2 method=POST path=/v1/images/generations status=500" in log.text
+
+
+def test_an_error_outside_the_engine_is_answered_too(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    with serving(pipeline) as client:
+        monkeypatch.setattr("runtime.service.Metrics.text", lambda self: 1 / 0)
+        response = client.get("/metrics", headers={"x-request-id": "mine-3"})
+    assert "division" not in refused(response, 500)
+    assert response.headers["x-request-id"] == "mine-3"
+    assert len(failures(log, "mine-3")) == log.text.count("Traceback") == 1
+
+
+def test_a_lane_that_dies_is_logged_with_the_request(shapes: Bundle, log: pytest.LogCaptureFixture) -> None:
+    def burnt_out() -> None:
+        raise DeviceError("burnt out")
+
+    pipeline = Pipeline(shapes, "cpu*2")
+    with serving(pipeline) as client, pytest.MonkeyPatch.context() as patch:
+        assert isinstance(pipeline.backend, HostBackend)
+        patch.setattr(pipeline.backend._lanes[1], "bind", lambda inputs, output: burnt_out, raising=False)
+        response = client.post(GENERATE, json={"prompt": PROMPT}, headers={"x-request-id": "mine-4"})
+        assert "cpu/1 stopped working" in response.json()["report"]["warnings"][0]
+    assert "ERROR runtime.pipeline: request=mine-4 cpu/1 stopped working (burnt out)" in log.text
+    pipeline.close()
 
 
 def test_a_client_that_leaves_is_no_error(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -379,25 +476,32 @@ def test_the_server_answers_while_a_picture_is_made(client: httpx.Client) -> Non
 
 
 @contextmanager
-def process(shapes: Bundle, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`python -m runtime.serve` that takes requests, and its port; its log also says what was imported."""
+def launched(shapes: Bundle, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m runtime.serve`; its log also says what was imported."""
     command = [sys.executable, "-X", "importtime", "-m", "runtime.serve", "--model", str(shapes.folder), "--port", "0"]
     command += ["--devices", "cpu*2", *options]
     with log.open("wb") as output, subprocess.Popen(command, stderr=output) as server:
         try:
-            address = wait_for(r"http://127.0.0.1:(\d+)", log, server)
-            yield server, int(address[1])
+            yield server
         finally:
             server.kill()
 
 
+@contextmanager
+def process(shapes: Bundle, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The same when it takes requests, and its port."""
+    with launched(shapes, log, *options) as server:
+        address = wait_for(r"http://127.0.0.1:(\d+)", log, server)
+        yield server, int(address[1])
+
+
 def wait_for(pattern: str, log: Path, server: subprocess.Popen[bytes]) -> re.Match[str]:
-    for _ in range(600):
+    for _ in range(12_000):
         found = re.search(pattern, log.read_text())
         if found:
             return found
         assert server.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.1)
+        time.sleep(0.005)
     raise AssertionError(f"no {pattern} in {log.read_text()[-3000:]}")
 
 
@@ -444,7 +548,11 @@ def test_a_port_in_use_is_one_message() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", [("--port", "65536"), ("--port", "0", "--model", "nothing")])
+@pytest.mark.parametrize(
+    "options",
+    [("--port", "65536"), ("--port", "0", "--model", "nothing"), ("--port", "0", "--max-side", "63")],
+    ids=lambda options: options[-2],
+)
 def test_what_cannot_be_served_is_one_message(options: tuple[str, ...]) -> None:
     done = start(*options)
     assert (done.returncode, done.stdout) == (1, "")

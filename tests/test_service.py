@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +43,19 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return found
 
 
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never was"
+        time.sleep(0.01)
+
+
+def depth(client: httpx.Client) -> float:
+    """Requests that wait or are being made."""
+    (found,) = (one for one in client.get("/metrics").text.splitlines() if one.startswith("driffusion_queue_depth "))
+    return float(found.split()[1])
+
+
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,8 +84,11 @@ def test_the_openai_client(client: httpx.Client) -> None:
     plain = made.images.generate(prompt=PROMPT, model="shapes", n=2, extra_body=more)
     assert plain.data and len(plain.data) == 2
     stream = made.images.generate(prompt=PROMPT, model="shapes", stream=True, partial_images=2, extra_body=more)
-    kinds = [event.type for event in stream]
-    assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    *partials, last = stream
+    assert [event.type for event in partials] == ["image_generation.partial_image"] * 2
+    assert last.type == "image_generation.completed"
+    assert plain.usage and plain.usage.model_dump(exclude_unset=True) == last.usage.model_dump(exclude_unset=True)
+    assert plain.usage.input_tokens_details.text_tokens == plain.usage.total_tokens == 0
     with pytest.raises(openai.BadRequestError, match="unknown mode"):
         made.images.generate(prompt=PROMPT, extra_body={"mode": "magic"})
     with pytest.raises(openai.BadRequestError, match="unknown mode"):
@@ -138,6 +155,7 @@ def test_a_job_that_is_too_old_or_not_wanted_does_not_begin() -> None:
     first, held = blocked(jobs)
     late, unwanted = jobs.submit(lambda job: "made", 0.05), jobs.submit(lambda job: "made", 60)
     unwanted.cancel()
+    assert jobs.depth == 2 and unwanted.future.done(), "it leaves at once"
     time.sleep(0.1)
     first.cancel()
     held.set()
@@ -149,6 +167,73 @@ def test_a_job_that_is_too_old_or_not_wanted_does_not_begin() -> None:
         unwanted.future.result(20)
     assert jobs.submit(lambda job: "made", 60).future.result(20) == "made"
     jobs.close()
+
+
+def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While every thread of the engine is in something long."""
+    made, held = pipeline.generate, threading.Event()
+    monkeypatch.setattr(pipeline, "generate", lambda *args, **more: (held.wait(20), made(*args, **more))[1])
+    with serving(pipeline, Limits(queue=5)) as client, ThreadPoolExecutor(8) as pool:
+        try:
+            at_work = [pool.submit(ask, client, seed=seed) for seed in range(4)]
+            until(lambda: depth(client) == 4)
+            leaving = [pool.submit(client.post, GENERATE, json={"prompt": PROMPT}, timeout=0.5) for _ in range(3)]
+            until(lambda: depth(client) == 7)
+            assert client.post(GENERATE, json={"prompt": PROMPT}).status_code == 429
+            assert all(isinstance(one.exception(), httpx.ReadTimeout) for one in leaving)
+            until(lambda: depth(client) == 4)
+            waiting = pool.submit(ask, client)
+            until(lambda: depth(client) == 5)
+        finally:
+            held.set()
+        assert all(one.result()["data"] for one in (*at_work, waiting))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_the_deadline_does_not_wait_for_a_long_round(
+    stream: bool, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+    with serving(pipeline, Limits(seconds=0.5)) as client:
+        monkeypatch.setattr(pipeline, "generate", lambda *_, before_round, **__: (held.wait(20), before_round()))
+        try:
+            start = time.monotonic()
+            response = client.post(GENERATE, json={"prompt": PROMPT, "stream": stream})
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert 0.5 <= time.monotonic() - start < 2
+            assert depth(client) == 1, "until its next round"
+        finally:
+            held.set()
+        until(lambda: depth(client) == 0)
+
+
+def test_the_deadline_ends_a_stream_in_the_middle_of_a_long_round(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, held = pipeline.generate, threading.Event()
+
+    def stuck(*args: Any, progress: Callable[[int, int], None], **more: Any) -> Any:
+        def then_wait(finished: int, steps: int) -> None:
+            progress(finished, steps)
+            if finished == 2:
+                held.wait(20)
+
+        return made(*args, progress=then_wait, **more)
+
+    with serving(pipeline, Limits(seconds=1.0)) as client:
+        monkeypatch.setattr(pipeline, "generate", stuck)
+        try:
+            body = {"prompt": PROMPT, "num_inference_steps": 4, "mode": "sequential", "stream": True}
+            start = time.monotonic()
+            response = client.post(GENERATE, json={**body, "partial_images": 1})
+            partial, last = events(response)
+            assert partial["type"] == "image_generation.partial_image"
+            assert (last["type"], last["error"]["code"]) == ("error", "deadline_exceeded")
+            assert 1 <= time.monotonic() - start < 3
+        finally:
+            held.set()
+        until(lambda: depth(client) == 0)
+        assert 'driffusion_requests_total{outcome="504"} 1.0' in client.get("/metrics").text
 
 
 def test_a_full_queue_is_429_and_a_deadline_504(pipeline: Pipeline) -> None:
@@ -195,16 +280,66 @@ def test_clients_that_leave_in_the_queue_or_before_the_end_of_their_request(clie
     assert files(ask(client, seed=12)) == wanted
 
 
+def posted(client: httpx.Client, body: dict[str, Any]) -> socket.socket:
+    """A request on a connection of its own, which ends when it is closed."""
+    content = json.dumps(body)
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    opened = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
+    opened.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    return opened
+
+
+LONG = {"prompt": PROMPT, "num_inference_steps": 900, "mode": "sequential"}
+
+
+def test_a_client_that_leaves_after_a_preview(pipeline: Pipeline) -> None:
+    with serving(pipeline) as client:
+        wanted = [files(ask(client, seed=13, lanes=lanes)) for lanes in (1, 2)]
+        with posted(client, {**LONG, "stream": True, "partial_images": 3, "num_inference_steps": 200}) as leaving:
+            received = b""
+            while b"\n\n" not in received.partition(b"event: image_generation.partial_image")[2]:
+                received += leaving.recv(4096)
+            assert depth(client) == 1 and b"completed" not in received, "it is being made"
+        # one lane has the same placement whether or not what was left is still in its last round
+        assert files(ask(client, seed=13, lanes=1)) == wanted[0]
+        until(lambda: depth(client) == 0)
+        assert files(ask(client, seed=13)) == wanted[1]
+        text = client.get("/metrics").text
+        assert 'driffusion_requests_total{outcome="499"} 1.0' in text
+        assert 'driffusion_stage_seconds_count{stage="decode"} 4.0' in text, "it was not finished for nobody"
+
+
+def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> None:
+    with serving(pipeline) as client:
+        wanted = [files(ask(client, seed=14, lanes=lanes)) for lanes in (1, 2)]
+        with posted(client, LONG), posted(client, LONG):
+            until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            with posted(client, LONG), posted(client, LONG):
+                until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 4)
+                assert pipeline.lanes.waiting >= 2
+            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+        assert files(ask(client, seed=14, lanes=1)) == wanted[0]
+        until(lambda: depth(client) == 0)
+        assert files(ask(client, seed=14)) == wanted[1]
+        assert 'driffusion_requests_total{outcome="499"} 4.0' in client.get("/metrics").text
+
+
+@pytest.mark.usefixtures("usual_costs")
 def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> None:
-    alone = {seed: ask(client, seed=seed, mode="aggressive", k=2) for seed in range(6)}
+    alone = {
+        (seed, lanes): ask(client, seed=seed, mode="aggressive", k=2, lanes=lanes)
+        for seed in range(6)
+        for lanes in (1, 2)
+    }
     with ThreadPoolExecutor(12) as pool:
         seeds = [n % 6 for n in range(24)]
         made = list(pool.map(lambda seed: ask(client, seed=seed, mode="aggressive", k=2), seeds))
     for seed, answer in zip(seeds, made, strict=True):
-        a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed]))
+        a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed, 2]))
         assert np.abs(a - b).max() <= 2
-        if answer["report"]["lanes_per_round"] == 2:
-            assert files(answer) == files(alone[seed]), "equal bytes for equal placement"
+        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2):
+            assert files(answer) == files(alone[seed, lanes]), "equal bytes for equal placement"
+    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load pictures share the lanes"
 
 
 # --- who asks, and what is told --------------------------------------------------------------------------------------
@@ -216,7 +351,10 @@ def test_keys(pipeline: Pipeline) -> None:
         for header in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "Bearer secret-12"}):
             refused = client.post(GENERATE, json=body, headers=header)
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert client.post(GENERATE, json=body, headers={"Authorization": "Bearer secret-1"}).status_code == 200
+        for key in (b"secret-1", "schlüssel".encode(), "schlüssel".encode("latin-1")):
+            assert client.post(GENERATE, json=body, headers={b"Authorization": b"Bearer " + key}).status_code == 200
+        for key in (b"schlussel", "schlÃ¼sse".encode(), b"schl\xffssel"):
+            assert client.post(GENERATE, json=body, headers={b"Authorization": b"Bearer " + key}).status_code == 401
         assert client.get("/health/live").status_code == 200
         assert client.get("/v1/models").status_code == 401
 

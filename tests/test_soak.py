@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from engines.store import BUILD, Bundle
 from runtime.pipeline import Pipeline
 from tests.client import GENERATE, PROMPT, ask, connect
 from tests.copies import contents
-from tests.test_serve import process
+from tests.test_serve import launched, process, wait_for
 from tests.test_service import decoded, events
 
 MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
@@ -208,23 +209,27 @@ def test_two_thousand_pictures_leave_nothing_behind(shapes: Bundle, tmp_path: Pa
 # --- what a killed process leaves ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["loading", "working"])
+# what its log says last when it is killed: it is importing, loading the networks and warming up, or taking requests
+PHASES = {"importing": r"\| +numpy\n", "loading": r"\| engines\.ort\n", "serving": r"Application startup complete"}
+
+
+@pytest.mark.parametrize("when", [*PHASES, "working"])
 def test_a_killed_server_leaves_engines_and_no_lock(when: str, shapes: Bundle, tmp_path: Path) -> None:
-    before = contents(shapes.folder)
-    for turn in range(2):
-        log = tmp_path / f"log {turn}"
-        if when == "loading":
-            command = [sys.executable, "-m", "runtime.serve", "--devices", "cpu*2", "--port", "0"]
-            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
-                time.sleep(0.4 + 0.3 * turn)
-                server.kill()
-        else:
-            with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
-                made = pool.submit(ask, client, num_inference_steps=900)
-                time.sleep(0.3)
-                server.kill()
-                assert isinstance(made.exception(), httpx.HTTPError)
-        assert contents(shapes.folder) == before
+    before, log = contents(shapes.folder), tmp_path / "killed"
+    if when == "working":
+        with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
+            made = pool.submit(ask, client, num_inference_steps=900)
+            _until(lambda: "driffusion_pictures_seated 1.0" in client.get("/metrics").text)
+            server.kill()
+            assert isinstance(made.exception(), httpx.HTTPError)
+    else:
+        with launched(shapes, log) as server:
+            wait_for(PHASES[when], log, server)
+            server.kill()
+            assert server.wait(20) == -signal.SIGKILL
+        *_, last = [phase for phase, pattern in PHASES.items() if re.search(pattern, log.read_text())]
+        assert last == when
+    assert contents(shapes.folder) == before
     with process(shapes, tmp_path / "log") as (server, port), connect(port) as client:
         assert ask(client)["data"]
         build = [sys.executable, "-m", "engines", "build", "shapes"]
