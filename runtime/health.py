@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,34 +17,71 @@ from runtime.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 FRESH = 1.0  # seconds that the answer of free lanes is good for
+RETRIES = (2.0, 10.0, 60.0)  # seconds, since a loss and between tries, after which lost lanes are tried again
 
 
 class Health:
-    """Readiness. A probe never waits for pictures, and pictures at most for one round of a probe."""
+    """Readiness. A probe never waits for pictures, and pictures at most for one round of a probe.
+
+    Lost lanes are tried again when somebody asks; after the last try they are given up, and the others are what counts.
+    """
 
     def __init__(self, pipeline: Pipeline, lane_seconds: float, draining: Callable[[], bool]) -> None:
         self._pipeline, self._seconds, self._draining = pipeline, lane_seconds, draining
         self._probe: asyncio.Future[None] | None = None
         self._fresh_until = 0.0
+        self._tries, self._tried, self._trying = 0, 0.0, False
 
     async def trouble(self) -> dict[str, Any] | None:
         """Why nothing should be sent here, or None; answers within `lane_seconds`."""
         if self._draining():
             return {"status": "draining"}
-        if not self._pipeline.lost and not (late := self._late()) and not self._working():
+        self._retry()
+        if self._whole() and not (late := self._late()) and not self._working():
             try:
                 await self._round()
             except TimeoutError:
                 return {"status": "hanging", "message": f"a tiny round took more than {self._seconds:g} s"}
             except EngineError as error:
-                if not self._pipeline.lost:
+                if self._whole():
                     return {"status": "failing", "message": str(error)}
-        if self._pipeline.lost:
+        if not self._whole():
             return {"status": "degraded", "lost": list(self._pipeline.lost)}
         if late := self._late():
             message = f"a round has taken more than {self._seconds:g} s"
             return {"status": "hanging", "lanes": late, "message": message}
         return None
+
+    @property
+    def given_up(self) -> dict[str, Any]:
+        """Lanes that the server is ready without."""
+        return {"lost": list(self._pipeline.lost)} if self._pipeline.lost else {}
+
+    def _whole(self) -> bool:
+        """Whether no lane is lost, those apart that were given up."""
+        return not self._pipeline.lost or (self._tries == len(RETRIES) and not self._trying)
+
+    def _retry(self) -> None:
+        if not self._pipeline.lost:
+            self._tries, self._tried = 0, 0.0
+        elif not self._tried:
+            self._tried = time.monotonic()
+        elif not self._trying and time.monotonic() - self._tried > [*RETRIES, math.inf][self._tries]:
+            self._trying = True
+            threading.Thread(target=self._revive, daemon=True, name="revive").start()
+
+    def _revive(self) -> None:
+        lost = ", ".join(self._pipeline.lost)
+        try:
+            back = self._pipeline.revive()
+        except Exception:
+            log.exception("lost lanes cannot be tried again")
+            back = False
+        self._tries, self._tried, self._trying = self._tries + 1, time.monotonic(), False
+        if back:
+            log.warning("%s came back", lost)
+        elif self._tries == len(RETRIES):
+            log.error("%s given up: the server goes on without until it is started again", lost)
 
     def _late(self) -> list[str]:
         devices = self._pipeline.devices

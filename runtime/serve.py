@@ -134,7 +134,7 @@ def make_app(service: Service) -> FastAPI:
     async def ready() -> JSONResponse:
         """Whether every lane works: free ones play a tiny round for it. Nobody is answered before a first picture."""
         trouble = await service.health.trouble()
-        return JSONResponse(trouble, 503) if trouble else JSONResponse({"status": "ready"})
+        return JSONResponse(trouble, 503) if trouble else JSONResponse({"status": "ready"} | service.health.given_up)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

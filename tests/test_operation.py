@@ -20,6 +20,7 @@ import pytest
 
 from engines.errors import DeviceError
 from engines.host import HostBackend
+from engines.load import load
 from engines.store import Bundle
 from runtime.jobs import DeadlineError, Job, Jobs, ShutdownError
 from runtime.limits import Limits
@@ -27,6 +28,7 @@ from runtime.pipeline import Pipeline
 from runtime.serve import Server
 from runtime.service import Service
 from tests.client import GENERATE, PROMPT, ask, connect, running, serving
+from tests.test_lanes import Broken
 from tests.test_serve import process, wait_for
 from tests.test_service import blocked, events, until
 
@@ -80,6 +82,40 @@ def test_a_lane_that_dies_makes_it_unready_before_any_picture(shapes: Bundle, mo
             assert (response.status_code, response.json()) == (503, {"status": "degraded", "lost": ["cpu/1"]})
         assert ask(client)["data"], "the other lane goes on"
         assert values(client)["driffusion_lost_lanes"] == 1
+    pipeline.close()
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_lost_lanes_are_tried_again_and_given_up_at_last(
+    tries: int, shapes: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.health.RETRIES", (0.2, 0.2, 0.2))
+    pipeline, tried = Pipeline(shapes, "cpu*2"), []
+
+    def reopened(bundle: Bundle, lanes: Any) -> Any:
+        if len(lanes) == 2:
+            tried.append(len(lanes))
+            if len(tried) <= tries - (tries < 3):
+                raise DeviceError("it is still broken")
+        return load(bundle, lanes)
+
+    monkeypatch.setattr("runtime.pipeline.load", reopened)
+    with serving(pipeline) as client:
+        before = ask(client, seed=3)
+        session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
+        monkeypatch.setattr(session, "session", Broken(session.session))
+        assert "burnt out" in ask(client)["report"]["warnings"][0]
+        found = [client.get("/health/ready") for _ in range(3)]
+        assert all((one.status_code, one.json()["lost"]) == (503, ["cpu/1"]) for one in found)
+        until(lambda: client.get("/health/ready").status_code == 200)
+        assert len(tried) == tries
+        after = ask(client, seed=3)
+        if tries < 3:
+            assert client.get("/health/ready").json() == {"status": "ready"}
+            assert after["data"] == before["data"] and after["report"]["lanes"] == 2
+        else:
+            assert client.get("/health/ready").json() == {"status": "ready", "lost": ["cpu/1"]}
+            assert after["report"]["lanes"] == 1 and values(client)["driffusion_lost_lanes"] == 1
     pipeline.close()
 
 
