@@ -33,7 +33,7 @@ LARGE = 1_500_000_000  # bytes of weights from which they are few, and lie besid
 # another network at most, and for the libraries.
 PER_WEIGHT = {"fp32": 2.6, "fp16": 2.6, "bf16": 5.0}
 PER_PIXEL = {"fp32": 10_000, "fp16": 7_000, "bf16": 10_000}
-FLOWING, ALWAYS = 1_000_000_000, 1_200_000_000
+FLOWING, ALWAYS = 1_000_000_000, 1_500_000_000
 STAGES = ("loads", "writes ONNX", "runs torch", "runs ONNX Runtime")  # of a network's export, for who shows progress
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
