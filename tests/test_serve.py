@@ -33,6 +33,7 @@ from runtime.logs import Formatter
 from runtime.pipeline import MAX_SEED, Pipeline
 from runtime.report import Report
 from runtime.request import UNSUPPORTED, ImageRequest
+from runtime.serve import listen
 from tests.client import GENERATE, PROMPT, ask, connect, files, serving
 
 JSON = {"Content-Type": "application/json"}
@@ -167,6 +168,12 @@ def test_models(client: httpx.Client, pipeline: Pipeline) -> None:
     assert (model["devices"], model["lanes"]) == (["cpu/0", "cpu/1"], 2)
     assert model["limits"]["n"] == 10 and model["limits"]["body_bytes"] == Limits.body
     assert model["defaults"] == {"num_inference_steps": 50, "guidance_scale": 4.0, "mode": "auto", "seed": 0}
+
+
+def test_the_end_of_an_answer_does_not_wait_until_its_beginning_is_confirmed() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
