@@ -33,8 +33,8 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 }  # fmt: skip
 BENCH, FULL = "make bench", "make bench-full"
 MADE_BY = {
-    "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "quality": FULL, "drafts": FULL,
-    "serve": "python -m bench serve", "export": "python -m bench export", "gpu": "make gpu-check",
+    "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
+    "drafts": FULL, "export": "python -m bench export", "gpu": "make gpu-check",
 }  # fmt: skip
 
 
@@ -503,7 +503,6 @@ _AGAIN = f"""## Do it again
 make bench        # {_made(BENCH)}: under 15 minutes on two cores
 make bench-full   # {_made(FULL)}, too, which takes much longer
 make gpu-check    # gpu, on any NVIDIA machine
-.venv/bin/{MADE_BY["serve"]} --json bench/results/serve.json
 .venv/bin/{MADE_BY["export"]} --json bench/results/export.json   # 60 GB of disk, 24 GB of memory
 .venv/bin/python -m bench report   # this page, and the README's tables
 ```

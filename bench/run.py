@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[4.0, 1.0], dest="guidance_scales", help="1 is without guidance"
     )
-    parser.add_argument("--images", type=int, default=8, help="pictures per row")
+    parser.add_argument("--images", type=int, default=12, help="pictures per row")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     parser.add_argument("--no-torch", action="store_false", dest="torch", help="leave diffusers out")
