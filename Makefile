@@ -15,8 +15,8 @@ RUN = .venv/bin/python
 TENSORRT ?= trt
 SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
 
-# two processes: one has all tests that use the compiled model, the other has the rest
-TOGETHER = -n 2 --dist loadgroup --durations 40
+# two processes, each with whole files: what one makes serves all its tests
+TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
 .PHONY: help engines serve test test-all soak lint bench bench-full gpu-check train clean-engines clean

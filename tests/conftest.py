@@ -22,18 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--page-picture", type=Path)
 
 
-# files whose tests neither read build/ nor start servers: with `-n 2 --dist loadgroup` they run beside the others
-BESIDE = "architecture checker cuda devices families gpu_check host kernel report sample samplers schedulers sources"
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes, one has all tests of the compiled model, in order."""
-    for item in items:
-        name = item.path.stem.removeprefix("test_")
-        item.add_marker(pytest.mark.xdist_group(name if name in BESIDE.split() else "model"))
-
-
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Fresh random numbers; pytest shows the seed of a test that fails."""
