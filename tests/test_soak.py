@@ -207,7 +207,8 @@ def grown(shapes: Bundle, log: Path, warm_up: int, pictures: int, clients: int) 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_two_thousand_pictures_leave_nothing_behind(shapes: Bundle, tmp_path: Path) -> None:
-    before, after = grown(shapes, tmp_path / "log", 400, 2000, 4)
+    # every thread and every lane meets its largest call by chance: after 400 pictures some have not yet
+    before, after = grown(shapes, tmp_path / "log", 1000, 2000, 4)
     print(f"resident after warm-up {before / 1e6:.1f} MB, after 2,000 pictures {after / 1e6:.1f} MB")
     assert after < 1.05 * before
 
