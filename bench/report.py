@@ -484,8 +484,8 @@ against sequential pictures of the same latents."""
 
 _SERVE = """Clients over HTTP ask for the next picture when they have the last one. *Elastic* gives an idle server's
 only picture all lanes, and several waiting pictures fewer each; beside it, all lanes for every picture and one lane
-for each. The three take turns within one server. *× the better* is elastic's throughput, and its median latency,
-divided by those of the better of the two others."""
+for each. The three take turns within one server. *× the better* is elastic's throughput, median and
+95th percentile of latency, each divided by that of the better of the two others."""
 
 _EXPORT = """Architectures of published checkpoints with random weights, since weights could not be downloaded: each
 network is exported to ONNX by itself and compared with torch, which is part of every export. *Difference to torch* is
