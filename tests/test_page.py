@@ -60,10 +60,7 @@ OUTLINE = """(() => {
 })()"""
 
 expect.set_options(timeout=30_000)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install Debian's package of that name"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install Debian's package of that name")
 
 
 @contextmanager

@@ -174,7 +174,6 @@ def crowded(shapes: Bundle, pipeline: Pipeline, log: Path, requests: int, client
     return crowd
 
 
-@pytest.mark.slow
 def test_a_small_crowd(shapes: Bundle, pipeline: Pipeline, tmp_path: Path) -> None:
     crowded(shapes, pipeline, tmp_path / "log", 30, 8, 3)
 
