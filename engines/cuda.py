@@ -605,14 +605,14 @@ class CudaBackend:
     def _settle(self) -> None:
         """Waits until home has done everything; lanes have then, too. DeviceError when another device was lost.
 
-        Home may not notice: it was told not to wait any more, and goes on with what lay there before.
+        Home may not notice: waiting for a lost device ends, and home goes on with what lay there before.
         """
         with self._on(self._home):
             self._driver("cuEventRecord", self._idle, self._main)
         self._driver.wait(self._idle, f"the work on {self._home.name}")
         self._staged_bytes = 0
         for device in self._devices:
-            if self._failed(device):
+            if device is not self._home and self._failed(device):
                 with self._on(device):
                     self._driver("cuStreamQuery", self._carriers[device.ordinal][0])
 

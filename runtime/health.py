@@ -30,6 +30,7 @@ class Health:
         self._pipeline, self._seconds, self._draining = pipeline, lane_seconds, draining
         self._probe: asyncio.Future[None] | None = None
         self._fresh_until = 0.0
+        self._lost: tuple[str, ...] = ()  # those that the tries are about
         self._tries, self._tried, self._trying = 0, 0.0, False
 
     async def trouble(self) -> dict[str, Any] | None:
@@ -46,7 +47,7 @@ class Health:
                 if self._whole():
                     return {"status": "failing", "message": str(error)}
         if not self._whole():
-            return {"status": "degraded", "lost": list(self._pipeline.lost)}
+            return {"status": "degraded", "lost": list(self._pipeline.lost or self._lost)}
         if late := self._late():
             message = f"a round has taken more than {self._seconds:g} s"
             return {"status": "hanging", "lanes": late, "message": message}
@@ -59,14 +60,15 @@ class Health:
 
     def _whole(self) -> bool:
         """Whether no lane is lost, those apart that were given up."""
-        return not self._pipeline.lost or (self._tries == len(RETRIES) and not self._trying)
+        given_up = self._pipeline.lost == self._lost and self._tries == len(RETRIES)
+        return not self._trying and (not self._pipeline.lost or given_up)
 
     def _retry(self) -> None:
-        if not self._pipeline.lost:
-            self._tries, self._tried = 0, 0.0
-        elif not self._tried:
-            self._tried = time.monotonic()
-        elif not self._trying and time.monotonic() - self._tried > [*RETRIES, math.inf][self._tries]:
+        if self._trying:  # what is lost is in flux
+            return
+        if self._pipeline.lost != self._lost:  # another one, also after some were given up, or all are back
+            self._lost, self._tries, self._tried = self._pipeline.lost, 0, time.monotonic()
+        elif self._lost and time.monotonic() - self._tried > [*RETRIES, math.inf][self._tries]:
             self._trying = True
             threading.Thread(target=self._revive, daemon=True, name="revive").start()
 

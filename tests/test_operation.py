@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -22,6 +23,7 @@ from engines.errors import DeviceError
 from engines.host import HostBackend
 from engines.load import load
 from engines.store import Bundle
+from runtime.health import Health
 from runtime.jobs import DeadlineError, Job, Jobs, ShutdownError
 from runtime.limits import Limits
 from runtime.pipeline import Pipeline
@@ -117,6 +119,34 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
             assert client.get("/health/ready").json() == {"status": "ready", "lost": ["cpu/1"]}
             assert after["report"]["lanes"] == 1 and values(client)["driffusion_lost_lanes"] == 1
     pipeline.close()
+
+
+def test_a_lane_that_is_lost_after_another_was_given_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.health.RETRIES", (0.0,))
+    tried: list[tuple[str, ...]] = []
+    lanes = SimpleNamespace(seated=1, overdue=lambda seconds: ())
+    pipeline = SimpleNamespace(lost=("a",), lanes=lanes, devices=())
+
+    def revive() -> bool:
+        lost, pipeline.lost = pipeline.lost, ()
+        found = asyncio.run(health.trouble())
+        assert found == {"status": "degraded", "lost": list(lost)}, "a lane is not back before it has worked"
+        tried.append(lost)
+        pipeline.lost = lost
+        return False
+
+    pipeline.revive = revive
+    health = Health(cast(Any, pipeline), 1.0, lambda: False)
+
+    def given_up() -> bool:
+        return asyncio.run(health.trouble()) is None
+
+    assert not given_up()
+    until(given_up)
+    pipeline.lost = ("a", "b")
+    assert not given_up()
+    until(given_up)
+    assert tried == [("a",), ("a", "b")]
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), TimeoutError("odd"), DeviceError("odd")], ids=repr)
