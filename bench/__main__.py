@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from engines.errors import EngineError
-from runtime.report import result_file
+from runtime.provenance import result_file
 
 COMMANDS = ("run", "scenario", "simulate", "quality", "drafts", "kernel", "serve", "export", "gpu", "moves", "report")
 

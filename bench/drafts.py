@@ -15,7 +15,7 @@ from tqdm import tqdm
 from bench.models import model_arguments
 from bench.quality import Case, Gallery
 from engines.errors import ParameterError
-from runtime.samplers import DRAFTS
+from runtime.sampling.drafts import DRAFTS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

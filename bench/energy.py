@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engines.cuda.driver import Driver
 from engines.devices import LaneSpec
-from engines.driver import Driver
 from engines.errors import DeviceError
 
 

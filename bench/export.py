@@ -103,10 +103,11 @@ def _exported(source: Path, bundles: Path, devices: str, name: str) -> dict[str,
 
 BUILD = """
 import sys
-from engines import trt
+from engines.nvidia import Gpu
+from engines.tensorrt import build
 from engines.store import Bundle
 bundle, network, major, minor, target = sys.argv[1:]
-plan = trt.build(Bundle.open(bundle), network, trt.Gpu("named", (int(major), int(minor)), "none"))
+plan = build.build(Bundle.open(bundle), network, Gpu("named", (int(major), int(minor)), "none"))
 open(target, "wb").write(plan)
 """
 

@@ -13,7 +13,7 @@ from threading import Thread
 
 from engines.base import Backend, Call
 from engines.host import HostBackend
-from runtime.samplers import STATE
+from runtime.sampling.operations import STATE
 
 
 def replay(backend: HostBackend) -> float:

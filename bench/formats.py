@@ -20,7 +20,7 @@ from PIL import Image
 
 from bench.models import lane_names
 from runtime.pipeline import Pipeline
-from runtime.report import result_file
+from runtime.provenance import result_file
 
 CONFIDENCE = 0.99  # of early stopping
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)

@@ -19,15 +19,15 @@ import numpy as np
 
 from bench.torch_lane import TorchNetwork
 from engines.base import Array, Backend
-from engines.cuda import CudaBackend, Enqueue, Tensor, narrow, widen
-from engines.driver import Driver, available
+from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow, widen
+from engines.cuda.driver import Driver, available
+from engines.cuda.kernels import BLOCK, BYTES, CACHE, Combination, Kernels, combination
 from engines.errors import EngineError
 from engines.host import FunctionLane, HostBackend
-from engines.kernel import BLOCK, BYTES, CACHE, Combination, Kernels, combination
-from runtime.execute import denoise
-from runtime.samplers import Options
-from runtime.schedule import Schedule
-from runtime.schedulers import schedule_from_config
+from runtime.sampling.execute import denoise
+from runtime.sampling.operations import Options
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.schedulers import schedule_from_config
 
 PACKAGES = (
     "cuda-python", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-ml-py", "tensorrt", "tensorrt-rtx", "torch",
@@ -134,7 +134,7 @@ def _installed() -> Iterator[dict[str, Any]]:
             yield {"package": package, "version": version(package)}
         except PackageNotFoundError:
             yield {"package": package, "version": "missing"}
-    from engines.trt import gpus
+    from engines.nvidia import gpus
 
     for number, one in enumerate(gpus()):
         yield {"gpu": number, "name": one.name, "capability": list(one.capability), "driver": one.driver}

@@ -18,9 +18,9 @@ import numpy as np
 
 from bench.statistics import interval, median, ratio
 from engines.base import Array, combine
-from engines.driver import Driver, available
+from engines.cuda.driver import Driver, available
+from engines.cuda.kernels import CACHE
 from engines.errors import DeviceError, ParameterError
-from engines.kernel import CACHE
 
 LATENTS = {"shapes": (4, 16, 16), "SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128), "SD 3": (16, 128, 128)}
 GUIDANCE = 4.0

@@ -32,9 +32,9 @@ from engines.base import Array, Call
 from engines.errors import ParameterError
 from engines.host import HostBackend
 from runtime.calibrate import calibrate
-from runtime.noise import gaussian
 from runtime.pipeline import MODES, Pipeline, Result
-from runtime.report import load_average
+from runtime.provenance import load_average
+from runtime.sampling.noise import gaussian
 
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
 PARTS = ("model", "combine", "copy", "wait", "python")

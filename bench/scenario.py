@@ -32,8 +32,8 @@ from bench.statistics import median, quantile
 from engines.base import Array
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.noise import gaussian
 from runtime.pipeline import MODES, Pipeline, Result
+from runtime.sampling.noise import gaussian
 
 SCENARIOS = {"single-stream": "SingleStream", "server": "Server", "offline": "Offline"}
 SEED = 3066443479025735752  # of the order of prompts and of arrivals

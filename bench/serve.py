@@ -25,12 +25,12 @@ from bench.models import model_arguments
 from bench.statistics import bootstrap, ratio
 from bench.statistics import interval as ratio_of
 from engines.errors import EngineError, ParameterError
-from runtime.limits import Limits
+from runtime.lane_policy import ALL_LANES, ELASTIC, ONE_LANE
 from runtime.pipeline import Pipeline
-from runtime.report import load_average
-from runtime.serve import Server, listen
-from runtime.service import Service
-from runtime.share import ALL_LANES, ELASTIC, ONE_LANE
+from runtime.provenance import load_average
+from runtime.serve.__main__ import Server, listen
+from runtime.serve.limits import Limits
+from runtime.serve.service import Service
 
 POLICIES = {"elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
 MODES = ("sequential", "conservative", "aggressive")

@@ -35,11 +35,11 @@ from engines.errors import ParameterError
 from engines.host import HostBackend
 from engines.null import NullBackend
 from runtime.auto import call_seconds, rehearse
-from runtime.execute import Counts
 from runtime.pipeline import Pipeline
-from runtime.samplers import STATE, Options
-from runtime.schedule import Schedule
-from runtime.schedulers import make_schedule
+from runtime.sampling.execute import Counts
+from runtime.sampling.operations import STATE, Options
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.schedulers import make_schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engines.cuda import Enqueue, Tensor
+from engines.cuda.backend import Enqueue, Tensor
 
 _KINDS = {"float16": "<f2", "float32": "<f4"}
 

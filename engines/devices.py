@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.driver import available
+from engines.cuda.driver import available
 from engines.errors import DeviceError
 
 MAX_AUTO_LANES = 8
@@ -67,7 +67,7 @@ def tensorrt_installed() -> bool:
 
 def _auto() -> str:
     if not available() and tensorrt_installed():
-        from engines.driver import Driver
+        from engines.cuda.driver import Driver
 
         return ",".join(f"cuda:{n}" for n in range(min(Driver().count, MAX_AUTO_LANES)))
     return f"cpu*{min(cores(), MAX_AUTO_LANES)}"

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from engines.base import Array, Backend, Progress
+from engines.cuda.driver import available
 from engines.devices import LaneSpec, tensorrt_installed
-from engines.driver import available
 from engines.errors import DeviceError
 from engines.store import Bundle, Plan, plan_key
 
@@ -66,12 +66,12 @@ def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
 
         return ort.Engines(bundle, lanes)
     if runtime == "tensorrt":
-        from engines import trt
+        from engines.tensorrt.run import Engines as TensorrtEngines
 
-        return trt.Engines(bundle, lanes)
-    from engines import ort_cuda
+        return TensorrtEngines(bundle, lanes)
+    from engines.cuda.onnxruntime import Engines as ProviderEngines
 
-    return ort_cuda.Engines(bundle, lanes)
+    return ProviderEngines(bundle, lanes)
 
 
 def build_missing(
@@ -85,9 +85,9 @@ def build_missing(
 
         return ort.build_missing(bundle, progress)
     if runtime == "tensorrt":
-        from engines import trt
+        from engines.tensorrt import build
 
-        return trt.build_missing(bundle, lanes, progress)
+        return build.build_missing(bundle, lanes, progress)
     return {}  # ONNX Runtime compiles for a GPU when it opens a model
 
 
@@ -96,11 +96,12 @@ def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
 
     Of a bundle in float32, which is for processor cores first, those for GPUs count only where they were built.
     """
-    from engines import ort, trt
+    from engines import nvidia, ort
+    from engines.tensorrt.plan import plan_fields
 
     networks, cores = bundle.manifest.networks, bundle.manifest.precision == "fp32"
-    kinds = list(dict.fromkeys(trt.visible_gpus())) if tensorrt_installed() else []
-    found = {network: [trt.plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
+    kinds = list(dict.fromkeys(nvidia.visible_gpus())) if tensorrt_installed() else []
+    found = {network: [plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
     if cores:
         plans = bundle.plans()
         for network, several in found.items():

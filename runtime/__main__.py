@@ -16,9 +16,9 @@ from tqdm import tqdm
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
 from runtime.pipeline import MODES, Pipeline
-from runtime.report import result_file
-from runtime.samplers import DRAFTS
-from runtime.schedulers import SCHEDULERS
+from runtime.provenance import result_file
+from runtime.sampling.drafts import DRAFTS
+from runtime.sampling.schedulers import SCHEDULERS
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -17,9 +17,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.null import CallCosts, NullBackend
-from runtime.execute import Counts, execute, plan
-from runtime.samplers import STATE, Options, noise_slots, resolve
-from runtime.schedule import Schedule
+from runtime.sampling.drafts import resolve
+from runtime.sampling.execute import Counts, execute
+from runtime.sampling.noise import noise_slots
+from runtime.sampling.operations import STATE, Options
+from runtime.sampling.plan import plan
+from runtime.sampling.schedule import Schedule
 
 
 class _Strict(BaseModel):

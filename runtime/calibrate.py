@@ -16,8 +16,8 @@ from engines.errors import EngineError, ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
 from runtime.pipeline import Pipeline
-from runtime.samplers import STATE
-from runtime.schedulers import make_schedule
+from runtime.sampling.operations import STATE
+from runtime.sampling.schedulers import make_schedule
 
 BATCHES = (1, 2, 3, 4, 6, 8, 16)
 REPEATS = 7

@@ -11,7 +11,7 @@ from engines.base import Array
 from engines.errors import ParameterError
 from engines.load import Runner
 from engines.manifest import DENOISER, Manifest
-from runtime.prompt import PromptTokenizer
+from runtime.tokenizer import PromptTokenizer
 
 Conditioning = list[Mapping[str, Array]]
 

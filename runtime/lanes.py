@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 
 from engines.base import Backend, Call
 from engines.errors import DeviceError
-from runtime.place import place
-from runtime.share import ELASTIC, Seconds
+from runtime.lane_policy import ELASTIC, Seconds
+from runtime.sampling.place import place
 
 POLL = 0.05  # seconds after which a picture that waits asks whether it is still wanted
 Check = Callable[[], None]

@@ -23,15 +23,17 @@ from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, played_seconds
 from runtime.conditioning import Conditioner, Conditioning, Texts
-from runtime.execute import denoise
+from runtime.initial_state import Start, initial_noise
 from runtime.lanes import Lanes
-from runtime.prompt import PromptTokenizer
 from runtime.report import Report, quantiles
-from runtime.samplers import DRAFTS, SAMPLERS, STATE, Options, check, resolve
-from runtime.schedule import Schedule
-from runtime.schedulers import make_schedule, substituted
-from runtime.start import Start, initial_noise
-from runtime.timeline import Timeline
+from runtime.sampling.drafts import DRAFTS, resolve
+from runtime.sampling.execute import denoise
+from runtime.sampling.operations import STATE, Options
+from runtime.sampling.samplers import SAMPLERS, check
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.schedulers import make_schedule, substituted
+from runtime.sampling.timeline import Timeline
+from runtime.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -1,24 +1,14 @@
-"""The report of an image, and the frame that every result file of the project has."""
+"""What one call of `Pipeline.generate` did."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.devices import cores
-from runtime.timeline import Span
-
-SCHEMA_VERSION = 1
-_PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+from runtime.sampling.timeline import Span
 
 
 @dataclass(frozen=True)
@@ -74,54 +64,3 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {"median": float(np.median(values)), "p90": float(np.quantile(values, 0.9)), "max": float(max(values))}
-
-
-def result_file(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows in the frame that every result file has: schema version, commit, host and versions."""
-    return {"schema_version": SCHEMA_VERSION, **_frame(), "rows": list(rows)}
-
-
-@cache
-def _frame() -> dict[str, Any]:
-    return {"commit": _commit(), "host": _host(), "versions": _versions()}
-
-
-def _commit() -> str | None:
-    """The checkout's commit, `+` when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _host() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return {"processor": name, "cores": cores(), "system": f"{platform.system()} {platform.machine()}", "gpus": _gpus()}
-
-
-def _gpus() -> list[str]:
-    """The NVIDIA GPUs by name."""
-    from engines.trt import gpus
-
-    return [gpu.name for gpu in gpus()]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def load_average() -> float:
-    """How many processes wanted a core during the last minute: says how quiet the machine was."""
-    return os.getloadavg()[0]

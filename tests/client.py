@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from runtime.limits import Limits
-from runtime.serve import Server
-from runtime.service import Service
+from runtime.serve.__main__ import Server
+from runtime.serve.limits import Limits
+from runtime.serve.service import Service
 
 GENERATE = "/v1/images/generations"
 PROMPT = "a large red star at the left on blue background"

@@ -13,6 +13,7 @@ from engines.manifest import MANIFEST, Defaults, File, Manifest, Network, Parity
 from engines.store import BUILD, Bundle
 from runtime.auto import call_seconds
 from runtime.pipeline import Pipeline
+from tests import ROOT
 from tests.client import serving
 from tests.transcription import stable_diffusion_alphas_cumprod
 
@@ -101,4 +102,4 @@ def manifest() -> Manifest:
 @pytest.fixture
 def checkout() -> Path:
     """The root of the checkout."""
-    return Path(__file__).resolve().parent.parent
+    return ROOT

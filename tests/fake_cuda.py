@@ -20,7 +20,7 @@ import numpy as np
 from cuda.bindings import driver as real
 from numpy.typing import NDArray
 
-from engines.kernel import Combination
+from engines.cuda.kernels import Combination
 from tests.host_kernel import HostKernel
 
 OK = real.CUresult.CUDA_SUCCESS

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from engines.kernel import SOURCE, STORAGE, Combination
+from engines.cuda.kernels import SOURCE, STORAGE, Combination
 
 SHIM = Path(__file__).with_name("kernel_host.cc")
 CACHE = Path(tempfile.gettempdir()) / f"combine-on-host-{os.getuid()}"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 OWN = ("bench", "engines", "export", "runtime", "tests")
 ALLOWED = {
     "engines": {"engines"},

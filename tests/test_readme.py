@@ -19,8 +19,8 @@ from PIL import Image
 from bench import moves
 from bench.report import README, RESULTS, load, rebuilt
 from engines.store import Bundle
-from runtime.request import UNSUPPORTED, EditRequest
-from runtime.serve import arguments
+from runtime.serve.__main__ import arguments
+from runtime.serve.openai.schema import UNSUPPORTED, EditRequest
 
 ROOT = README.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)

@@ -25,8 +25,8 @@ from engines.store import BUILD, Bundle
 from runtime.pipeline import Pipeline
 from tests.client import GENERATE, PROMPT, ask, connect
 from tests.copies import contents
-from tests.test_serve import launched, process, wait_for
-from tests.test_service import decoded, events
+from tests.runtime.serve.openai.test_app import launched, process, wait_for
+from tests.runtime.serve.test_service import decoded, events
 
 MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
 SEEDS, STEPS = 12, 8

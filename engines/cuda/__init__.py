@@ -1,0 +1,1 @@
+"""Lanes on NVIDIA GPUs: streams, events, peer copies and graphs."""

@@ -1,0 +1,163 @@
+"""kernels/combine.cu on the host's side: compiled once per architecture and variant, its structs, its launches."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.cuda.driver import Device, Driver
+from engines.errors import DeviceError
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "driffusion-engine"
+SOURCE = Path(__file__).resolve().parent.parent.parent / "kernels" / "combine.cu"
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+STORAGE = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float"}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+MAX_INPUTS, MAX_TARGETS, MAX_OUTPUTS, MAX_LANES = 256, 128, 34, 64
+
+
+BLOCK = 128
+MAX_GRID = 8192
+
+
+DISTANCE_GRID, DISTANCE_BLOCK = 8, 256
+
+
+PARTIALS = 2 * DISTANCE_GRID * DISTANCE_BLOCK
+
+
+class Combination(ctypes.Structure):
+    """The struct of the same name in combine.cu."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("round", ctypes.c_void_p),
+        ("not_finite", ctypes.c_void_p),
+        ("elements", ctypes.c_ulonglong),
+        ("stride", ctypes.c_uint),
+        ("rows", ctypes.c_uint),
+        ("inputs", ctypes.c_uint),
+        ("timesteps", ctypes.c_uint),
+        ("lanes", ctypes.c_uint),
+        ("batch", ctypes.c_uint * MAX_LANES),
+        ("timestep", ctypes.c_void_p * MAX_LANES),
+        ("input", ctypes.c_void_p * MAX_INPUTS),
+        ("target", ctypes.c_void_p * MAX_TARGETS),
+        ("first", ctypes.c_ubyte * (MAX_OUTPUTS + 1)),
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the source; without outputs the two small kernels beside `combine_latents`."""
+
+    dtype: str
+    outputs: int = 0
+    width: int = 0
+
+    def options(self, arch: str) -> list[str]:
+        """What the compiler is told."""
+        defines = [f"-DSTORAGE={STORAGE[self.dtype]}"]
+        if self.outputs:
+            defines += [f"-DOUTPUTS={self.outputs}", f"-DWIDTH={self.width}"]
+        return [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v", *defines]
+
+
+def width(dtype: str, outputs: int, elements: int, pointers: Sequence[int]) -> int:
+    """How many elements are read at once: 16 bytes, less if accumulators, alignment or the count forbid it."""
+    largest = 16 // BYTES[dtype]
+    while largest > 1 and (
+        largest * outputs > 68 or elements % largest or any(p % (largest * BYTES[dtype]) for p in pointers)
+    ):
+        largest //= 2
+    return largest
+
+
+def compile_variant(variant: Variant, arch: str) -> tuple[bytes, str]:
+    """Machine code for one architecture and the compiler's resource report; needs NVRTC and no driver."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise DeviceError(f"cuda-python is missing ({error}): pip install --editable '.[cuda]'") from error
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise DeviceError(f"{SOURCE.name} cannot be compiled for sm_{arch}: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    options = [option.encode() for option in variant.options(arch)]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
+    log = bytes(bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1))  # of its own: it is written into
+    checked(nvrtc.nvrtcGetProgramLog(program, log))
+    report = log.rstrip(b" \0").decode()
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise DeviceError(f"{SOURCE.name} cannot be compiled for sm_{arch}: {status.name}\n{report}")
+    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return code, report
+
+
+def machine_code(variant: Variant, arch: str, cache: Path) -> bytes:
+    """Machine code from the cache, which is keyed by the source, or compiled into it."""
+    wanted = " ".join(variant.options(arch)).encode() + SOURCE.read_bytes()
+    path = cache / f"{hashlib.sha256(wanted).hexdigest()[:32]}.cubin"
+    if not path.is_file():
+        code, _ = compile_variant(variant, arch)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as partial:
+            partial.write(code)
+        os.replace(partial.name, path)
+    return path.read_bytes()
+
+
+class Kernels:
+    """The kernels of one storage type, loaded on one device when they are first asked for."""
+
+    def __init__(self, driver: Driver, device: Device, dtype: str, cache: Path) -> None:
+        self._driver, self._device, self._dtype, self._cache = driver, device, dtype, cache
+        self.function = lru_cache(maxsize=None)(self._load)
+
+    def _load(self, name: str, outputs: int = 0, elements_at_once: int = 0) -> Any:
+        code = machine_code(Variant(self._dtype, outputs, elements_at_once), self._device.arch, self._cache)
+        self._driver("cuCtxSetCurrent", self._device.context)
+        module = self._driver("cuModuleLoadData", code)
+        return self._driver("cuModuleGetFunction", module, name.encode())
+
+    def combination(self, parameters: Combination, outputs: int) -> tuple[Any, int]:
+        """The function for a combination and its grid."""
+        pointers = [*parameters.input[: parameters.inputs], *parameters.target[: parameters.first[outputs]]]
+        at_once = width(self._dtype, outputs, parameters.elements, pointers)
+        grid = min(-(-parameters.elements // (at_once * BLOCK)), MAX_GRID)
+        return self.function("combine_latents", outputs, at_once), max(grid, 1)
+
+
+def combination(
+    inputs: Sequence[int], targets: Sequence[Sequence[int]], elements: int, timesteps: Sequence[tuple[int, int]] = ()
+) -> Combination:
+    """`inputs` and, for every output, where it goes, as device pointers; (pointer, batch) of lanes' timesteps."""
+    count = sum(map(len, targets))
+    if len(inputs) > MAX_INPUTS or count > MAX_TARGETS or len(targets) > MAX_OUTPUTS or len(timesteps) > MAX_LANES:
+        raise DeviceError(
+            f"a combination of {len(inputs)} latents into {count} does not fit one launch "
+            f"({MAX_INPUTS} into {MAX_TARGETS}): use a smaller k"
+        )
+    parameters = Combination(elements=elements, inputs=len(inputs), lanes=len(timesteps))
+    parameters.input[: len(inputs)] = list(inputs)
+    parameters.target[:count] = [pointer for one in targets for pointer in one]
+    parameters.first[: len(targets) + 1] = np.cumsum([0, *map(len, targets)]).tolist()
+    for lane, (pointer, batch) in enumerate(timesteps):
+        parameters.timestep[lane], parameters.batch[lane] = pointer, batch
+    return parameters

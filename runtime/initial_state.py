@@ -1,0 +1,111 @@
+"""Where the denoising loop starts: from noise, or from a picture with the noise that belongs to a later step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from engines.base import Array
+from engines.errors import NonFiniteError, ParameterError
+from engines.load import Runner
+from engines.manifest import Manifest
+from runtime.sampling.noise import PICTURE, gaussian
+from runtime.sampling.schedule import Schedule
+
+
+def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array | None) -> Array:
+    """(images, *shape) of unit variance: drawn, or given and checked."""
+    if latents is None:
+        return np.stack([gaussian(seed, image, 0, shape) for image in range(images)])
+    array = np.asarray(latents, np.float32)
+    if array.shape != (images, *shape):
+        raise ParameterError("latents", f"latents must have shape {(images, *shape)}, not {array.shape}")
+    if not np.isfinite(array).all():
+        raise ParameterError("latents", "latents hold NaN or infinity")
+    return array
+
+
+@dataclass(frozen=True)
+class Start:
+    """The pictures to start from, none for noise, and the share of the steps that is made."""
+
+    pictures: tuple[Image.Image, ...]
+    strength: float
+    round_up: bool = False
+
+    @classmethod
+    def of(cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None) -> Start:
+        """Checks what was given; ParameterError where the model was exported without the network for it."""
+        if image is None:
+            if strength is not None:
+                raise ParameterError("strength", "strength belongs to image: give both, or leave it out")
+            return cls((), 1.0)
+        if not manifest.image_to_image:
+            raise ParameterError("image", f"{manifest.model} ({manifest.family}) cannot start from a picture")
+        pictures = tuple(image) if isinstance(image, list | tuple) else (image,)
+        if not pictures or not all(isinstance(one, Image.Image) for one in pictures):
+            raise ParameterError("image", "image must be a PIL image, or a list of them")
+        strength = manifest.defaults.strength if strength is None else strength
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
+        return cls(pictures, float(strength), manifest.strength_up)
+
+    def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
+        """(width, height) of the pictures to make; ParameterError lists what the engine can do."""
+        sizes = manifest.sizes
+        own = (sizes.width, sizes.height)
+        if self.pictures:
+            wide, high = (side // sizes.multiple * sizes.multiple for side in self.pictures[0].size)
+            own = wide, high  # rounded down, as diffusers does
+        found = own[0] if width is None else width, own[1] if height is None else height
+        for name, side in zip(("width", "height"), found, strict=True):
+            if isinstance(side, bool) or not isinstance(side, int) or not sizes.allows(side):
+                raise ParameterError(
+                    name, f"{name}={side!r} is not among the sizes of this engine: each side may be {sizes}"
+                )
+        return found
+
+    def first_step(self, steps: int) -> int:
+        """How many steps the picture skips; ParameterError where none is left."""
+        if not self.pictures:
+            return 0
+        made = steps * self.strength
+        first = steps - (math.ceil(made) if self.round_up else int(made))
+        if first >= steps:
+            raise ParameterError(
+                "strength", f"with strength {self.strength:g} none of {steps} steps is left: raise one of them"
+            )
+        return first
+
+    def state(
+        self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None
+    ) -> Array:
+        """The state before the first step, as the schedule has it: α·x_0 + σ·noise for a picture's latents x_0."""
+        if not self.pictures:
+            return noise * np.float32(schedule.init_noise_sigma)
+        assert encoder is not None
+        if len(noise) % len(self.pictures):
+            raise ParameterError("image", f"{len(self.pictures)} pictures cannot be dealt to {len(noise)} images")
+        pixels = np.stack([_pixels(picture, size) for picture in self.pictures])
+        drawn = [gaussian(seed, image, PICTURE, noise.shape[1:]) for image in range(len(pixels))]
+        latents = encoder.run(image=pixels, noise=np.stack(drawn))["latent_sample"]
+        if not np.isfinite(latents).all():
+            raise NonFiniteError("the VAE encoder gave NaN or infinity: no picture can be made of it")
+        row = schedule.rows[0]
+        state: Array = (
+            np.float32(row.alpha) * latents.repeat(len(noise) // len(latents), 0) + np.float32(row.sigma) * noise
+        )
+        return state
+
+
+def _pixels(picture: Image.Image, size: tuple[int, int]) -> Array:
+    """(3, height, width) in [−1, 1], resized as diffusers does."""
+    fitted = picture.convert("RGB")
+    if fitted.size != size:
+        fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+    pixels: Array = np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(255) * 2 - 1
+    return pixels

@@ -1,0 +1,59 @@
+"""DRiffusion (CVPR 2026), conservative and aggressive: draft, predict concurrently, refine."""
+
+from __future__ import annotations
+
+from runtime.sampling.drafts import ANCHOR, DATA, DRAFTS, Anchor, Window, history, refine
+from runtime.sampling.operations import STATE, Job, Operations, Options, Predict, combination, fresh
+from runtime.sampling.schedule import Schedule, unit
+
+
+def conservative(schedule: Schedule, options: Options) -> Operations:
+    """DRiffusion, conservative (supplement, Algorithm 2): a lone evaluation, then k drafts made with it.
+
+    2⌈N/(k+1)⌉ − [N mod (k+1) = 1] rounds.
+    """
+    i, block, x, drafts, before = 0, 0, unit(STATE), DRAFTS[options.drafts], None
+    while i < schedule.steps:
+        ahead, block = min(options.ahead(block), schedule.steps - 1 - i), block + 1
+        window = Window("", ahead)
+        yield Predict((Job(STATE, i, window.output(0)),))
+        estimate = schedule.estimate(i, unit(window.output(0)), x, x)
+        if ahead:
+            anchor = Anchor(i, x, estimate, estimate.data, before)
+            yield combination(window.drafts(schedule, options, anchor, unit(DATA)), i)
+            yield window.predict(i)
+        seen = [(x, window.output(0)), *window.seen()]
+        end, data = refine(schedule, drafts, i, x, unit(DATA), seen)
+        before, i = i, i + ahead + 1
+        kept = history(schedule, i, data) | ({ANCHOR: estimate.data} if drafts.extrapolates else {})
+        yield combination({STATE: end} | kept, i)
+    return ()
+
+
+def aggressive(schedule: Schedule, options: Options) -> Operations:
+    """DRiffusion, aggressive (Algorithm 1): each round's last draft also serves as the next round's evaluation.
+
+    1 + ⌈(N−1)/k⌉ rounds. The refine of a round and the drafts of the next are one combination.
+    """
+    i, block, last, drafts, before = 0, 0, schedule.steps - 1, DRAFTS[options.drafts], None
+    window = Window("b", 0)
+    yield Predict((Job(STATE, 0, window.output(0)),))
+    at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
+    x, data = unit(STATE), unit(DATA)
+    while i < last:
+        ahead, block = min(options.ahead(block), last - i), block + 1
+        window = Window("a" if window.name == "b" else "b", ahead)  # the anchor's slots are still read
+        estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
+        anchor = Anchor(i, x, estimate, schedule.estimate(i, unit(output), at, at).data, before)
+        made = window.drafts(schedule, options, anchor, data)
+        kept = ({STATE: x} if i else {}) | history(schedule, i, data if i else {})
+        kept |= {ANCHOR: anchor.seen} if drafts.extrapolates else {}
+        yield combination(kept | made, i)
+        yield window.predict(i)
+        seen = [(at if i else unit(STATE), output), *window.seen()]
+        x, data = refine(schedule, drafts, i, unit(STATE), unit(DATA), seen[:-1])
+        at, output = seen[-1]
+        before, i = i, i + ahead
+    estimate = schedule.estimate(last, unit(output), at, x, drafts.variance)
+    yield combination({STATE: schedule.step(last, estimate, data, fresh(last))}, schedule.steps)
+    return ()

@@ -1,0 +1,101 @@
+"""Plays a program on a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.base import Array, Backend
+from runtime.sampling.noise import step_noise
+from runtime.sampling.operations import STATE, Options
+from runtime.sampling.plan import Combination, Plan, Round, plan
+from runtime.sampling.samplers import measures
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.timeline import SHORTEST, Timeline
+
+
+@dataclass
+class Counts:
+    """What an image cost, and how far from the refined states the drafts were that a sampler accepted by measuring."""
+
+    rounds: int = 0
+    evaluations: int = 0
+    calls: int = 0
+    accepted: tuple[float, ...] = ()
+
+    def __add__(self, other: Counts) -> Counts:
+        """Two images, one after the other."""
+        return Counts(
+            self.rounds + other.rounds,
+            self.evaluations + other.evaluations,
+            self.calls + other.calls,
+            self.accepted + other.accepted,
+        )
+
+
+def execute(
+    planned: Plan, backend: Backend, finished: Callable[[int], None], timeline: Timeline | None = None
+) -> Counts:
+    """Plays a plan; `finished(steps)` is called when more steps are done. A timeline notes what took how long."""
+    predict, combine, distances = backend.predict, backend.combine, backend.distances
+    if timeline is not None:
+        predict, combine = timeline.predict, timeline.timed("combine", combine)
+        distances, finished = timeline.timed("distances", distances), timeline.timed("callback", finished, SHORTEST)
+    counts, done = Counts(), 0
+    answer: Sequence[float] = ()
+    try:
+        operation = next(planned)
+        while True:
+            answer = ()
+            if isinstance(operation, Round):
+                predict(operation.calls)
+                counts.rounds += 1
+                counts.evaluations += operation.evaluations
+                counts.calls += sum(1 for call in operation.calls if call)
+            elif isinstance(operation, Combination):
+                combine(operation.sources, operation.rows, operation.targets)
+                if operation.finished > done:
+                    done = operation.finished
+                    finished(done)
+            else:
+                answer = distances(operation.pairs)
+            operation = planned.send(answer)
+    except StopIteration as end:
+        counts.accepted = end.value
+    return counts
+
+
+def denoise(
+    backend: Backend,
+    state: Array,
+    conditioning: Sequence[Mapping[str, Array]],
+    schedule: Schedule,
+    mode: str,
+    options: Options,
+    guidance_scale: float,
+    seed: int,
+    finished: Callable[[int], None],
+    *,
+    lanes: int | None = None,
+    timeline: Timeline | None = None,
+) -> tuple[Array, Counts]:
+    """The finished latents of all images, (images, …) like the states before their first step, and what they cost.
+
+    `lanes` is how many of the backend's lanes work, all by default.
+    Samplers that decide by what they measure make one image at a time, so that none depends on its neighbours.
+    """
+    batch = 1 if measures(mode, options) else len(state)
+    counts, parts = Counts(), []
+    for start in range(0, len(state), batch):
+        rows = slice(start, start + batch)
+        own = [{name: value[rows] for name, value in half.items()} for half in conditioning]
+        backend.bind(state[rows].shape, schedule.timesteps, own)
+        backend.write(STATE, state[rows])
+        for slot, value in step_noise(schedule, options, seed, range(start, start + batch), state.shape[1:]):
+            backend.write(slot, value)
+        planned = plan(mode, schedule, options, lanes or backend.lanes, guidance_scale)
+        counts += execute(planned, backend, finished, timeline)
+        parts.append(backend.read(STATE))
+    return np.concatenate(parts), counts

@@ -1,0 +1,37 @@
+"""Noise that depends on (seed, image, number) alone, whatever else is drawn, in which order, on how many lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from engines.base import Array
+from runtime.sampling.drafts import DRAFTS
+from runtime.sampling.operations import Options, fresh, own_noise_slot
+from runtime.sampling.schedule import Schedule
+
+
+def noise_slots(step: int, steps: int, options: Options) -> list[tuple[str, int]]:
+    """The slots of noise that a stochastic step may read, each with the number that the noise is drawn for."""
+    own = [(own_noise_slot(step), steps + step + 1)] if DRAFTS[options.drafts].own_noise else []
+    return [(fresh(step), step + 1), *own]
+
+
+PICTURE = (1 << 32) - 1  # the number of the noise that a picture is encoded with: beyond those of any step
+
+
+def gaussian(seed: int, image: int, number: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise from a counter-based generator. Number 0 is where an image starts."""
+    key = np.array([seed, image << 32 | number], np.uint64)  # a list of such numbers would become float64
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.standard_normal(shape, np.float32)
+
+
+def step_noise(
+    schedule: Schedule, options: Options, seed: int, images: Sequence[int], shape: tuple[int, ...]
+) -> Iterator[tuple[str, Array]]:
+    """The noise of every stochastic step with its slot, (images, *shape): drawn once, for drafts and refined states."""
+    for step in schedule.stochastic_steps:
+        for slot, number in noise_slots(step, schedule.steps, options):
+            yield slot, np.stack([gaussian(seed, image, number, shape) for image in images])

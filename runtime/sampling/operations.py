@@ -1,0 +1,95 @@
+"""What samplers are made of: operations on named slots, and the options that a user has. No arrays, no devices.
+
+A sampler is a generator of `Predict`, `Combine` and `Distance`; the answer to a `Distance` is sent back into it. The
+initial noise is in slot `STATE` when it starts and the finished latent when it ends; slot `fresh(i)` holds the noise
+that a stochastic step i adds. What it returns are the distances of the drafts that it accepted by measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+from runtime.sampling.schedule import Linear
+
+STATE = "x"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation: the model's output for the latent in a slot at a step, written to another slot."""
+
+    latent: str
+    step: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Predict:
+    """A round: jobs that run at the same time."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Combine:
+    """targets[m] = Σ_j rows[m][j] · sources[j]. `finished` steps are done after it, with their state in STATE.
+
+    While `srds` runs, STATE is its latest guess at the finished latent, of which `finished` steps are exact.
+    """
+
+    sources: tuple[str, ...]
+    rows: tuple[tuple[float, ...], ...]
+    targets: tuple[str, ...]
+    finished: int
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Asks for ‖a − b‖ / ‖b‖ of pairs of slots: the only operation that the host waits for."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+Operation = Predict | Combine | Distance
+Operations = Generator[Operation, Sequence[float], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can choose beside the sampler; every sampler reads its own.
+
+    k: drafts per round. drafts: a key of `DRAFTS`. tolerance: largest relative change that `adaptive` accepts in a
+    draft, or that `srds` stops at; 0 is exact. blocks: B of `srds`, ⌈√N⌉ or fewer by default. pipelined: whether `srds`
+    starts a block as soon as its left end is known. iterations: where `srds` stops in any case. first_blocks: drafts in
+    each of the first blocks of `conservative` and `aggressive`, where they shall differ from k.
+    """
+
+    k: int = 1
+    drafts: str = "frozen"
+    tolerance: float = 0.0
+    blocks: int | None = None
+    pipelined: bool = True
+    iterations: int | None = None
+    first_blocks: tuple[int, ...] = ()
+
+    def ahead(self, block: int) -> int:
+        """Drafts in a block, unless the steps end before."""
+        return self.first_blocks[block] if block < len(self.first_blocks) else self.k
+
+
+def fresh(step: int) -> str:
+    """The slot of the noise that a step adds, drawn before the image starts."""
+    return f"fresh {step}"
+
+
+def own_noise_slot(step: int) -> str:
+    """The slot of a draft's own noise."""
+    return f"own {step}"
+
+
+def combination(expressions: Mapping[str, Linear], finished: int) -> Combine:
+    """One operation that writes each expression into its slot."""
+    sources = tuple(dict.fromkeys(slot for expression in expressions.values() for slot in expression))
+    rows = tuple(tuple(e.get(slot, 0.0) for slot in sources) for e in expressions.values())
+    return Combine(sources, rows, tuple(expressions), finished)

@@ -1,0 +1,60 @@
+"""All samplers by name, and which schedules and options each of them can play."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from engines.errors import ParameterError
+from runtime.sampling.adaptive import adaptive
+from runtime.sampling.drafts import DRAFTS
+from runtime.sampling.driffusion import aggressive, conservative
+from runtime.sampling.operations import Operations, Options
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.sequential import sequential
+from runtime.sampling.srds import srds, srds_blocks
+
+Sampler = Callable[[Schedule, Options], Operations]
+
+
+def check(mode: str, schedule: Schedule, options: Options) -> None:
+    """ParameterError for a sampler that cannot play a schedule with these options."""
+    for name, low in (("k", 1), ("blocks", 1), ("iterations", 1), ("tolerance", 0)):
+        value = getattr(options, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is None and name in ("blocks", "iterations"):
+            continue
+        if not (whole or (name == "tolerance" and isinstance(value, float))) or not low <= value < math.inf:
+            kind = "number" if name == "tolerance" else "whole number"
+            raise ParameterError(name, f"{name} must be a finite {kind} of at least {low}, not {value!r}")
+    if options.first_blocks and mode not in ("conservative", "aggressive"):
+        raise ParameterError("first_blocks", f"{mode} has no blocks of drafts: use mode conservative or aggressive")
+    for drafts in options.first_blocks:
+        if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
+            raise ParameterError("first_blocks", f"first_blocks must be whole numbers of at least 1, not {drafts!r}")
+    if options.drafts not in DRAFTS:
+        raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
+    if mode == "adaptive" and DRAFTS[options.drafts].extrapolates:
+        raise ParameterError("drafts", "adaptive has no anchors to extrapolate from: use frozen or corrected drafts")
+    if mode != "sequential" and not schedule.draftable:
+        raise ParameterError("mode", f"{schedule.name} takes steps that are too long to draft: use mode sequential")
+    if mode == "srds":
+        if schedule.multistep:
+            raise ParameterError(
+                "mode", f"srds cannot run {schedule.name}: a multistep solver loses its history at the ends of blocks"
+            )
+        srds_blocks(schedule.steps, options.blocks)
+
+
+def measures(mode: str, options: Options) -> bool:
+    """Whether a sampler decides by what it measures, so that each image must be made by itself."""
+    return mode == "adaptive" or (mode == "srds" and options.tolerance > 0)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "sequential": sequential,
+    "conservative": conservative,
+    "aggressive": aggressive,
+    "srds": srds,
+    "adaptive": adaptive,
+}

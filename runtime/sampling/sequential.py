@@ -1,0 +1,18 @@
+"""The scheduler's own loop, one evaluation per step: what every other sampler is compared with."""
+
+from __future__ import annotations
+
+from runtime.sampling.drafts import DATA, history
+from runtime.sampling.operations import STATE, Job, Operations, Options, Predict, combination, fresh
+from runtime.sampling.schedule import Schedule, unit
+
+
+def sequential(schedule: Schedule, options: Options) -> Operations:
+    """One evaluation per round: what every other sampler is compared with."""
+    x = unit(STATE)
+    for i in range(schedule.steps):
+        yield Predict((Job(STATE, i, "output"),))
+        estimate = schedule.estimate(i, unit("output"), x, x)
+        following = {STATE: schedule.step(i, estimate, unit(DATA), fresh(i))}
+        yield combination(following | history(schedule, i + 1, estimate.data), i + 1)
+    return ()

@@ -1,0 +1,1 @@
+"""The server: a protocol-neutral core, and a folder per protocol."""

@@ -1,0 +1,74 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from engines.errors import EngineError, ParameterError
+from runtime.serve.queue import CancelledError, DeadlineError, QueueFullError, ShutdownError
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(HTTPException):
+    """A request that is refused here, with the parameter that is to blame."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+
+def error_body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error" if status < 500 else "server_error"
+    )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status of any error and what its client is told; a line in the log when it is our fault."""
+    if isinstance(error, ApiError):
+        return error.status_code, error_body(error.status_code, error.detail, error.param, error.code)
+    if isinstance(error, ParameterError):
+        param = {"width": "size", "height": "size"}.get(error.param, error.param)
+        return 400, error_body(400, str(error), param, "invalid_value")
+    if isinstance(error, EngineError):
+        log.error("request failed: %r", error)
+        return 500, error_body(500, str(error), None, "engine_error")
+    log.error("request failed: %r", error, exc_info=error)
+    return 500, error_body(500, "unexpected error, see the server's log", None, None)
+
+
+RETRY_SECONDS = 10  # a supervisor needs about that long to start another process
+
+
+def translated(error: Exception) -> Exception:
+    """What the queue says, as an HTTP status."""
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), None, "queue_full", {"Retry-After": str(error.retry_after)})
+    if isinstance(error, ShutdownError):
+        return ApiError(503, str(error), None, "shutting_down", {"Retry-After": str(RETRY_SECONDS)})
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), None, "deadline_exceeded")
+    if isinstance(error, CancelledError):
+        return ApiError(499, "the client went away", None, "cancelled")
+    return error
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Any exception as {"error": {"message", "type", "param", "code"}}."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
+    status, content = told(error)
+    return JSONResponse(content, status, headers)

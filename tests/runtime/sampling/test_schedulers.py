@@ -1,0 +1,198 @@
+"""Every scheduler against diffusers' own `step`, and what a config cannot ask for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from engines.base import Array
+from engines.errors import ParameterError
+from engines.host import FunctionLane, HostBackend
+from runtime.sampling.execute import execute
+from runtime.sampling.operations import STATE, Options, fresh
+from runtime.sampling.plan import plan
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.schedulers import RULES, schedule_from_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+SHAPE = (1, 4, 6, 5)
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+UNCLIPPED = {**STABLE, "clip_sample": False}
+SPACINGS = ("leading", "trailing", "linspace")
+TYPES = ("epsilon", "v_prediction", "sample")
+STEPS = (1, 2, 7, 20, 28, 50)
+
+
+def model(x: torch.Tensor, t: float) -> torch.Tensor:
+    """A fixed smooth non-linear function that mixes neighbours and depends on the timestep."""
+    mixed = x + 0.3 * torch.roll(x, 1, -1)
+    return torch.tanh(mixed * (0.6 + 0.0004 * t)) + 0.1 * torch.sin(3 * x)
+
+
+def play(schedule: Schedule, noise: Array, z: dict[int, Array], mode: str = "sequential", **options: Any) -> Array:
+    def function(sample: Array, timestep: Array, _: Any) -> Array:
+        rows = zip(torch.from_numpy(sample), timestep, strict=True)
+        return torch.stack([model(row, float(t)) for row, t in rows]).numpy()
+
+    backend = HostBackend([FunctionLane(function)])
+    try:
+        backend.bind(noise.shape, schedule.timesteps, [{}, {}])
+        backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
+        for i in schedule.stochastic_steps:
+            backend.write(fresh(i), z[i])
+        execute(plan(mode, schedule, Options(**options), 1, 1.0), backend, lambda finished: None)
+        return backend.read(STATE)
+    finally:
+        backend.close()
+
+
+def diffusers_loop(
+    scheduler: Any, noise: Array, z: dict[int, Array], monkeypatch: pytest.MonkeyPatch, **step: Any
+) -> NDArray[Any]:
+    """Diffusers' own loop with our noise, its result divided by the scale of the last state (1 for σ = 0)."""
+    noises = iter(z.values())
+
+    def draw(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.from_numpy(next(noises))
+
+    for module in ("ddim", "ddpm", "euler_ancestral_discrete", "lcm", "flow_match_euler_discrete"):
+        monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", draw)
+    x = torch.from_numpy(noise) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(model(seen, float(t)), t, x, return_dict=False, **step)[0]
+    sigma = float(scheduler.sigmas[-1]) if isinstance(scheduler, diffusers.EulerDiscreteScheduler) else 0.0
+    return x.numpy() / math.sqrt(1 + sigma**2)
+
+
+def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(class, config, arguments of step) for every scheduler, prediction type and spacing, and for its own options."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for spacing in SPACINGS:
+        for kind in TYPES:
+            common = {"timestep_spacing": spacing, "prediction_type": kind}
+            for offset in (0, 1):
+                for eta in (0.0, 0.5, 1.0):
+                    found.append(("DDIMScheduler", UNCLIPPED | common | {"steps_offset": offset}, {"eta": eta}))
+                found.append(("DDPMScheduler", UNCLIPPED | common | {"steps_offset": offset}, {}))
+            found.append(("DDIMScheduler", UNCLIPPED | common | {"set_alpha_to_one": False}, {}))
+            found.append(("DDPMScheduler", UNCLIPPED | common | {"variance_type": "fixed_large"}, {}))
+            found.append(("EulerDiscreteScheduler", STABLE | common, {}))
+            found.append(("EulerDiscreteScheduler", STABLE | common | {"use_karras_sigmas": True}, {}))
+            found.append(("EulerDiscreteScheduler", STABLE | common | {"final_sigmas_type": "sigma_min"}, {}))
+            if kind != "sample":  # diffusers has not written that one
+                found.append(("EulerAncestralDiscreteScheduler", STABLE | common | {"steps_offset": 1}, {}))
+            own: dict[str, Any]
+            for own in (
+                {}, {"use_karras_sigmas": True}, {"solver_type": "heun"}, {"final_sigmas_type": "sigma_min"},
+                {"final_sigmas_type": "sigma_min", "euler_at_final": True}, {"solver_order": 1},
+                {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, {"steps_offset": 1},
+            ):  # fmt: skip
+                found.append(("DPMSolverMultistepScheduler", STABLE | common | own, {}))
+    found += [("LCMScheduler", {"prediction_type": kind}, {}) for kind in TYPES]
+    for own in (
+        {}, {"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        {"shift": 3.0, "shift_terminal": 0.1}, {"stochastic_sampling": True},
+    ):  # fmt: skip
+        found.append(("FlowMatchEulerDiscreteScheduler", own, {}))
+    return found
+
+
+@pytest.mark.parametrize(("name", "config", "step"), cases())
+def test_sequential_equals_diffusers(
+    name: str, config: dict[str, Any], step: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for steps in STEPS[1:] if config.get("shift_terminal") else STEPS:
+        scheduler = getattr(diffusers, name)(**config)
+        alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
+        arguments: dict[str, Any] = {"image_seq_len": 1024} if config.get("use_dynamic_shifting") else {}
+        schedule = schedule_from_config(
+            {**scheduler.config, "_class_name": name}, alphas, steps, eta=step.get("eta", 0.0), **arguments
+        )
+        mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (1024 - 256)
+        scheduler.set_timesteps(steps, **({"mu": mu} if config.get("use_dynamic_shifting") else {}))
+        np.testing.assert_allclose(schedule.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-4)
+        noise = rng.standard_normal(SHAPE, np.float32)
+        z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
+        expected = diffusers_loop(scheduler, noise, z, monkeypatch, **step)
+        actual = play(schedule, noise, z)
+        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), (steps, schedule.name)
+
+
+def config(name: str = "DDIMScheduler", **fields: Any) -> dict[str, Any]:
+    return {"_class_name": name, "clip_sample": False, **fields}
+
+
+ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "message"),
+    [
+        ((config("HeunDiscreteScheduler"), ALPHAS, 5), "scheduler", "HeunDiscreteScheduler cannot be drafted: a step"),
+        ((config("MagicScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'MagicScheduler'; name one of ddim"),
+        ((config(clip_sample=True), ALPHAS, 5), "scheduler", "says clip_sample=True; ddim can do False"),
+        (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "leaves the default clip_sample=True"),
+        ((config(rescale_betas_zero_snr=True), ALPHAS, 5), "scheduler", "rescale_betas_zero_snr=True"),
+        ((config(timestep_spacing="even"), ALPHAS, 5), "scheduler", "timestep_spacing='even'"),
+        ((config(new=1), ALPHAS, 5), "scheduler", "does not know the field new"),
+        ((config("EulerDiscreteScheduler", use_beta_sigmas=True), ALPHAS, 5), "scheduler", "use_beta_sigmas=True"),
+        ((config("DPMSolverMultistepScheduler", solver_order=3), ALPHAS, 5), "scheduler", "solver_order=3"),
+        (
+            (config("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"), ALPHAS, 5),
+            "scheduler", "algorithm_type='sde-dpmsolver\\+\\+'",
+        ),
+        ((config("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True), (), 5), "scheduler", "latent tokens"),
+        ((config(), (), 5), "scheduler", "trained by flow matching"),
+        ((config(), ALPHAS, 0), "num_inference_steps", "must be 1 to 1000, not 0"),
+        ((config(), ALPHAS, 1001), "num_inference_steps", "must be 1 to 1000, not 1001"),
+        ((config(steps_offset=1), ALPHAS, 1000), "num_inference_steps", "with steps_offset 1 cannot give 1000"),
+        ((config("LCMScheduler"), ALPHAS, 51), "num_inference_steps", "at most 50 steps"),
+        ((config("DPMSolverMultistepScheduler"), ALPHAS, 1000), "num_inference_steps", "linspace spacing cannot give"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_be_honoured_is_refused_by_field(
+    arguments: tuple[Any, ...], param: str, message: str
+) -> None:
+    with pytest.raises(ParameterError, match=message) as caught:
+        schedule_from_config(*arguments)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(("name", "eta"), [("ddim", 1.5), ("ddim", -0.1), ("euler", 0.5)])
+def test_an_eta_that_cannot_be_is_refused(name: str, eta: float) -> None:
+    with pytest.raises(ParameterError, match="eta") as caught:
+        schedule_from_config(config(), ALPHAS, 5, scheduler=name, eta=eta)
+    assert caught.value.param == "eta"
+
+
+def test_another_scheduler_takes_the_fields_that_it_knows() -> None:
+    own = config(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
+    euler = schedule_from_config(own, ALPHAS, 10, scheduler="euler")
+    assert euler.timesteps == schedule_from_config(own, ALPHAS, 10).timesteps
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_ddpm_and_euler_ancestral_are_one_sampler_at_whole_timesteps(steps: int) -> None:
+    """The posterior of Ho et al. is a step to below the next σ with fresh noise up to it: equal where timesteps are."""
+    own = config(timestep_spacing="leading", steps_offset=1)
+    ddpm, euler = (schedule_from_config(own, ALPHAS, steps, scheduler=name) for name in ("ddpm", "euler_a"))
+    assert ddpm.timesteps == euler.timesteps and ddpm.init_noise_sigma == euler.init_noise_sigma
+    rows, others = ([astuple(row) for row in one.rows] for one in (ddpm, euler))
+    np.testing.assert_allclose(rows, others, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "flow_euler"])
+def test_every_row_keeps_the_scale_of_its_state(name: str) -> None:
+    """If ε and x̂_0 are right and constant, a step ends at α′·x̂_0 + σ′·ε with the fresh noise in σ′."""
+    schedule = schedule_from_config(config(), ALPHAS, 10, scheduler=name)
+    for row, following in zip(schedule.rows, schedule.rows[1:], strict=False):
+        assert row.data + row.previous == pytest.approx(following.alpha, abs=0.02)
+        assert math.hypot(row.noise, row.fresh) == pytest.approx(following.sigma, abs=0.02)

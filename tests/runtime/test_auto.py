@@ -1,0 +1,125 @@
+"""Mode `auto`: the cost model, the choice, what is stored, and what it says when nothing was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.errors import ParameterError
+from engines.manifest import Manifest
+from engines.store import Bundle
+from runtime import Pipeline
+from runtime.auto import EXACT, Calibration, Candidate, Drift, Setting, call_seconds, choose, predicted_seconds
+from runtime.calibrate import BATCHES, calibrate
+from runtime.calibrate import main as command
+from runtime.sampling.schedulers import make_schedule
+
+SETTING = Setting(scheduler="ddim", eta=0.0, steps=50, guidance_scale=4.0)
+LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
+
+
+def drift(mode: str, k: int, p90: float) -> Drift:
+    candidate = Candidate(mode=mode, k=k, drafts="corrected")
+    return Drift(setting=SETTING, candidate=candidate, pictures=8, median=p90 / 2, p90=p90)
+
+
+def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None:
+    seconds = call_seconds({1: 1.0, 2: 1.5, 4: 2.0})
+    assert [seconds(halves) for halves in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "k", "lanes", "guidance", "expected"),
+    [
+        ("sequential", 1, 1, 4.0, 100), ("sequential", 1, 2, 4.0, 50), ("sequential", 1, 2, 1.0, 50),
+        ("aggressive", 4, 4, 1.0, 14), ("aggressive", 4, 4, 4.0, 26), ("aggressive", 2, 4, 4.0, 26),
+        ("conservative", 4, 4, 1.0, 20),
+    ],
+)  # fmt: skip
+def test_the_cost_model_adds_up_the_critical_path(
+    mode: str, k: int, lanes: int, guidance: float, expected: float, manifest: Manifest
+) -> None:
+    """A half costs one second on every lane; on 4 lanes guidance is split and drafts run at once."""
+    schedule = make_schedule(manifest, "ddim", 50)
+    candidate = Candidate(mode=mode, k=k, drafts="corrected")
+    assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
+
+
+def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, "ddim", 50)
+    drifts = (drift("conservative", 4, 0.004), drift("aggressive", 2, 0.006), drift("aggressive", 4, 0.02))
+    known = Calibration(calls={"four": LINEAR}, drifts=drifts)
+
+    def chosen(tolerance: float) -> tuple[str, int]:
+        choice, warnings = choose(known, "four", 4, schedule, SETTING, tolerance)
+        assert not warnings and choice.drift_p90 <= tolerance
+        return choice.candidate.mode, choice.candidate.k
+
+    assert chosen(0.0) == chosen(0.003) == ("sequential", 1)
+    assert chosen(0.005) == ("conservative", 4)
+    assert chosen(0.01) == chosen(1.0) == ("aggressive", 2), "as fast as k = 4 here, and closer"
+
+
+@pytest.mark.parametrize(
+    ("known", "what"),
+    [
+        (Calibration(), "call times on these devices"),
+        (Calibration(calls={"two": LINEAR}), "drift of"),
+        (Calibration(drifts=(drift("aggressive", 2, 0.1),)), "call times"),
+    ],
+)
+def test_what_was_never_measured_is_sequential_and_says_so(known: Calibration, what: str, manifest: Manifest) -> None:
+    choice, (warning,) = choose(known, "two", 2, make_schedule(manifest, "ddim", 50), SETTING, 0.1)
+    assert choice.candidate == EXACT and what in warning and "runtime.calibrate" in warning
+
+
+def test_calibration_is_measured_once_and_used(
+    shapes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shapes.folder, tmp_path / "shapes", ignore=shutil.ignore_patterns("calibration.json"))
+    bundle = Bundle.open(str(tmp_path / "shapes"))
+    arguments = ["calibrate", str(bundle.folder), "--devices", "cpu*2", "--steps", "6", "--pictures", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert command() == 0 and "calibrated" in capsys.readouterr().out
+    pipeline = Pipeline(bundle, "cpu*2")
+    try:
+        stored = Calibration.read(pipeline.calibration_path)
+        assert set(stored.calls[pipeline.calibration_key]) == set(BATCHES)
+        assert all(seconds > 0 for seconds in stored.calls[pipeline.calibration_key].values())
+        assert all(found.setting.steps == 6 and found.median <= found.p90 for found in stored.drifts)
+        exact = pipeline.generate("a red star", num_inference_steps=6).report
+        loose = pipeline.generate("a red star", num_inference_steps=6, tolerance=1e9).report
+        assert (exact.mode, exact.warnings) == ("sequential", ())
+        assert loose.auto is not None and loose.auto["seconds"] > 0 and loose.mode == loose.auto["candidate"]["mode"]
+        (warning,) = pipeline.generate("a red star", num_inference_steps=5, tolerance=0.1).report.warnings
+        assert "'steps': 5" in warning
+    finally:
+        pipeline.close()
+    before = json.loads(pipeline.calibration_path.read_text())
+    assert command() == 0 and "up to date" in capsys.readouterr().out
+    assert json.loads(pipeline.calibration_path.read_text()) == before
+
+
+def test_a_calibration_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    assert Calibration.read(path) == Calibration()
+    path.write_text('{"calls": 3}')
+    assert Calibration.read(path) == Calibration()
+
+
+def test_bad_arguments_are_named(
+    shapes: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Pipeline(shapes, "cpu*2")
+    with pytest.raises(ParameterError, match="auto chooses k itself"):
+        pipeline.generate("a red star", mode="auto", k=2)
+    with pytest.raises(ParameterError, match="auto chooses drafts itself"):
+        pipeline.generate("a red star", mode="auto", drafts="frozen")
+    pipeline.close()
+    with pytest.raises(ParameterError, match="pictures must be at least 1"):
+        calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, 60.0, again=False)
+    monkeypatch.setattr("sys.argv", ["calibrate", "missing"])
+    assert command() == 1 and "no exported model 'missing'" in capsys.readouterr().err

@@ -1,0 +1,352 @@
+"""Several pictures at once: the rule that shares lanes, who waits for whom, and the same pictures whatever happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.base import Array
+from engines.errors import DeviceError
+from engines.host import FunctionLane, HostBackend
+from engines.load import load
+from engines.store import Bundle
+from runtime.lane_policy import TOGETHER, at_once, divide
+from runtime.lanes import Lanes
+from runtime.pipeline import Pipeline
+from runtime.sampling.execute import denoise
+from runtime.sampling.operations import Options
+from tests.engines.cuda.test_backend import model, schedule
+
+PROMPT = "a large red star at the left on blue background"
+
+
+def perfect(lanes: int) -> float:
+    return 1 / lanes
+
+
+def usual(lanes: int) -> float:
+    return 0.2 + 0.8 / lanes
+
+
+def greedy(lanes: int) -> float:
+    """Faster than in proportion."""
+    return float(1 / lanes**1.5)
+
+
+# --- the rule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("seconds", [perfect, usual, greedy])
+def test_a_lone_picture_is_alone_and_nobody_shares_less_than_a_lane(
+    seconds: Callable[[int], float], lanes: int
+) -> None:
+    assert at_once([], lanes) == 0
+    assert at_once([seconds], lanes) == 1
+    for waiting in (2, 3, 5, 40):
+        assert 1 <= at_once([seconds] * waiting, lanes) <= min(lanes, waiting)
+
+
+def test_pictures_share_where_lanes_help_less_than_in_proportion() -> None:
+    assert [at_once([usual] * n, 4) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert at_once([perfect] * 4, 4) == 4, "lanes of one picture wait for each other"
+    assert at_once([greedy] * 4, 4) == 1
+    steps = {1: 1.0, 2: 0.4, 3: 0.4, 4: 0.4}  # two lanes are all that it can use
+    assert at_once([steps.__getitem__] * 4, 4) == 2
+
+
+def test_the_rule_leaves_the_machine_free_soonest(rng: np.random.Generator) -> None:
+    for _ in range(50):
+        lanes, count = int(rng.integers(2, 9)), int(rng.integers(2, 7))
+        tables = [np.sort(rng.uniform(0.1, 1, lanes))[::-1] for _ in range(count)]
+        pictures = [lambda n, table=table: float(table[n - 1]) for table in tables]
+
+        def busy(number: int, lanes: int = lanes, tables: list[Any] = tables) -> float:
+            shares = [lanes // number + (seat < lanes % number) for seat in range(number)]
+            slower = [TOGETHER if share > 1 else 1.0 for share in shares]
+            rates = [sum(1 / (t[n - 1] * slow) for n, slow in zip(shares, slower, strict=True)) for t in tables]
+            return float(sum(1 / rate for rate in rates))
+
+        best = min(busy(number) for number in range(1, min(lanes, count) + 1))
+        assert busy(at_once(pictures, lanes)) == pytest.approx(best)
+
+
+def test_lanes_are_divided_without_rest() -> None:
+    assert divide(4, [2]) == {2: (2, 0, 1, 3)}
+    assert divide(4, [0, 1]) == {0: (0, 2), 1: (1, 3)}
+    for desks in ([0], [3, 1], [2, 0, 1], [0, 1, 2, 3, 4]):
+        shares = divide(5, desks)
+        assert sorted(lane for share in shares.values() for lane in share) == list(range(5))
+        assert all(desk in share for desk, share in shares.items())
+        assert max(map(len, shares.values())) - min(map(len, shares.values())) <= 1
+
+
+# --- who waits for whom ----------------------------------------------------------------------------------------------
+
+
+class OneAtATime:
+    """A lane that notices when two pictures are on it, and how often it ran."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.busy, self.runs, self.pause = threading.Lock(), 0, pause
+
+    def __call__(self, sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+        assert self.busy.acquire(blocking=False), "two pictures on one lane"
+        try:
+            time.sleep(self.pause)
+            self.runs += 1
+            return model(sample, timestep, conditioning)
+        finally:
+            self.busy.release()
+
+
+def opened(models: list[OneAtATime]) -> Lanes:
+    first = HostBackend([FunctionLane(one) for one in models])
+    return Lanes(len(models), lambda desk: first.beside() if desk else first)
+
+
+def picture(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, **more: Any) -> tuple[Array, Any]:
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((1, 2, 3, 3), np.float32)
+    conditioning = [{"encoder_hidden_states": rng.standard_normal((1, 3, 2), np.float32)} for _ in range(2)]
+    options, plan = Options(k=3), schedule(steps)
+    with lanes.seat(usual, **more) as seat:
+        return denoise(seat, noise, conditioning, plan, mode, options, 3.0, seed, lambda done: None)[0], seat
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_many_pictures_on_any_lanes_are_what_they_are_alone(count: int, rng: np.random.Generator) -> None:
+    models = [OneAtATime(0.0002) for _ in range(count)]
+    lanes, modes = opened(models), ["sequential", "conservative", "aggressive", "srds", "adaptive"]
+    alone = {n: picture(lanes, n, modes[n % 5])[0] for n in range(10)}
+    order = rng.permutation(40) % 10
+    with ThreadPoolExecutor(2 * count + 1) as pool:
+        made = list(pool.map(lambda n: picture(lanes, n, modes[n % 5]), order.tolist()))
+    for n, (latents, seat) in zip(order, made, strict=True):
+        assert np.abs(latents - alone[n]).max() < 1e-4 * np.abs(alone[n]).max()
+        assert 1 <= seat.lane_rounds / seat.rounds <= count
+    assert not lanes.seated and not lanes.waiting and all(one.runs for one in models)
+
+
+def test_a_lone_picture_has_all_lanes_and_gives_half_when_another_comes() -> None:
+    models = [OneAtATime(0.002), OneAtATime(0.002)]
+    lanes = opened(models)
+    _, seat = picture(lanes, 0)
+    assert seat.lane_rounds == 2 * seat.rounds
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(picture, lanes, 1, "sequential", 400)
+        while not lanes.seated:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        start = time.monotonic()
+        _, short = picture(lanes, 2, "sequential", 3)
+        waited = time.monotonic() - start
+        assert not long.done(), "it did not wait for the long one"
+        _, seat = long.result()
+    assert short.lane_rounds == short.rounds == 3
+    assert seat.rounds < seat.lane_rounds < 2 * seat.rounds
+    assert waited < 400 * 0.004
+
+
+def test_first_come_first_served() -> None:
+    lanes, order, threads = opened([OneAtATime(0.001)]), [], []
+
+    def make(n: int) -> None:
+        picture(lanes, n, steps=3)
+        order.append(n)
+
+    with lanes.seat(usual):
+        for n in range(6):
+            threads.append(threading.Thread(target=make, args=(n,)))
+            threads[-1].start()
+            while lanes.waiting <= n:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6))
+
+
+class GoneError(Exception):
+    pass
+
+
+def test_who_gives_up_in_the_line_or_between_rounds_leaves_nothing_behind() -> None:
+    lanes = opened([OneAtATime(), OneAtATime()])
+    wanted = picture(lanes, 3)[0]
+    rounds = iter(range(4))
+
+    def leaves() -> None:
+        if next(rounds, None) is None:
+            raise GoneError
+
+    def gone() -> None:
+        raise GoneError
+
+    with pytest.raises(GoneError):
+        picture(lanes, 1, before_round=leaves)
+    with lanes.seat(usual), pytest.raises(GoneError):  # seated, but its lane is lent
+        picture(lanes, 1, before_round=gone)
+    single = opened([OneAtATime()])
+    with single.seat(usual), pytest.raises(GoneError):
+        picture(single, 1, before_round=gone)
+    assert not single.waiting
+    assert (lanes.seated, lanes.waiting) == (0, 0)
+    again, seat = picture(lanes, 3)
+    assert np.array_equal(again, wanted) and seat.lane_rounds == 2 * seat.rounds
+
+
+def test_nobody_sits_down_while_someone_wants_to_be_alone() -> None:
+    lanes = opened([OneAtATime(0.001), OneAtATime(0.001)])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(picture, lanes, 1, steps=60)
+        while not lanes.seated:
+            time.sleep(0.001)
+        with lanes.alone(wait=False) as free:
+            assert not free
+        with lanes.alone(wait=True):
+            assert first.done() or not lanes.seated
+            later = pool.submit(picture, lanes, 2)
+            time.sleep(0.1)
+            assert not later.done() and lanes.waiting == 1
+        later.result(10)
+
+
+def test_a_round_that_does_not_end_is_seen() -> None:
+    lanes, held = opened([OneAtATime(), OneAtATime()]), threading.Event()
+    hangs = HostBackend([FunctionLane(lambda *_: held.wait(20)), FunctionLane(model)])  # type: ignore[arg-type]
+    lanes.replace(2, lambda desk: hangs)
+    with ThreadPoolExecutor(1) as pool:
+        stuck = pool.submit(picture, lanes, 1)
+        time.sleep(0.15)
+        assert lanes.overdue(0.1) == (0, 1) and lanes.overdue(60) == ()
+        held.set()
+        assert stuck.exception() is not None
+    assert lanes.overdue(0.0) == ()
+
+
+def test_who_closes_waits_for_visitors_and_keeps_them_out() -> None:
+    lanes, order = opened([OneAtATime()]), list[str]()
+    with ThreadPoolExecutor(2) as pool:
+
+        def close() -> None:
+            with lanes.alone(wait=True):
+                order.append("closed")
+                time.sleep(0.1)
+                order.append("opened")
+
+        def visit() -> None:
+            with lanes.visit():
+                order.append("visited")
+
+        with lanes.visit():
+            with lanes.alone(wait=False) as free:
+                assert free, "a probe does not wait for visitors"
+            closing = pool.submit(close)
+            time.sleep(0.1)
+            later = pool.submit(visit)
+            time.sleep(0.1)
+            order.append("left")
+        closing.result()
+        later.result()
+    assert order == ["left", "closed", "opened", "visited"]
+
+
+# --- on the embedded model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("usual_costs")
+@pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive", "srds"])
+def test_load_changes_no_picture(mode: str, pipeline: Pipeline) -> None:
+    options: dict[str, Any] = {"mode": mode, "num_inference_steps": 9}
+    alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        loaded = list(pool.map(lambda seed: pipeline.generate(PROMPT, seed=seed, **options), range(6)))
+    for a, b in zip(alone, loaded, strict=True):
+        assert (a.report.k, a.report.rounds) == (b.report.k, b.report.rounds) == (2, a.report.rounds)
+        assert np.abs(np.asarray(a.images[0], int) - np.asarray(b.images[0], int)).max() <= 2
+        if b.report.lanes_per_round == 2:
+            assert np.array_equal(a.latents, b.latents), "equal bytes for equal placement"
+    assert min(result.report.lanes_per_round for result in loaded) < 2
+    again = pipeline.generate(PROMPT, seed=0, **options)
+    assert np.array_equal(again.latents, alone[0].latents)
+
+
+class Broken:
+    """A session that can still be bound."""
+
+    def __init__(self, session: Any) -> None:
+        self.io_binding = session.io_binding
+
+    def run_with_iobinding(self, _: Any) -> None:
+        raise DeviceError("burnt out")
+
+
+@pytest.mark.usefixtures("usual_costs")
+def test_lanes_that_die_under_load_cost_no_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(shapes, "cpu*3")
+    options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 8}
+    alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(5)]
+    with ThreadPoolExecutor(5) as pool:
+        made = [pool.submit(pipeline.generate, PROMPT, seed=seed, **options) for seed in range(5)]
+        while pipeline.lanes.seated < 2:
+            time.sleep(0.001)
+
+        session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
+        monkeypatch.setattr(session, "session", Broken(session.session))
+        results = [one.result() for one in made]
+    assert pipeline.lost == ("cpu/1",) and pipeline.lanes.count == 2
+    for a, b in zip(alone, results, strict=True):
+        assert b.report.k == 3, "what was asked does not depend on what is left"
+        assert np.abs(np.asarray(a.images[0], int) - np.asarray(b.images[0], int)).max() <= 2
+    assert any("burnt out" in text for one in results for text in one.report.warnings)
+    pipeline.close()
+
+
+def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(shapes, "cpu*2")
+    options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 6, "seed": 4}
+    assert pipeline.revive(), "nothing is lost"
+    before = pipeline.generate(PROMPT, **options)
+    session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
+    monkeypatch.setattr(session, "session", Broken(session.session))
+    pipeline.generate(PROMPT, **options)
+    assert pipeline.lost == ("cpu/1",)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "runtime.pipeline.load", lambda bundle, lanes: refuse() if len(lanes) > 1 else load(bundle, lanes)
+        )
+        assert not pipeline.revive() and pipeline.lost == ("cpu/1",)
+        assert pipeline.generate(PROMPT, **options).report.lanes == 1, "the others go on"
+    assert pipeline.revive() and not pipeline.lost and pipeline.lanes.count == 2
+    after = pipeline.generate(PROMPT, **options)
+    assert after.report.lanes == 2 and np.array_equal(after.latents, before.latents)
+    pipeline.close()
+
+
+def refuse() -> None:
+    raise DeviceError("it is still broken")
+
+
+def test_a_probe_finds_a_dead_lane_before_a_picture_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(shapes, "cpu*2")
+    assert pipeline.probe() and pipeline.probe()
+    with pipeline.lanes.seat(usual):
+        assert not pipeline.probe(), "it does not wait for pictures"
+
+    def broken() -> None:
+        raise DeviceError("burnt out")
+
+    assert isinstance(pipeline._prober, HostBackend)
+    monkeypatch.setattr(pipeline._prober._lanes[0], "bind", lambda inputs, output: broken, raising=False)
+    pipeline._prober._bound.clear()
+    with pytest.raises(DeviceError, match="burnt out"):
+        pipeline.probe()
+    assert pipeline.lost == ("cpu/0",) and pipeline.probe()
+    assert len(pipeline.generate(PROMPT, num_inference_steps=3).images) == 1
+    pipeline.close()
