@@ -53,9 +53,34 @@ class Previews:
         return True
 
 
+def make_whole(service: Service, asked: ImageRequest, job: Job) -> bytes:
+    """One answer with everything, made on the engine's thread."""
+    result = generate(service.pipeline, asked, job, lambda finished, steps: None)
+    return answer(asked, service.record(job, result))
+
+
+def make_stream(service: Service, asked: ImageRequest, job: Job, send: Callable[[bytes], None]) -> None:
+    """Events for partial pictures and the finished one, sent from the engine's thread."""
+    previews, created = Previews(asked), int(time.time())
+
+    def event(kind: str, image: Any, **more: Any) -> None:
+        content = {
+            "type": f"{asked.event}.{kind}", "b64_json": asked.encode(image), "created_at": created,
+            **asked.facts(image), **more,
+        }  # fmt: skip
+        send(f"event: {content['type']}\ndata: {json.dumps(content)}\n\n".encode())
+
+    def show(finished: int, steps: int) -> None:
+        if previews.due(finished, steps):
+            event("partial_image", service.pipeline.preview()[0], partial_image_index=previews.shown - 1)
+
+    result = service.record(job, generate(service.pipeline, asked, job, show))
+    event("completed", result.images[0], usage=USAGE, report=result.report.to_dict())
+
+
 async def whole(service: Service, asked: ImageRequest, request: Request) -> bytes:
     """The answer, unless the client goes away first, which ends the work before its next round."""
-    job = service.submit(lambda job: service.whole(asked, job))
+    job = service.submit(lambda job: make_whole(service, asked, job))
     content: bytes = await unless_gone(asyncio.wrap_future(job.future), job, request)
     return content
 
@@ -88,7 +113,7 @@ async def stream(service: Service, asked: ImageRequest, request: Request) -> Str
     def send(event: bytes | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = service.submit(lambda job: service.streamed(asked, job, send))
+    job = service.submit(lambda job: make_stream(service, asked, job, send))
     job.future.add_done_callback(lambda _: send(None))
     first = await unless_gone(asyncio.ensure_future(events.get()), job, request)
     if first is None:
