@@ -1,7 +1,7 @@
 # `make engines`, then `python -m runtime.serve`. Everything is made in .venv and build/, both ignored by git.
 MODEL ?= shapes
 DEVICES ?= auto
-# LoRA files to fuse, FILE.safetensors or FILE.safetensors:0.8, and the sides of pictures in pixels, as in 512-1024
+# LoRA files to fuse, FILE.safetensors or FILE.safetensors:0.8, and the sides of images in pixels, as in 512-1024
 LORA ?=
 SIZES ?=
 # the folder of a model and the LoRA files give its bundle its name, as `python -m export` does
@@ -62,7 +62,7 @@ test: lint engines ## lint and every quick test
 test-all: lint engines ## lint and every test this machine can run, but for the soak tests
 	@$(RUN) -m pytest -m "not soak" $(TOGETHER)
 
-soak: .venv/.dev engines ## the server under hundreds of clients and thousands of pictures: half an hour
+soak: .venv/.dev engines ## the server under hundreds of clients and thousands of images: half an hour
 	@$(RUN) -m pytest -m soak -s
 
 bench: .venv/.dev engines ## speed, predictions, requests, server and kernel in under 15 minutes; rebuilds the page and the README's tables
@@ -74,7 +74,7 @@ bench: .venv/.dev engines ## speed, predictions, requests, server and kernel in 
 	@$(RUN) -m bench report
 
 bench-full: bench ## quality of all samplers and kinds of drafts, too, which takes much longer
-	@$(RUN) -m bench quality --full --devices "$(DEVICES)" --json bench/results/quality.json --pictures bench/results/pictures.png
+	@$(RUN) -m bench quality --full --devices "$(DEVICES)" --json bench/results/quality.json --contact-sheet bench/results/images.png
 	@$(RUN) -m bench drafts --images 40 --seed 200 --devices "$(DEVICES)" --json bench/results/drafts.json
 	@$(RUN) -m bench report
 

@@ -1,6 +1,6 @@
-"""Reads a picture of `shapes` back from its pixels: background, and each shape's size, colour, kind and place.
+"""Reads an image of `shapes` back from its pixels: background, and each shape's size, colour, kind and place.
 
-It is the judge of generated pictures, so it shares nothing with the code that draws the training pictures: the
+It is the judge of generated images, so it shares nothing with the code that draws the training images: the
 specification (palette, radii, places, geometry) is stated here a second time, as signed distances, and fitted to the
 pixels by least squares.
 
@@ -56,8 +56,8 @@ UNCLEAR = "unclear"
 # Half the distance of the palette's closest pair (orange and yellow, 90 in RGB): within it a colour is certain.
 COLOUR_REACH = 45.0
 COLOUR_SHARE = 0.8  # of a shape's flat pixels that must be nearest to the shape's colour
-RADIUS_SLACK = 0.2  # relative; pictures are drawn with 0.06, and the two sizes stay apart up to 0.24
-PLACE_SLACK = 6.0  # px along each axis; pictures are drawn with 2, and half-way between two places is 8
+RADIUS_SLACK = 0.2  # relative; images are drawn with 0.06, and the two sizes stay apart up to 0.24
+PLACE_SLACK = 6.0  # px along each axis; images are drawn with 2, and half-way between two places is 8
 # Drawn shapes blurred by 0.7 px with noise of 6 fit at 0.94, 0.92, 0.89, 0.83, 0.90 and 0.89 or better (in this order).
 # Impostors: a diamond fits circle at 0.84 and a 6:5 rectangle square at 0.84, a half disc or a triangle on its head
 # fit nothing above 0.70, a four-pointed star fits cross at 0.79.
@@ -68,11 +68,11 @@ SPECK = 12.0  # px²: what is smaller is noise, what is larger must be explained
 DEPTH = 2.0  # px: what is this far outside of every fitted outline is a shape of its own
 HOLE = 6.0  # px²: the largest part that may be missing from a shape, counted HOLE_DEPTH inside its outline
 HOLE_DEPTH = 1.0  # px
-MAXIMUM_ANGLE = math.radians(12)  # pictures are drawn with 8 degrees
+MAXIMUM_ANGLE = math.radians(12)  # images are drawn with 8 degrees
 # RGB per px: noise of 6 has a slope of 10; the middle of an edge has half of its contrast, or 0.4 when blurred by 1 px.
 _FLAT, _FLAT_SHARE = 25.0, 0.1
 _FAINT = 25.0  # RGB distance from the background at which a pixel may belong to a shape
-_MOST_REGIONS = 4  # fitted, the largest first; a picture of noise has hundreds, and the others count unfitted
+_MOST_REGIONS = 4  # fitted, the largest first; an image of noise has hundreds, and the others count unfitted
 _SEED_PIXELS = 4  # fewer flat pixels of one colour than this are an edge or noise
 _ROUNDS = 6
 _LONGEST_MOVE = np.array([2.0, 2.0, 2.0, 0.12])  # px, px, px, radians in one round
@@ -92,7 +92,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows."""
+    """What an image shows."""
 
     background: str
     shapes: tuple[Seen, ...]
@@ -113,11 +113,11 @@ class _Template:
         return whole
 
 
-def read(picture: NDArray[np.uint8]) -> Reading:
-    """The background and the shapes of a picture, (64, 64, 3) uint8; ValueError for any other array."""
-    if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
-        raise ValueError(f"a picture is ({SIDE}, {SIDE}, 3) uint8, not {picture.shape} {picture.dtype}")
-    pixels = picture.astype(np.float64)
+def read(image: NDArray[np.uint8]) -> Reading:
+    """The background and the shapes of an image, (64, 64, 3) uint8; ValueError for any other array."""
+    if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
+        raise ValueError(f"an image is ({SIDE}, {SIDE}, 3) uint8, not {image.shape} {image.dtype}")
+    pixels = image.astype(np.float64)
     background = _background(pixels)
     contrast: Floats = np.linalg.norm(pixels - background, axis=2)
     unexplained = contrast > COLOUR_REACH

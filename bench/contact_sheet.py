@@ -15,19 +15,19 @@ def contact_sheet(
     path: Path,
     columns: Sequence[str],
     captions: Sequence[str],
-    pictures: Sequence[Sequence[Image.Image]],
+    images: Sequence[Sequence[Image.Image]],
     wrong: Sequence[Sequence[Sequence[str]]],
 ) -> None:
-    """Writes a PNG; `pictures[column][row]`, and what the checker found wrong in each, written beneath it."""
+    """Writes a PNG; `images[column][row]`, and what the checker found wrong in each, written beneath it."""
     line = CELL + GAP + 18
     sheet = Image.new("RGB", (CAPTION + len(columns) * (CELL + GAP), HEAD + len(captions) * line), PAPER)
     pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     for column, name in enumerate(columns):
         left = CAPTION + column * (CELL + GAP)
         pen.text((left, 6), name, INK, font)
-        for row, picture in enumerate(pictures[column][: len(captions)]):
+        for row, image in enumerate(images[column][: len(captions)]):
             top = HEAD + row * line
-            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
+            sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
             if wrong[column][row]:
                 pen.text((left, top + CELL + 1), f"wrong: {', '.join(wrong[column][row])}", WRONG, small)
     for row, caption in enumerate(captions):

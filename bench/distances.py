@@ -1,4 +1,4 @@
-"""How far a picture is from another one of the same noise."""
+"""How far an image is from another one of the same noise."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def drift(latents: Array, reference: Array) -> float:
     return float(np.linalg.norm(latents - reference) / np.linalg.norm(reference))
 
 
-def psnr(pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio of pictures in dB, capped at 99 where they are equal."""
-    pairs = zip(pictures, references, strict=True)
+def psnr(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio of images in dB, capped at 99 where they are equal."""
+    pairs = zip(images, references, strict=True)
     errors = [np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2) for a, b in pairs]
     return float(min(99.0, 10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-9))))
 
 
-def ssim(picture: Image.Image, reference: Image.Image) -> float:
-    """Structural similarity of two pictures, 1 where they are equal."""
+def ssim(image: Image.Image, reference: Image.Image) -> float:
+    """Structural similarity of two images, 1 where they are equal."""
     from skimage.metrics import structural_similarity
 
-    pixels = (np.asarray(picture), np.asarray(reference))
+    pixels = (np.asarray(image), np.asarray(reference))
     return float(structural_similarity(*pixels, channel_axis=2))  # type: ignore[no-untyped-call]

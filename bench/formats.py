@@ -28,7 +28,7 @@ PERCENTILES = (50, 90, 95, 97, 99, 99.9)
 
 @dataclass(frozen=True)
 class Request:
-    """One picture that was asked for: times in seconds since the start; `picture` is None until it is answered."""
+    """One image that was asked for: times in seconds since the start; `image` is None until it is answered."""
 
     number: int
     prompt: int
@@ -100,7 +100,7 @@ class Outcome:
 
     @property
     def per_second(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return len(self.good) / self.seconds
 
     @property
@@ -248,10 +248,10 @@ class Folder:
     scenario: str
 
     def write(
-        self, pipeline: Pipeline, outcome: Outcome, row: dict[str, Any], pictures: Sequence[Image.Image],
+        self, pipeline: Pipeline, outcome: Outcome, row: dict[str, Any], images: Sequence[Image.Image],
         stages: dict[str, list[float]], seed: int,
     ) -> None:  # fmt: skip
-        """Everything; `pictures` are those of the accuracy run in the order of their prompts."""
+        """Everything; `images` are those of the accuracy run in the order of their prompts."""
         frame = result_file([row])
         host = frame["host"]
         system = lane_names(pipeline).replace("/", "-").replace(",", "_").replace(":", "")
@@ -264,8 +264,8 @@ class Folder:
             "qsl_rng_seed": seed, "sample_index_rng_seed": seed, "schedule_rng_seed": seed,
             "sample_concatenate_permutation": False,
             "target_latency_percentile": 0.99 if outcome.target_latency else 0.9,
-            "performance_sample_count": len(pictures),
-            "accuracy_sample_count": len(pictures),
+            "performance_sample_count": len(images),
+            "accuracy_sample_count": len(images),
         }  # fmt: skip
         run, accuracy = here / "performance" / "run_1", here / "accuracy"
         for folder in (run, accuracy):
@@ -274,8 +274,8 @@ class Folder:
         (run / "mlperf_log_detail.txt").write_text(outcome.detail(name, parameters))
         (run / "mlperf_log_accuracy.json").write_text("[]\n")
         lines = [
-            json.dumps({"seq_id": n, "qsl_idx": n, "data": np.asarray(picture).tobytes().hex()})
-            for n, picture in enumerate(pictures)
+            json.dumps({"seq_id": n, "qsl_idx": n, "data": np.asarray(image).tobytes().hex()})
+            for n, image in enumerate(images)
         ]
         (accuracy / "mlperf_log_accuracy.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
         (accuracy / "mlperf_log_summary.txt").write_text(

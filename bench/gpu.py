@@ -318,7 +318,7 @@ def _image(
 ) -> tuple[Array, int, float]:
     """The latents of one image, its rounds, and its seconds from the first write to the last read."""
     noise = np.random.default_rng(1).standard_normal(shape, np.float32)
-    conditioning = [{"encoder_hidden_states": half[None]} for half in words]
+    conditioning = [{"encoder_hidden_states": branch[None]} for branch in words]
     plan, start = schedule(steps), time.perf_counter()
     latents, counts = denoise(
         backend,

@@ -28,7 +28,7 @@ SECONDS = 0.002  # of one measurement at least: calls are repeated until it take
 
 
 class Block:
-    """A block of aggressive drafts: x and the halves of k predictions in, the refined x and k drafts out.
+    """A block of aggressive drafts: x and the branches of k predictions in, the refined x and k drafts out.
 
     The coefficients are like a scheduler's; what is timed does not depend on them.
     """
@@ -164,15 +164,15 @@ def _on_gpu(ks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 def _gpu_row(bench: Any, name: str, elements: int, k: int, repeats: int) -> dict[str, Any]:
     block, size = Block(k), 2 * elements
-    halves = np.random.default_rng(1).standard_normal((1 + 2 * k, elements)).astype(np.float16)
+    branches = np.random.default_rng(1).standard_normal((1 + 2 * k, elements)).astype(np.float16)
     inputs, outputs = ([bench.allocate(size) for _ in range(n)] for n in (1 + 2 * k, 1 + k))
-    for pointer, value in zip(inputs, halves, strict=True):
+    for pointer, value in zip(inputs, branches, strict=True):
         bench.to_device(pointer, value)
     bench.to_device(bench.table, np.ascontiguousarray(block.rows().T))
     prepared = bench.prepared(inputs, outputs, elements)
     moved = (2 + 3 * k) * size // 2
     source, target = bench.allocate(moved), bench.allocate(moved)
-    libraries = {module: found for module in ("torch", "cupy") if (found := _library(module, halves, block))}
+    libraries = {module: found for module in ("torch", "cupy") if (found := _library(module, branches, block))}
     taken: dict[str, list[float]] = {key: [] for key in ("combine", *libraries, "copy")}
     for _ in range(repeats):
         taken["combine"].append(bench.seconds(bench.launch, *prepared, repeats=3))
@@ -182,7 +182,7 @@ def _gpu_row(bench: Any, name: str, elements: int, k: int, repeats: int) -> dict
     bench.launch(*prepared)
     bench.settle()
     got = np.stack([bench.to_host(pointer, size).view(np.float16) for pointer in outputs]).astype(np.float64)
-    wanted = block.rows().astype(np.float64) @ halves.astype(np.float64)
+    wanted = block.rows().astype(np.float64) @ branches.astype(np.float64)
     error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
     for pointer in (*inputs, *outputs, source, target):
         bench.driver("cuMemFree", pointer)
@@ -190,7 +190,7 @@ def _gpu_row(bench: Any, name: str, elements: int, k: int, repeats: int) -> dict
     return _row(name, k, block, elements, 2, taken, error, device="cuda:0", dtype="float16", what="kernels/combine.cu")
 
 
-def _library(name: str, halves: Any, block: Block) -> tuple[Callable[[], float], Any] | None:
+def _library(name: str, branches: Any, block: Block) -> tuple[Callable[[], float], Any] | None:
     """What times the operations of a library on the GPU, where it is installed and can use one."""
     k = block.k
     if name == "torch":
@@ -198,7 +198,7 @@ def _library(name: str, halves: Any, block: Block) -> tuple[Callable[[], float],
 
         if not torch.cuda.is_available():
             return None
-        tensors = torch.from_numpy(halves).cuda()
+        tensors = torch.from_numpy(branches).cuda()
 
         def settle() -> None:
             torch.cuda.synchronize()
@@ -207,7 +207,7 @@ def _library(name: str, halves: Any, block: Block) -> tuple[Callable[[], float],
             import cupy
         except ImportError:
             return None
-        tensors = cupy.asarray(halves)
+        tensors = cupy.asarray(branches)
 
         def settle() -> None:
             cupy.cuda.Device().synchronize()

@@ -1,4 +1,4 @@
-"""Judges of real models' pictures: FID, CLIP score, PickScore, HPSv2.1 and LPIPS, with weights from a local folder.
+"""Judges of real models' images: FID, CLIP score, PickScore, HPSv2.1 and LPIPS, with weights from a local folder.
 
 Nothing is downloaded. The folder that `--weights` names holds what the wanted metrics need:
 
@@ -10,7 +10,7 @@ Nothing is downloaded. The folder that `--weights` names holds what the wanted m
     vgg16.pt      TorchScript of LPIPS' VGG: `forward(images, resize_images=False, return_lpips=True)` whose squared
                   differences add up to the distance, as NVIDIA's vgg16.pt
 
-`--coco` is a folder with `annotations/captions_NAME.json` and the pictures in `NAME/`, as MS-COCO comes.
+`--coco` is a folder with `annotations/captions_NAME.json` and the images in `NAME/`, as MS-COCO comes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Coco:
-    """Captions with their pictures, one caption per picture, in an order that a seed draws."""
+    """Captions with their images, one caption per image, in an order that a seed draws."""
 
     captions: tuple[str, ...]
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
     @classmethod
     def read(cls, folder: Path, count: int, seed: int) -> Coco:
-        """ParameterError where the folder is not laid out as MS-COCO is, or has fewer pictures than wanted."""
+        """ParameterError where the folder is not laid out as MS-COCO is, or has fewer images than wanted."""
         files = sorted((folder / "annotations").glob("captions_*.json"))
         if len(files) != 1:
             raise ParameterError(
-                "coco", f"{folder} must have one annotations/captions_NAME.json, and the pictures in NAME/"
+                "coco", f"{folder} must have one annotations/captions_NAME.json, and the images in NAME/"
             )
         try:
             found = json.loads(files[0].read_text(encoding="utf-8"))
@@ -55,12 +55,12 @@ class Coco:
                 first.setdefault(int(annotation["image_id"]), str(annotation["caption"]).strip())
         except (KeyError, TypeError, ValueError) as error:
             raise ParameterError("coco", f"{files[0]} is not MS-COCO's captions file ({error!r})") from None
-        pictures = folder / files[0].stem.removeprefix("captions_")
-        usable = [number for number in sorted(first) if number in names and (pictures / names[number]).is_file()]
+        images = folder / files[0].stem.removeprefix("captions_")
+        usable = [number for number in sorted(first) if number in names and (images / names[number]).is_file()]
         if len(usable) < count:
-            raise ParameterError("coco", f"{count} captions with pictures are needed, {folder} has {len(usable)}")
+            raise ParameterError("coco", f"{count} captions with images are needed, {folder} has {len(usable)}")
         chosen = np.random.default_rng(seed).permutation(usable)[:count].tolist()
-        return cls(tuple(first[n] for n in chosen), tuple(pictures / names[n] for n in chosen))
+        return cls(tuple(first[n] for n in chosen), tuple(images / names[n] for n in chosen))
 
 
 @dataclass
@@ -83,19 +83,19 @@ class Judges:
             if not wanted.exists():
                 raise ParameterError("weights", f"{name} needs {wanted}, which is not there: see bench/metrics.py")
         if "fid" in self.metrics and self.coco is None:
-            raise ParameterError("coco", "fid compares with real pictures: give their folder with --coco")
+            raise ParameterError("coco", "fid compares with real images: give their folder with --coco")
 
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
-        """Per picture, every wanted metric of a picture and its prompt; larger is better."""
-        return {name: self._clip_scores(name, pictures, prompts) for name in self.metrics if name in CLIPS}
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
+        """Per image, every wanted metric of an image and its prompt; larger is better."""
+        return {name: self._clip_scores(name, images, prompts) for name in self.metrics if name in CLIPS}
 
-    def fid(self, pictures: Sequence[Image.Image]) -> float | None:
-        """The Fréchet distance to the reference's pictures, if it is wanted. It depends on how many there are."""
+    def fid(self, images: Sequence[Image.Image]) -> float | None:
+        """The Fréchet distance to the reference's images, if it is wanted. It depends on how many there are."""
         if "fid" not in self.metrics:
             return None
         self._fid.reset()
-        for picture in pictures:
-            self._fid.update(_tensor(picture)[None], real=False)
+        for image in images:
+            self._fid.update(_tensor(image)[None], real=False)
         return float(self._fid.compute())
 
     @property
@@ -103,7 +103,7 @@ class Judges:
         """Why LPIPS is not measured; None where it is."""
         return None if self.weights and (self.weights / "vgg16.pt").is_file() else "no vgg16.pt in --weights"
 
-    def lpips(self, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float] | None:
+    def lpips(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float] | None:
         """Per pair, the learned perceptual distance; None where its weights are not there."""
         if self.lpips_reason:
             return None
@@ -111,7 +111,7 @@ class Judges:
 
         found = []
         with torch.no_grad():
-            for pair in zip(pictures, references, strict=True):
+            for pair in zip(images, references, strict=True):
                 a, b = (self._vgg(_tensor(p)[None].float(), resize_images=False, return_lpips=True) for p in pair)
                 found.append(float((a - b).square().sum()))
         return found
@@ -142,20 +142,20 @@ class Judges:
 
         metric = FrechetInceptionDistance(feature=Features(), reset_real_features=False)
         assert self.coco is not None
-        for path in self.coco.pictures:
-            with Image.open(path) as picture:
-                metric.update(_tensor(picture.convert("RGB"))[None], real=True)
+        for path in self.coco.images:
+            with Image.open(path) as image:
+                metric.update(_tensor(image.convert("RGB"))[None], real=True)
         return metric
 
-    def _clip_scores(self, name: str, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    def _clip_scores(self, name: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         import torch
 
         model, processor = self._clip(name)
         found: list[float] = []
-        for start in range(0, len(pictures), BATCH):
+        for start in range(0, len(images), BATCH):
             rows = slice(start, start + BATCH)
             inputs = processor(
-                text=list(prompts[rows]), images=list(pictures[rows]), return_tensors="pt", padding="max_length",
+                text=list(prompts[rows]), images=list(images[rows]), return_tensors="pt", padding="max_length",
                 truncation=True,
             )  # fmt: skip
             with torch.no_grad():
@@ -179,11 +179,11 @@ class Judges:
         return self._clips[name]
 
 
-def _tensor(picture: Image.Image) -> Any:
+def _tensor(image: Image.Image) -> Any:
     """(3, h, w) uint8."""
     import torch
 
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _script(path: Path) -> Any:

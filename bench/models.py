@@ -54,7 +54,7 @@ def scenes(shapes: int, count: int, seed: int) -> list[Scene]:
 
 
 def is_embedded(manifest: Manifest) -> bool:
-    """Whether this is `shapes`, whose pictures a checker can read back."""
+    """Whether this is `shapes`, whose images a checker can read back."""
     return manifest.model == EMBEDDED
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DEVICES = (2, 4, 8)
-LATENTS = {"SD 1.5": 32 << 10, "SDXL": 128 << 10, "SD 3": 512 << 10}  # bytes in half
+LATENTS = {"SD 1.5": 32 << 10, "SDXL": 128 << 10, "SD 3": 512 << 10}  # bytes in fp16
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def drawing(width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, 
 
 
 def png(figure: Figure, path: Path) -> None:
-    """Writes a picture on white."""
+    """Writes an image on white."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 

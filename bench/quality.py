@@ -1,9 +1,9 @@
-"""`python -m bench quality`: does the picture show what the caption says, and how far is it from the sequential one?
+"""`python -m bench quality`: does the image show what the caption says, and how far is it from the sequential one?
 
 For `shapes` the captions are combinations that training never showed, and an independent checker reads colour, shape,
 size, place and background back from the pixels. Other models are asked for the prompts of a file or of MS-COCO, and
-`--metrics` judges their pictures (bench/metrics.py says what they need). Every sampler is held against the sequential
-pictures of the same noise: distance of the latents, PSNR, SSIM, and LPIPS where its weights are. So is what one would
+`--metrics` judges their images (bench/metrics.py says what they need). Every sampler is held against the sequential
+images of the same noise: distance of the latents, PSNR, SSIM, and LPIPS where its weights are. So is what one would
 do instead, fewer sequential steps in the same number of rounds. What the distance cannot be blamed for, another batch
 size and lane count, comes first.
 
@@ -49,10 +49,10 @@ STEPS, GUIDANCE = 50, 4.0
 OTHER_SCHEDULERS = ("ddpm", "euler", "euler_a", "dpm++2m")
 
 
-def wrong_attributes(picture: Any, scene: Scene) -> list[str]:
-    """What the checker finds wrong in a picture of a scene."""
+def wrong_attributes(image: Any, scene: Scene) -> list[str]:
+    """What the checker finds wrong in an image of a scene."""
     words = [(s.size, s.colour, s.kind, s.place) for s in scene.shapes]
-    return mistakes(read(np.asarray(picture)), scene.background, words)
+    return mistakes(read(np.asarray(image)), scene.background, words)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
     batch: int = BATCH
 
     def reference(self) -> Case:
-        """The sequential pictures that this one is compared with."""
+        """The sequential images that this one is compared with."""
         keep = {
             name: getattr(self, name) for name in ("images", "shapes", "reference_steps", "guidance_scale", "scheduler")
         }
@@ -95,7 +95,7 @@ def cases(images: int, steps: int = STEPS, guidance_scale: float = GUIDANCE, *, 
 
     rows = [
         case("sequential", "sequential, fewer steps"),
-        case("sequential, one lane, one picture at a time", "", batch=1, alone=True),
+        case("sequential, one lane, one image at a time", "", batch=1, alone=True),
     ]
     for mode in ("conservative", "aggressive"):
         for drafts, kind in (("frozen", "as in the paper"), ("corrected", "corrected")):
@@ -133,17 +133,17 @@ def _other(scheduler: str) -> list[Case]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The latents and pictures of a case, in the order of its scenes, and the report of the first call."""
+    """The latents and images of a case, in the order of its scenes, and the report of the first call."""
 
     latents: Array
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     report: dict[str, Any]
     rounds: float
     evaluations: float
 
     @classmethod
     def of(cls, pipeline: Pipeline, case: Case, seed: int, captions: Sequence[str]) -> Drawn:
-        """Draws every caption, several per call; every picture from noise of its own."""
+        """Draws every caption, several per call; every image from noise of its own."""
         noise = np.random.default_rng((seed, 7)).standard_normal((case.images, *pipeline.latent_shape), np.float32)
         results = []
         for start in range(0, case.images, case.batch):
@@ -154,12 +154,12 @@ class Drawn:
                     num_inference_steps=case.steps, guidance_scale=case.guidance_scale, **case.options,
                 )
             )  # fmt: skip
-        pictures = [picture for result in results for picture in result.images]
-        alone = case.mode == "adaptive"  # each picture was made by itself, and the report adds them up
+        images = [image for result in results for image in result.images]
+        alone = case.mode == "adaptive"  # each image was made by itself, and the report adds them up
         each = [result.report.rounds / (len(result.images) if alone else 1) for result in results]
         latents = np.concatenate([result.latents for result in results])
         shares = [result.report.evaluations / (len(result.images) if alone else 1) for result in results]
-        return cls(latents, pictures, results[0].report.to_dict(), float(np.mean(each)), float(np.mean(shares)))
+        return cls(latents, images, results[0].report.to_dict(), float(np.mean(each)), float(np.mean(shares)))
 
 
 @dataclass
@@ -182,14 +182,14 @@ class Gallery:
         return [scene.caption() for scene in scenes(case.shapes, case.images, self.seed)]
 
     def draw(self, case: Case) -> Drawn:
-        """The pictures of a case."""
+        """The images of a case."""
         devices = one_lane(self.devices) if case.alone else self.devices
         if devices not in self.pipelines:
             self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
         return Drawn.of(self.pipelines[devices], case, self.seed, self.captions(case))
 
     def reference(self, case: Case) -> Drawn:
-        """The sequential pictures of a case."""
+        """The sequential images of a case."""
         wanted = case.reference()
         key = wanted.key("", self.seed)
         if key not in self.references:
@@ -202,7 +202,7 @@ class Gallery:
         judged = [
             *self.judges.metrics,
             str(self.judges.weights),
-            *map(str, self.judges.coco.pictures if self.judges.coco else ()),
+            *map(str, self.judges.coco.images if self.judges.coco else ()),
         ]
         asked = hashlib.sha256("\n".join([*self.captions(case), *judged]).encode()).hexdigest()
         identity = f"{manifest.source} {self.devices} {_code()} {asked}"
@@ -230,20 +230,20 @@ class Gallery:
             return {"name": case.name, "mode": case.mode, "status": "not possible here", "reason": str(error)}
 
     def _judged(self, case: Case, drawn: Drawn, reference: Drawn) -> dict[str, Any]:
-        """What the checker or the metrics say of the pictures, and their perceptual distance to the sequential ones."""
+        """What the checker or the metrics say of the images, and their perceptual distance to the sequential ones."""
         captions = self.captions(case)
         found: dict[str, Any] = {}
         if self.asked is None:
-            found |= read_back(drawn.pictures, scenes(case.shapes, case.images, self.seed))
-        apart = self.judges.lpips(drawn.pictures, reference.pictures)
+            found |= read_back(drawn.images, scenes(case.shapes, case.images, self.seed))
+        apart = self.judges.lpips(drawn.images, reference.images)
         found["lpips"] = {"median": median(apart)} if apart else None
         found["lpips_reason"] = self.judges.lpips_reason
-        own, sequential = (self.judges.scores(one.pictures, captions) for one in (drawn, reference))
+        own, sequential = (self.judges.scores(one.images, captions) for one in (drawn, reference))
         found["metrics"] = {
             name: mean(scores) | {"minus_sequential": mean(np.subtract(scores, sequential[name]).tolist())}
             for name, scores in own.items()
         }
-        fid = self.judges.fid(drawn.pictures)
+        fid = self.judges.fid(drawn.images)
         return found | ({} if fid is None else {"fid": round(fid, 4)})
 
     def close(self) -> None:
@@ -260,8 +260,8 @@ def _code() -> str:
 
 
 def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, Any]:
-    """How it was drawn, and how far it is from the sequential pictures."""
-    pairs = list(zip(drawn.pictures, reference.pictures, strict=True))
+    """How it was drawn, and how far it is from the sequential images."""
+    pairs = list(zip(drawn.images, reference.images, strict=True))
     drifts = [drift(a, b) for a, b in zip(drawn.latents, reference.latents, strict=True)]
     keep = ("model", "mode", "scheduler", "steps", "k", "drafts", "lanes", "devices", "guidance_scale")
     return {
@@ -276,9 +276,9 @@ def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, 
     }  # fmt: skip
 
 
-def read_back(pictures: Sequence[Image.Image], asked: Sequence[Scene]) -> dict[str, Any]:
-    """`caption_accuracy` is the share of pictures that are right in every attribute."""
-    wrong = [wrong_attributes(picture, scene) for picture, scene in zip(pictures, asked, strict=True)]
+def read_back(images: Sequence[Image.Image], asked: Sequence[Scene]) -> dict[str, Any]:
+    """`caption_accuracy` is the share of images that are right in every attribute."""
+    wrong = [wrong_attributes(image, scene) for image, scene in zip(images, asked, strict=True)]
     return {
         "shapes": len(asked[0].shapes), "captions": "held-out combinations of colour, shape and place",
         "caption_accuracy": round(sum(not mistake for mistake in wrong) / len(wrong), 4),
@@ -294,26 +294,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE, dest="guidance_scale")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=[], help="judges of real models' pictures")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=[], help="judges of real models' images")
     parser.add_argument("--weights", type=Path, help="folder with what the metrics need")
-    parser.add_argument("--coco", type=Path, help="folder of MS-COCO: captions, and the pictures of FID")
+    parser.add_argument("--coco", type=Path, help="folder of MS-COCO: captions, and the images of FID")
     parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
-    parser.add_argument("--pictures", type=Path, help="of shapes: PNG with the first pictures of some modes")
+    parser.add_argument("--contact-sheet", type=Path, help="of shapes: PNG with the first images of some modes")
 
 
 def measure(
     model: str, build: Path, devices: str, images: int | None, seed: int, steps: int = STEPS,
     guidance_scale: float = GUIDANCE, metrics: Sequence[str] = (), weights: Path | None = None,
-    coco: Path | None = None, prompts: Path | None = None, pictures: Path | None = None, *, full: bool = False,
+    coco: Path | None = None, prompts: Path | None = None, contact_sheet: Path | None = None, *, full: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per case; `pictures` is a contact sheet to write."""
+    """One row per case; `contact_sheet` is one to write."""
     images = (100 if full else 24) if images is None else images
     for name, value in (("images", images), ("steps", steps)):
         if value < 1:
             raise ParameterError(name, f"{name} must be at least 1, not {value}")
     manifest = Bundle.open(model, build).manifest
     scenic = is_embedded(manifest) and coco is None and prompts is None and not metrics
-    for option, given in (("full", full), ("pictures", pictures)):
+    for option, given in (("full", full), ("contact-sheet", contact_sheet)):
         if given and not scenic:
             raise ParameterError(option, f"--{option} is of captions that the checker knows: shapes, its own captions")
     reference = Coco.read(coco, images, seed) if coco else None
@@ -322,8 +322,8 @@ def measure(
     try:
         wanted = cases(images, steps, guidance_scale, full=full)
         rows = [gallery.row_or_reason(case) for case in tqdm(wanted, desc="quality", unit="row")]
-        if pictures:
-            sheet(gallery, pictures)
+        if contact_sheet:
+            sheet(gallery, contact_sheet)
         return rows
     finally:
         gallery.close()
@@ -339,19 +339,19 @@ def sheet(gallery: Gallery, path: Path) -> None:
     ]
     asked = scenes(1, SHEET_ROWS, gallery.seed)
     drawn = [gallery.draw(Case("", "", SHEET_ROWS, mode, {"k": 4, "drafts": kind})) for mode, kind in wanted]
-    wrong = [[wrong_attributes(p, scene) for p, scene in zip(d.pictures, asked, strict=True)] for d in drawn]
+    wrong = [[wrong_attributes(p, scene) for p, scene in zip(d.images, asked, strict=True)] for d in drawn]
     names = [
         f"{mode}{' (paper)' if kind == 'frozen' else ''}, {d.report['rounds']}"
         for (mode, kind), d in zip(wanted, drawn, strict=True)
     ]
-    contact_sheet(path, names, [scene.caption() for scene in asked], [d.pictures for d in drawn], wrong)
+    contact_sheet(path, names, [scene.caption() for scene in asked], [d.images for d in drawn], wrong)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     checked = any("caption_accuracy" in row for row in rows)
     names = list(rows[0].get("metrics", {}))
-    heads = ["", "pictures", "rounds", "distance to sequential, median (p90)", "PSNR", "SSIM"]
+    heads = ["", "images", "rounds", "distance to sequential, median (p90)", "PSNR", "SSIM"]
     heads += ["LPIPS"] * any(row.get("lpips") for row in rows) + ["right in every attribute"] * checked
     heads += [text for name in names for text in (name, f"{name} − sequential")]
     heads += ["FID"] * any("fid" in row for row in rows)

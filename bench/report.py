@@ -1,6 +1,6 @@
 """`python -m bench report`: one page of all result files, and the README's tables.
 
-`bench/results/*.json` become `report.md`, its pictures, and `report.html`, which has everything inside and follows the
+`bench/results/*.json` become `report.md`, its images, and `report.html`, which has everything inside and follows the
 reader's light or dark. A block of the README that begins with `<!-- bench:NAME -->` and ends with `<!-- /bench -->`
 holds the table of `bench/results/NAME.json`.
 """
@@ -105,7 +105,7 @@ def rebuilt(text: str, results: Path = RESULTS) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of the page: its file's name, what it shows, and who draws it."""
+    """An image of the page: its file's name, what it shows, and who draws it."""
 
     name: str
     caption: str
@@ -134,7 +134,7 @@ class Page:
         return list(self.files[name]["rows"]) if name in self.files else []
 
     def write(self) -> None:
-        """The page in both forms, and the pictures of the first."""
+        """The page in both forms, and the images of the first."""
         parts = list(self.parts())
         (self.folder / "report.md").write_text(self.markdown(parts))
         for part in parts:
@@ -144,7 +144,7 @@ class Page:
         (self.folder / "report.html").write_text(self.html(parts))
 
     def markdown(self, parts: Sequence[Part] | None = None) -> str:
-        """With pictures as files beside it."""
+        """With images as files beside it."""
         listed = list(self.parts()) if parts is None else parts
         texts = [part if isinstance(part, str) else f"![{part.caption}]({part.name}.png)" for part in listed]
         return "\n\n".join(texts) + "\n"
@@ -168,8 +168,8 @@ class Page:
         yield _INTRODUCTION
         yield self._short()
         if rows := self.rows("run"):
-            yield "## One picture, as fast as this machine can\n\n" + _RUN
-            yield Plot("run", "Seconds of the denoising loop of one picture: median, and from p20 to p80.",
+            yield "## One image, as fast as this machine can\n\n" + _RUN
+            yield Plot("run", "Seconds of the denoising loop of one image: median, and from p20 to p80.",
                        lambda: _bars(rows))  # fmt: skip
             yield self._table("run")
             yield "### Where the time of a round goes\n\n" + _ROUND
@@ -178,7 +178,7 @@ class Page:
         yield from self._predicted()
         if judged := self.rows("quality"):
             yield "## What it costs in quality\n\n" + _QUALITY
-            yield Plot("quality", "Distance to the sequential picture, and captions that are right, against speed-up.",
+            yield Plot("quality", "Distance to the sequential image, and captions that are right, against speed-up.",
                        lambda: _qualities(judged))  # fmt: skip
             yield self._table("quality")
         for name, title, text in (
@@ -239,7 +239,7 @@ class Page:
             played = f" ({best['mode']}, k = {best['k']})" if best["asked_mode"] == "auto" else ""
             lines.append(
                 f"- {cell[0]}, {cell[1]} steps, {guided}: fastest is **{best['name']}**{played}, "
-                f"{best['seconds']['p50']:.3f} s, median of {best['images']} pictures with a drift of "
+                f"{best['seconds']['p50']:.3f} s, median of {best['images']} images with a drift of "
                 f"{best['drift']['median']:.1e}: {', '.join(against)}."
             )
         lines += [f"- {words}" for words in simulate.in_short(self.rows("simulate"))]
@@ -370,7 +370,7 @@ def _speedups(simulated: Sequence[dict[str, Any]], measured: Sequence[dict[str, 
                     label = f"measured here, {row['lanes']} processor lanes"
                     look = {"fmt": "*", "markersize": 8, "capsize": 3, "color": colour("auto"), "label": label}
                     axes.errorbar(row["lanes"], ratio["median"], yerr=spread, **look)
-            axes.set(title=mode, xlabel="devices for one picture", xticks=devices, ylim=(0, 8.5), xlim=(0.7, 8.3))
+            axes.set(title=mode, xlabel="devices for one image", xticks=devices, ylim=(0, 8.5), xlim=(0.7, 8.3))
             axes.legend()
         grid[0].set_ylabel("speed-up over one device")
         yield figure
@@ -393,7 +393,7 @@ def _qualities(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
                 right.plot(x, [100 * row["caption_accuracy"] for row in several], **style)
         speed = "N / rounds: the speed-up that the rounds allow"
         apart.set(yscale="log", xlabel=speed, ylabel="drift (median)", title="Distance to sequential: lower is closer")
-        right.set(xlabel=speed, ylabel="captions right in every attribute, %", title="Right pictures")
+        right.set(xlabel=speed, ylabel="captions right in every attribute, %", title="Right images")
         right.set_ylim(top=100)
         figure.legend(*apart.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         yield figure
@@ -407,14 +407,14 @@ def _made(command: str) -> str:
 
 _INTRODUCTION = """# What the engine does, measured
 
-A diffusion model makes a picture in N steps, one after another: usually a second device does not make one picture any
+A diffusion model makes an image in N steps, one after another: usually a second device does not make one image any
 faster. This engine guesses the states of the next few steps, asks the model about all of them at once, on several
 devices, and refines them with the scheduler's own steps. The modes differ in what they guess, and in what they accept:
 
 - `sequential`: no guesses, step after step; what all others are compared with.
 - `conservative`, `aggressive`: the two modes of the paper, DRiffusion. The first asks anew between two blocks of
   guesses, 2⌈N/(k+1)⌉ rounds or one fewer; the second goes on from its guesses, 1 + ⌈(N−1)/k⌉ rounds.
-- `srds`: Parareal over blocks of steps, until the picture changes by less than a tolerance.
+- `srds`: Parareal over blocks of steps, until the image changes by less than a tolerance.
 - `adaptive`: accepts only drafts that are within a tolerance of the refined state.
 - `auto`: the fastest of them whose drift, measured once on this model, is within a tolerance.
 
@@ -424,36 +424,36 @@ The words of this page:
 - A *draft* is a guessed state; k is the number of drafts per round, by default the number of lanes.
 - A *round* is one set of model calls that run at the same time. Sequential takes N rounds: N / rounds is the speed-up
   that an algorithm allows where a call takes as long on every lane at once as on one alone.
-- *Guidance* is classifier-free guidance: two halves per step, with the prompt and without. They are asked *together*,
-  as one call, or *split* over two lanes, which changes nothing in the picture.
+- *Guidance* is classifier-free guidance: two branches per step, with the prompt and without. They are asked *together*,
+  as one call, or *split* over two lanes, which changes nothing in the image.
 - The alternatives: *one lane* is one ONNX Runtime session with one thread; *one session* a single session with all
   cores, which is what one would use otherwise; *diffusers* is its own pipeline in PyTorch, eager or *compiled*.
 - *Drift* is the distance of the finished latents to the sequential ones of the same noise, relative to their size;
-  0 is the same picture.
+  0 is the same image.
 - p20, p50 … are percentiles. A range in brackets behind a ratio is its 95 % bootstrap interval.
 
-`shapes`, the model of most tables, is this project's own: small enough for processor cores, it draws 64×64 pictures of
-one or two coloured shapes, so that a program can check whether a picture shows what its caption says."""
+`shapes`, the model of most tables, is this project's own: small enough for processor cores, it draws 64×64 images of
+one or two coloured shapes, so that a program can check whether an image shows what its caption says."""
 
-_RUN = """All rows of a table are interleaved picture by picture and start from the same noise. The columns with × say
+_RUN = """All rows of a table are interleaved image by image and start from the same noise. The columns with × say
 how many times as fast as an alternative a row is. *Of N/rounds* is the speed-up over one lane as a share of what the
 algorithm allows; splitting guidance can take it above 1. *Of the floor* is the time of the same model calls alone, on
 the same lanes with a barrier after each round, divided by the engine's time: 1 is an engine that costs nothing. With
-so few pictures p99 is nearly the slowest of them."""
+so few images p99 is nearly the slowest of them."""
 
-_ROUND = """The picture with the median time, split so that the parts add up to all of it; the numbers are in the
+_ROUND = """The image with the median time, split so that the parts add up to all of it; the numbers are in the
 tables above. *Model calls* is the longest call of every round. *Combine* is the sums over latents; *copy* brings
 latents to where calls and sums read them; *wait* is what starting lanes and waiting for the last one takes beyond its
 call; *Python* is the rest: the plan, binding calls, counting. *Device-seconds* are lanes times seconds: a faster
-picture on more devices still costs more of them."""
+image on more devices still costs more of them."""
 
 _DEVICES = """Machines with more devices are predicted: the real plan of every mode, played on a virtual clock. It
-takes the seconds of an evaluation, which is both halves of guidance, from elsewhere; latency and bandwidth of links are
-typical of their kind. The table is over NVLink."""
+takes the seconds of an evaluation, which is both branches of guidance, from elsewhere; latency and bandwidth of links
+are typical of their kind. The table is over NVLink."""
 
 _VALIDATION = """On the lanes that are here the prediction can be held against measurement: the cost of calls, sums and
-starts is measured before and after every pass of pictures, and each picture is predicted from the costs around it.
-*Error* is the median of predicted / measured − 1 picture by picture, *measured* the median seconds, and *predicted*
+starts is measured before and after every pass of images, and each image is predicted from the costs around it.
+*Error* is the median of predicted / measured − 1 image by image, *measured* the median seconds, and *predicted*
 what the error makes of them. On one lane k is 2."""
 
 _PAPER = """Here the prediction knows the paper's sequential seconds and nothing else, and they cancel out of a
@@ -463,27 +463,27 @@ lost beyond its rounds is its error. Five points are above what their round coun
 baselines were rounded, or timed otherwise."""
 
 _QUALITY = """The captions are of combinations that never occurred in training. An independent checker reads the
-picture back: right means every attribute is. The distance is the drift; 99 dB and an SSIM of 1 are equal pictures. *As
-in the paper* freezes the noise prediction for a block; *corrected* hands over mostly the predicted picture, at the
+image back: right means every attribute is. The distance is the drift; 99 dB and an SSIM of 1 are equal images. *As
+in the paper* freezes the noise prediction for a block; *corrected* hands over mostly the predicted image, at the
 same price; *fresh noise* draws other noise for drafts than for the steps, as the paper's listing for stochastic
-schedulers does. Fewer sequential steps are what one would do otherwise. The second row is the floor: the same pictures
-with another batch size and lane count. Rows that begin with a scheduler are compared with its own sequential pictures,
+schedulers does. Fewer sequential steps are what one would do otherwise. The second row is the floor: the same images
+with another batch size and lane count. Rows that begin with a scheduler are compared with its own sequential images,
 of fewer captions. `ddpm` and `euler_a` are one sampler in two notations: at this model's whole timesteps their
 coefficients are equal, and so are their rows."""
 
 _DRAFTS = """How far the modes end from sequential with each kind of drafts: the drift with the paper's `frozen` ones,
 median and 90th percentile in brackets, and how many times closer another kind ends, median / 90th percentile. `frozen`
 keeps the last noise prediction for a whole block and uses what the model says of a draft as it is. `corrected`, which
-the engine takes if not told otherwise, hands over mostly the picture that the model predicted at a draft, not the
+the engine takes if not told otherwise, hands over mostly the image that the model predicted at a draft, not the
 noise, at the same price. The captions are others than those it was chosen by."""
 
-_SCENARIO = """Requests for pictures from fixed latents: one after another (*SingleStream*), arriving at random
+_SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), arriving at random
 (*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
 fewer requests than its rules ask for. *Valid* is whether a run this short would count otherwise; quality is held
-against sequential pictures of the same latents."""
+against sequential images of the same latents."""
 
-_SERVE = """Clients over HTTP ask for the next picture when they have the last one. *Elastic* gives an idle server's
-only picture all lanes, and several waiting pictures fewer each; beside it, all lanes for every picture and one lane
+_SERVE = """Clients over HTTP ask for the next image when they have the last one. *Elastic* gives an idle server's
+only image all lanes, and several waiting images fewer each; beside it, all lanes for every image and one lane
 for each. The three take turns within one server. *× the better* is elastic's throughput, median and
 95th percentile of latency, each divided by that of the better of the two others."""
 

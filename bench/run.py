@@ -1,6 +1,6 @@
 """`python -m bench run`: seconds of the denoising loop: samplers, lanes, schedulers and steps beside the alternatives.
 
-Everything in one cell (scheduler, steps, guidance) is interleaved picture by picture, so that what else the machine
+Everything in one cell (scheduler, steps, guidance) is interleaved image by image, so that what else the machine
 does hits all alike, and speed-ups are medians of ratios measured side by side.
 
 The alternatives: sequential on one lane; the whole machine on one session; `diffusers`' own pipeline, eager and
@@ -39,7 +39,7 @@ from runtime.sampling.noise import gaussian
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
 PARTS = ("model", "combine", "copy", "wait", "python")
 TORCH_LIMIT = 240.0  # seconds for torch.compile to be ready
-PICTURES_TO_CALIBRATE = 4
+IMAGES_TO_CALIBRATE = 4
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[4.0, 1.0], dest="guidance_scales", help="1 is without guidance"
     )
-    parser.add_argument("--images", type=int, default=12, help="pictures per row")
+    parser.add_argument("--images", type=int, default=12, help="images per row")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     parser.add_argument("--no-torch", action="store_false", dest="torch", help="leave diffusers out")
@@ -93,7 +93,7 @@ class Clock:
 
 @dataclass
 class Contender:
-    """One way to make the same picture, and what was measured of it. `draw` returns seconds, latents and the result."""
+    """One way to make the same image, and what was measured of it. `draw` returns seconds, latents and the result."""
 
     name: str
     baseline: str | None
@@ -112,7 +112,7 @@ class Contender:
     reason: str | None = None
 
     def measure(self, prompt: str, seed: int, noise: Array, reference: tuple[Array, Result] | None) -> Any:
-        """One picture and one replay of its calls; the latents and the result."""
+        """One image and one replay of its calls; the latents and the result."""
         time.sleep(PAUSE)
         backend = self.pipeline.backend if self.pipeline else None
         clock, rounds = Clock(), None
@@ -296,7 +296,7 @@ def _of_torch(machine: Machine, device: str, cell: dict[str, Any]) -> Iterator[C
     def draw(
         process: TorchBaseline, prompt: str, seed: int, noise: Array
     ) -> tuple[float, Array, Result | None]:  # fmt: skip
-        seconds, latents = process.picture(prompt, noise, setting)
+        seconds, latents = process.image(prompt, noise, setting)
         return seconds, latents, None
 
     for compiled, name in ((False, "torch"), (True, "compiled")):
@@ -314,7 +314,7 @@ def measure_cell(cell: dict[str, Any], found: Sequence[Contender], asked: Sequen
     assert first.pipeline is not None
     shape = first.pipeline.latent_shape
     label = f"{cell['scheduler']}, {cell['steps']} steps, guidance {cell['guidance_scale']:g}"
-    for number, prompt in enumerate(tqdm(asked, desc=label, unit="picture")):
+    for number, prompt in enumerate(tqdm(asked, desc=label, unit="image")):
         if number == warmup:
             for contender in found:
                 contender.forget()
@@ -349,7 +349,7 @@ def measure(
                         "guidance_scale": guidance}  # fmt: skip
                 if "auto" in modes:
                     for lanes in devices:
-                        wanted = ([count], guidance, scheduler, PICTURES_TO_CALIBRATE, math.inf)
+                        wanted = ([count], guidance, scheduler, IMAGES_TO_CALIBRATE, math.inf)
                         calibrate(name, build, lanes, *wanted, again=False)
                 rows += rows_of(machine, devices, modes, k, tolerance, cell, images, warmup, prompts, torch=torch)
         finally:
@@ -399,8 +399,8 @@ def _speed(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _rounds(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ["µs per round", "model calls", "combine", "copy", "wait", "Python", "in all", "device-seconds per picture",
-             "joules per picture"]  # fmt: skip
+    heads = ["µs per round", "model calls", "combine", "copy", "wait", "Python", "in all", "device-seconds per image",
+             "joules per image"]  # fmt: skip
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         if "rounds" not in row:

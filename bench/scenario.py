@@ -1,8 +1,8 @@
 """`python -m bench scenario single-stream|server|offline`: requests as MLPerf inference sends them. Unofficial.
 
-In the manner of its text-to-image benchmark: every picture from the same fixed latents, prompts in random order from a
+In the manner of its text-to-image benchmark: every image from the same fixed latents, prompts in random order from a
 fixed seed; for SDXL Euler, 20 steps, guidance 8 and its negative prompt, for other models their own scheduler and this
-engine's defaults. A performance run, then an accuracy run whose pictures are held against sequential ones of the same
+engine's defaults. A performance run, then an accuracy run whose images are held against sequential ones of the same
 latents and against the window of quality. The MLPerf name is a trademark of MLCommons; these results are not verified
 by it, and the short defaults are not those of its rules (`--min-queries 1024 --min-duration 600`).
 
@@ -41,9 +41,9 @@ SEED = 3066443479025735752  # of the order of prompts and of arrivals
 
 @dataclass(frozen=True)
 class Setting:
-    """How every picture of a benchmark is made, and what it must be; windows are (metric, lowest, highest).
+    """How every image of a benchmark is made, and what it must be; windows are (metric, lowest, highest).
 
-    `judged` are the windows that apply beside when there are judges, weights and pictures to compare with.
+    `judged` are the windows that apply beside when there are judges, weights and images to compare with.
     """
 
     scheduler: str | None = None
@@ -73,7 +73,7 @@ Draw = Callable[[Sequence[int]], list[Any]]
 
 @dataclass
 class Load:
-    """Sends requests and keeps what came of them. `draw(prompts)` makes pictures, one per prompt, or raises."""
+    """Sends requests and keeps what came of them. `draw(prompts)` makes images, one per prompt, or raises."""
 
     draw: Draw
     order: Sequence[int]
@@ -111,16 +111,16 @@ class Load:
     def _serve(self, start: float, asked: Sequence[tuple[int, float]]) -> None:
         issued = time.perf_counter() - start
         wanted = [self.order[number % len(self.order)] for number, _ in asked]
-        pictures: list[Any] = [None] * len(asked)
+        images: list[Any] = [None] * len(asked)
         error: str | None = None
         try:
-            pictures = self.draw(wanted)
+            images = self.draw(wanted)
         except EngineError as problem:
             error = f"{type(problem).__name__}: {problem}"
         completed = time.perf_counter() - start
-        for (number, scheduled), prompt, picture in zip(asked, wanted, pictures, strict=True):
+        for (number, scheduled), prompt, image in zip(asked, wanted, images, strict=True):
             self.requests.append(Request(number, prompt, scheduled, issued, completed, error))
-            self.answers[prompt] = picture
+            self.answers[prompt] = image
 
 
 # --- accuracy --------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Load:
 def quality(
     asked: Sequence[str], results: Sequence[Result], references: Sequence[Result], judges: Judges, *, scenic: bool
 ) -> dict[str, float | None]:
-    """The distance to the sequential pictures, what judges say, and what share the checker finds right.
+    """The distance to the sequential images, what judges say, and what share the checker finds right.
 
     CLIP_SCORE and FID_SCORE are named as in MLPerf's accuracy.txt.
     """
@@ -140,9 +140,9 @@ def quality(
         "drift": median(drifts), "drift_p90": quantile(drifts, 0.9),
     }  # fmt: skip
     if judges.metrics:
-        pictures = [result.images[0] for result in results]
-        found["CLIP_SCORE"] = float(np.mean(judges.scores(pictures, asked)["clip"]))
-        found["FID_SCORE"] = judges.fid(pictures)
+        images = [result.images[0] for result in results]
+        found["CLIP_SCORE"] = float(np.mean(judges.scores(images, asked)["clip"]))
+        found["FID_SCORE"] = judges.fid(images)
     if scenic:
         from bench.quality import wrong_attributes
 
@@ -199,9 +199,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, help=".npy of unit variance, (1, channels, height, width)")
     parser.add_argument("--min-queries", type=int, default=64)
     parser.add_argument("--min-duration", type=float, default=0.0, help="seconds")
-    parser.add_argument("--qps", type=float, help="of server; default: 70 %% of what one picture after another gives")
+    parser.add_argument("--qps", type=float, help="of server; default: 70 %% of what one image after another gives")
     parser.add_argument("--target-latency", type=float, default=20.0, help="seconds, of server's 99th percentile")
-    parser.add_argument("--batch", type=int, default=8, help="pictures per call of offline")
+    parser.add_argument("--batch", type=int, default=8, help="images per call of offline")
     parser.add_argument("--window", type=window, action="append", dest="windows", metavar="NAME:LOW:HIGH")
     parser.add_argument("--output", type=Path, default=BUILD / "bench" / "scenario", help="folder of the logs")
 
@@ -234,7 +234,7 @@ def measure(
 
 
 class Bench:
-    """A model, its prompts and its fixed latents; every picture that it draws leaves the seconds of its stages."""
+    """A model, its prompts and its fixed latents; every image that it draws leaves the seconds of its stages."""
 
     def __init__(self, pipeline: Pipeline, mode: str, k: int | None, tolerance: float, judges: Judges) -> None:
         self.pipeline, self.mode, self.judges = pipeline, mode, judges
@@ -316,12 +316,12 @@ class Bench:
         found = quality(self.prompts, results, references, self.judges, scenic=self.scenic)
         wrong = outside(found, self.setting.windows)
         row = self._row(outcome, stages, found, wrong)
-        pictures = [result.images[0] for result in results]
-        Folder(output, self.benchmark, scenario).write(self.pipeline, outcome, row, pictures, stages, SEED)
+        images = [result.images[0] for result in results]
+        Folder(output, self.benchmark, scenario).write(self.pipeline, outcome, row, images, stages, SEED)
         return row
 
     def _accuracy(self, size: int) -> tuple[list[Result], list[Result]]:
-        """Every prompt once, and its sequential picture."""
+        """Every prompt once, and its sequential image."""
         parts = [range(n, min(n + size, len(self.prompts))) for n in range(0, len(self.prompts), size)]
         results, references = [], []
         for part in tqdm(parts, desc="accuracy", unit="call"):
@@ -379,7 +379,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         value, latency = row["metric"], row["metrics"].get("request_latency")
         shown = f"{value['value'] / 1e6:.0f} ms (90th percentile)" if value["name"].endswith("(ns)") else (
-            f"{value['value']:.2f} pictures per second"
+            f"{value['value']:.2f} images per second"
         )  # fmt: skip
         tail = " / ".join(f"{latency[q]:.0f}" for q in ("p50", "p90", "p99")) + " ms" if latency else ""
         quality = ", ".join(_words(name, v) for name, v in row["quality"].items() if v is not None)

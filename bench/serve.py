@@ -1,6 +1,6 @@
-"""`python -m bench serve`: elastic lanes against all lanes for each picture and one lane for each, under load.
+"""`python -m bench serve`: elastic lanes against all lanes for each image and one lane for each, under load.
 
-Clients over HTTP ask for the next picture when they have the last one. The three policies take turns within one
+Clients over HTTP ask for the next image when they have the last one. The three policies take turns within one
 server, so that what else the machine does hits them alike. Beside that: what HTTP adds to a call in the same process.
 """
 
@@ -47,7 +47,7 @@ class Load:
     lanes: list[float] = field(default_factory=list)
 
     def add(self, ends: Sequence[float], latencies: Sequence[float], lanes: Sequence[float]) -> None:
-        """One turn: pictures per second between its first and its last answer; of a single one, by its own time."""
+        """One turn: images per second between its first and its last answer; of a single one, by its own time."""
         ordered = sorted(ends)
         single = len(ordered) == 1
         self.throughput.append(1 / latencies[0] if single else (len(ordered) - 1) / (ordered[-1] - ordered[0]))
@@ -61,8 +61,8 @@ class Load:
         rate, (low, high) = float(np.median(self.throughput)), _spread(self.throughput)
         p50, p95 = np.quantile(self.latencies, (0.5, 0.95))
         return {
-            "name": "load", "clients": clients, "policy": policy, "pictures": len(self.latencies),
-            "pictures_per_second": {"median": round(rate, 3), "low": round(low, 3), "high": round(high, 3)},
+            "name": "load", "clients": clients, "policy": policy, "images": len(self.latencies),
+            "images_per_second": {"median": round(rate, 3), "low": round(low, 3), "high": round(high, 3)},
             "latency_seconds": {"p50": round(float(p50), 4), "p95": round(float(p95), 4)},
             "lanes_per_round": round(float(np.mean(self.lanes)), 3),
         }  # fmt: skip
@@ -83,7 +83,7 @@ def serving(pipeline: Pipeline) -> Iterator[int]:
 
 
 def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
-    """One picture's report; EngineError when there is none."""
+    """One image's report; EngineError when there is none."""
     connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     content = json.loads(response.read())
@@ -94,7 +94,7 @@ def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
 
 
 def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps: int, load: Load) -> None:
-    """Clients that always wait for a picture, for so long."""
+    """Clients that always wait for an image, for so long."""
     begun, ends, latencies, lanes = time.perf_counter(), list[float](), list[float](), list[float]()
 
     def client(number: int) -> None:
@@ -119,7 +119,7 @@ def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps:
 
 
 def overhead(pipeline: Pipeline, port: int, pairs: int, steps: int = 4) -> dict[str, Any]:
-    """The same picture by a call and over HTTP, in turns: milliseconds that HTTP, PNG, base64 and JSON add.
+    """The same image by a call and over HTTP, in turns: milliseconds that HTTP, PNG, base64 and JSON add.
 
     They do not depend on the number of steps, and of few steps the time varies less.
     """
@@ -162,9 +162,9 @@ def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     model_arguments(parser)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="that wait for pictures at once")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="that wait for images at once")
     parser.add_argument("--turns", type=int, default=8, help="of every policy under every load")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; pictures then begun are finished")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; images then begun are finished")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=60, help="of calls with and without HTTP")
 
@@ -201,11 +201,11 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown: the loads, and what HTTP adds."""
-    head = "| clients | | pictures per second | seconds p50 | seconds p95 | lanes per round | elastic × the better |"
+    head = "| clients | | images per second | seconds p50 | seconds p95 | lanes per round | elastic × the better |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     against = {row["clients"]: row for row in rows if row["name"] == "elastic against the better"}
     for row in (row for row in rows if row["name"] == "load"):
-        rate, latency, told = row["pictures_per_second"], row["latency_seconds"], ""
+        rate, latency, told = row["images_per_second"], row["latency_seconds"], ""
         if row["policy"] == "elastic":
             beside = against[row["clients"]]
             names = {"throughput": "throughput", "p50": "latency_p50", "p95": "latency_p95"}

@@ -4,10 +4,10 @@ A sampler's real plan is played with the seconds of model calls, copies, sums an
 
 - For the paper's machines the seconds of a model call come from its sequential row alone, and the other rows are
   predicted; nothing is fitted to them.
-- The prediction is validated where lanes are at hand: the table is measured on them, in between the pictures whose
+- The prediction is validated where lanes are at hand: the table is measured on them, in between the images whose
   seconds it must predict.
-- What nobody measured is marked as assumed: links are typical of their kind, and one half of a guided evaluation
-  costs `--half-share` of both together.
+- What nobody measured is marked as assumed: links are typical of their kind, and one branch of a guided evaluation
+  costs `--branch-share` of both together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.models import lane_names, model_arguments, one_lane, prompts
 from bench.moves import Link
 from bench.plots import colour, drawing, png
 from bench.statistics import ratio
-from engines.base import Backend, Call, Half
+from engines.base import Backend, Branch, Call
 from engines.errors import ParameterError
 from engines.host import HostBackend
 from engines.null import NullBackend
@@ -58,7 +58,7 @@ MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
 
 @dataclass(frozen=True)
 class LinkCosts:
-    """Devices that each run a call in `call(halves)` seconds, the first of which holds the latents of `size` bytes."""
+    """Devices that each run a call in `call(branches)` seconds; the first holds the latents of `size` bytes."""
 
     call: Callable[[int], float]
     size: int
@@ -68,9 +68,9 @@ class LinkCosts:
 
     def round(self, calls: Sequence[Call]) -> float:
         """See engines.null.Costs."""
-        halves = [len(call) for call in calls]
-        seconds = [self.call(count) if count else 0.0 for count in halves]
-        return self.launch + moves.gathered(seconds, halves, self.size, self.link)
+        branches = [len(call) for call in calls]
+        seconds = [self.call(count) if count else 0.0 for count in branches]
+        return self.launch + moves.gathered(seconds, branches, self.size, self.link)
 
     def combine(self, sources: int, targets: int) -> float:
         """See engines.null.Costs."""
@@ -95,9 +95,9 @@ class MeasuredCosts:
 
     def round(self, calls: Sequence[Call]) -> float:
         """See engines.null.Costs."""
-        halves = [len(call) for call in calls if call]
-        seconds = call_seconds(self.calls[len(halves)])
-        return self.launch[len(halves)] + max(map(seconds, halves))
+        branches = [len(call) for call in calls if call]
+        seconds = call_seconds(self.calls[len(branches)])
+        return self.launch[len(branches)] + max(map(seconds, branches))
 
     def combine(self, sources: int, targets: int) -> float:
         """See engines.null.Costs."""
@@ -144,8 +144,8 @@ def measured_costs(backend: Backend, shapes: Iterable[tuple[int, int]]) -> Measu
     return found
 
 
-def _calls(lanes: int, busy: int, batch: int) -> list[list[Half]]:
-    return [[Half(STATE, 0, f"timed {n}/{b}", 1) for b in range(batch)] if n < busy else [] for n in range(lanes)]
+def _calls(lanes: int, busy: int, batch: int) -> list[list[Branch]]:
+    return [[Branch(STATE, 0, f"timed {n}/{b}", 1) for b in range(batch)] if n < busy else [] for n in range(lanes)]
 
 
 def partial_sum(backend: Backend, sources: int, targets: int) -> Callable[[], None]:
@@ -214,13 +214,13 @@ class Table:
     evaluation: float
     latent_bytes: int
     steps: int = 50
-    half_share: float = 0.56
+    branch_share: float = 0.56
 
     def call(self, *, split: bool) -> Callable[[int], float]:
-        """Seconds of a call: of so many whole evaluations, or of so many halves where they are dealt over devices."""
+        """Seconds of a call: of so many whole evaluations, or of so many branches where they are dealt over devices."""
         if not split:
             return lambda evaluations: evaluations * self.evaluation
-        return lambda halves: (halves // 2 + halves % 2 * self.half_share) * self.evaluation
+        return lambda branches: (branches // 2 + branches % 2 * self.branch_share) * self.evaluation
 
 
 def options(mode: str, devices: int, *, split: bool, iterations: int = 1, tolerance: float = 0.01) -> Options:
@@ -314,7 +314,7 @@ def _shapes(mode: str, schedule: Schedule, chosen: Options, lanes: int, guidance
 
 @dataclass
 class Recorder:
-    """The distances that a sampler measured in its last picture."""
+    """The distances that a sampler measured in its last image."""
 
     backend: Backend
     answers: list[float] = field(default_factory=list)
@@ -337,7 +337,7 @@ class Recorder:
 def validate(
     pipeline: Pipeline, steps: int, guidance_scales: Sequence[float], passes: int, tolerance: float
 ) -> list[dict[str, Any]]:
-    """Prediction against measurement on lanes: in every pass the costs, a picture per sampler, the costs again."""
+    """Prediction against measurement on lanes: in every pass the costs, an image per sampler, the costs again."""
     lanes, schedule = len(pipeline.devices), make_schedule(pipeline.manifest, None, steps)
     cases = [(mode, scale) for scale in guidance_scales for mode in MODES]
     chosen = {mode: options(mode, max(lanes, 2), split=False, tolerance=tolerance) for mode in MODES}
@@ -350,7 +350,7 @@ def validate(
 
     asked = prompts(pipeline.manifest, passes + 1)
     for number in tqdm(range(passes + 1), desc=f"validation on {lane_names(pipeline)}", unit="pass"):
-        costs, pictures = costs_now(), []
+        costs, images = costs_now(), []
         for mode, scale in cases:
             option = chosen[mode]
             with Recorder(pipeline.backend) as recorder:
@@ -358,9 +358,9 @@ def validate(
                     asked[number], mode=mode, k=option.k, drafts=option.drafts, tolerance=option.tolerance,
                     iterations=option.iterations, num_inference_steps=steps, guidance_scale=scale, seed=number,
                 ).report  # fmt: skip
-            pictures.append((mode, scale, recorder.answers, report))
+            images.append((mode, scale, recorder.answers, report))
         costs = costs.mean(costs_now())
-        for mode, scale, answers, report in pictures:
+        for mode, scale, answers, report in images:
             null = NullBackend(lanes, costs, iter(answers))
             counts = rehearse(mode, chosen[mode], schedule, scale, null)
             assert counts.rounds == report.rounds, "the prediction plays another plan than the engine"
@@ -373,7 +373,7 @@ def validate(
         rows.append({
             "kind": "validation", "model": pipeline.manifest.model, "devices": lane_names(pipeline), "lanes": lanes,
             "mode": mode, "k": chosen[mode].k, "guidance_scale": scale, "steps": steps,
-            "rounds": float(np.median(rounds)), "pictures": passes,
+            "rounds": float(np.median(rounds)), "images": passes,
             "predicted_seconds": round(float(np.median(predicted)), 5),
             "measured_seconds": round(float(np.median(measured)), 5),
             "error": {name: round(value - 1, 4) for name, value in against.items()},
@@ -403,7 +403,7 @@ def _cost_row(pipeline: Pipeline, costs: MeasuredCosts) -> dict[str, Any]:
 
 
 def record(pipeline: Pipeline, steps: Sequence[int], ks: Iterable[int]) -> dict[tuple[int, int], list[float]]:
-    """What `adaptive` measures on a real picture, for predictions on machines that are not here."""
+    """What `adaptive` measures on a real image, for predictions on machines that are not here."""
     (prompt,), found = prompts(pipeline.manifest, 1), {}
     for count in steps:
         for k in sorted(set(ks)):
@@ -423,11 +423,11 @@ def record(pipeline: Pipeline, steps: Sequence[int], ks: Iterable[int]) -> dict[
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     model_arguments(parser)
-    parser.add_argument("--passes", type=int, default=6, help="measured pictures per sampler")
+    parser.add_argument("--passes", type=int, default=6, help="measured images per sampler")
     parser.add_argument("--steps", type=int, default=50, help="of the validation")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0, 1.0], dest="guidance_scales")
     parser.add_argument("--tolerance", type=float, default=0.01, help="of adaptive")
-    parser.add_argument("--half-share", type=float, default=0.56, help="of an evaluation, for one of its halves")
+    parser.add_argument("--branch-share", type=float, default=0.56, help="of an evaluation, for one of its branches")
     parser.add_argument("--evaluation-seconds", type=float, default=0.005, help="of a fast device, assumed")
     parser.add_argument("--no-validation", action="store_false", dest="validation", help="predictions only: no model")
     parser.add_argument("--plot", type=Path, help="PNG of the predictions")
@@ -435,10 +435,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(
     model: str, build: Path, devices: str, passes: int, steps: int, guidance_scales: Sequence[float], tolerance: float,
-    half_share: float, evaluation_seconds: float, plot: Path | None, *, validation: bool,
+    branch_share: float, evaluation_seconds: float, plot: Path | None, *, validation: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Predictions, the paper's points, and the validation on one lane and on the lanes that were asked for."""
-    for name, value, low in (("passes", passes, 1), ("half_share", half_share, 0.5), ("steps", steps, 1)):
+    for name, value, low in (("passes", passes, 1), ("branch_share", branch_share, 0.5), ("steps", steps, 1)):
         if value < low:
             raise ParameterError(name, f"{name} must be at least {low:g}, not {value:g}")
     tables = [
@@ -460,8 +460,8 @@ def measure(
         last = [row for row in rows if row["kind"] == "costs"][-1]
         lane = last["call_seconds"][max(last["call_seconds"])]
         name = f"{model}, one lane of this machine each"
-        tables.append(Table(name, MEASURED, lane[2], last["latent_bytes"], half_share=lane[1] / lane[2]))
-    tables[:2] = [Table(t.name, t.source, t.evaluation, t.latent_bytes, t.steps, half_share) for t in tables[:2]]
+        tables.append(Table(name, MEASURED, lane[2], last["latent_bytes"], branch_share=lane[1] / lane[2]))
+    tables[:2] = [Table(t.name, t.source, t.evaluation, t.latent_bytes, t.steps, branch_share) for t in tables[:2]]
     rows += [{"kind": "table", **vars(table)} for table in tables]
     rows += [{"kind": "link", **vars(link)} for link in LINKS]
     rows += of_the_paper() + predictions(tables, recorded)
@@ -479,20 +479,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def assumptions(rows: Sequence[dict[str, Any]]) -> str:
     """What predictions are made with, one line per model and device."""
     return "\n".join(
-        f"- {row['name']}: {1e3 * row['evaluation']:.1f} ms an evaluation ({row['source']}), a half of it "
-        f"{100 * row['half_share']:.0f} % of that{' (assumed)' if row['source'] != MEASURED else ''}."
+        f"- {row['name']}: {1e3 * row['evaluation']:.1f} ms an evaluation ({row['source']}), a branch of it "
+        f"{100 * row['branch_share']:.0f} % of that{' (assumed)' if row['source'] != MEASURED else ''}."
         for row in rows
         if row["kind"] == "table"
     )
 
 
 def validation_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Measured seconds beside what was predicted of them: median times the median of the ratios picture by picture."""
+    """Measured seconds beside what was predicted of them: median times the median of the ratios image by image."""
     checked = [row for row in rows if row["kind"] == "validation"]
-    lines = ["| lanes | mode | guidance | rounds | pictures | measured | predicted | error (95 % interval) |",
+    lines = ["| lanes | mode | guidance | rounds | images | measured | predicted | error (95 % interval) |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     lines += [
-        f"| {r['lanes']} | {r['mode']} | {r['guidance_scale']:g} | {r['rounds']:g} | {r['pictures']} "
+        f"| {r['lanes']} | {r['mode']} | {r['guidance_scale']:g} | {r['rounds']:g} | {r['images']} "
         f"| {r['measured_seconds']:.3f} s | {r['measured_seconds'] * (1 + r['error']['median']):.3f} s "
         f"| {_percent(r['error'])} |"
         for r in checked
@@ -523,7 +523,7 @@ def in_short(rows: Sequence[dict[str, Any]]) -> list[str]:
         said.append(
             f"The cost model's seconds are {usual} off the measured ones (median of {len(checked)} rows), at most "
             f"{100 * worst['error']['median']:+.1f} % ({_named(worst)}); the rows' 95 % intervals, of "
-            f"{worst['pictures']} pictures each, reach {100 * reach:.1f} %."
+            f"{worst['images']} images each, reach {100 * reach:.1f} %."
         )
     published = [row for row in rows if row["kind"] == "paper"]
     if published:
@@ -582,7 +582,7 @@ def validation_figure(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
             spread = [[error["median"] - error["low"]], [error["high"] - error["median"]]]
             axes.errorbar(error["median"], at, xerr=spread, fmt="o", color=colour(row["mode"]), capsize=2)
         axes.set_yticks(range(len(checked)), map(_named, checked), fontsize=8.5)
-        axes.set_xlabel("error of the predicted seconds, %: median of pictures, and its 95 % interval")
+        axes.set_xlabel("error of the predicted seconds, %: median of images, and its 95 % interval")
         axes.grid(visible=False, axis="y")
         yield whole
 
@@ -600,7 +600,7 @@ def _line(
 
 
 def _axes(axes: Any, title: str) -> None:
-    axes.set(title=title, xlabel="devices for one picture", ylabel="speed-up over one device")
+    axes.set(title=title, xlabel="devices for one image", ylabel="speed-up over one device")
     axes.set_xticks(DEVICES)
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)

@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a picture is drawn; `scheduler` is a name of this project."""
+    """How an image is drawn; `scheduler` is a name of this project."""
 
     scheduler: str
     steps: int
@@ -49,7 +49,7 @@ class Setting:
 class TorchBaseline:
     """A running process. NotPossibleHereError where it fails, or where an answer takes more than `limit` seconds.
 
-    With `compiled`, the first picture of a batch size compiles, and is as slow as that.
+    With `compiled`, the first image of a batch size compiles, and is as slow as that.
     """
 
     def __init__(self, wanted: Wanted, limit: float) -> None:
@@ -66,12 +66,12 @@ class TorchBaseline:
             self.close()
             raise
 
-    def picture(self, prompt: str, noise: Array, setting: Setting) -> tuple[float, Array]:
+    def image(self, prompt: str, noise: Array, setting: Setting) -> tuple[float, Array]:
         """Seconds of the denoising loop, and the latents in the shape of the noise."""
         if self._broken is not None:
             raise NotPossibleHereError(self._broken)
         self._ours.send((prompt, noise, setting))
-        seconds, latents = self._answer(f"a picture was not ready within {self._limit:g} s")
+        seconds, latents = self._answer(f"an image was not ready within {self._limit:g} s")
         return seconds, latents
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class TorchBaseline:
 
 
 def _serve(connection: Connection, wanted: Wanted) -> None:
-    """The process: loads, then draws one picture for every message."""
+    """The process: loads, then draws one image for every message."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     draw: Any = None
     while True:

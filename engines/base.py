@@ -1,7 +1,7 @@
 """What every backend is: lanes that predict, slots that hold latents, and one linear combination.
 
 A *slot* is a named latent of shape (images, channels, height, width) in float32. An *evaluation* is one ε; with
-guidance it has two *halves* (unconditional and conditional). A *call* is one batched run of the network on one lane.
+guidance it has two *branches* (unconditional and conditional). A *call* is one batched run of the network on one lane.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Rows = Sequence[Sequence[float]] | Array
 Progress = Callable[[str, int, int], None]  # of long work: phase, steps done, steps in all
 
 
-class Half(NamedTuple):
-    """One guidance half of one evaluation: which latent, at which step, under which conditioning, into which slot."""
+class Branch(NamedTuple):
+    """One guidance branch of one evaluation: which latent, at which step, under which conditioning, into which slot."""
 
     latent: str
     step: int
@@ -26,7 +26,7 @@ class Half(NamedTuple):
     conditioning: int
 
 
-Call = Sequence[Half]
+Call = Sequence[Branch]
 
 
 class Backend(Protocol):
@@ -42,7 +42,7 @@ class Backend(Protocol):
         """Starts an image: forgets all slots and sets what does not change until the next one.
 
         `shape` is that of a slot. `timesteps[i]` goes in with step i. `conditioning[c]` holds the model inputs of
-        half c by name, each with one row per image.
+        branch c by name, each with one row per image.
         """
 
     def write(self, slot: str, value: Array) -> None:
@@ -64,7 +64,7 @@ class Backend(Protocol):
         """Runs the calls like `predict`, waits, and says how many seconds the longest took."""
 
     @property
-    def critical(self) -> float | None:
+    def critical_path_seconds(self) -> float | None:
         """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
 
     @property

@@ -45,7 +45,7 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     """The lanes of a device string.
 
     `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores;
-    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. GPUs compute in half, or as `@bf16` and
+    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. GPUs compute in fp16, or as `@bf16` and
     `@fp32` say; `cuda:0@onnxruntime` and `cuda:0@onnxruntime@fp32` run the model on ONNX Runtime, not TensorRT. All
     lanes run alike. `auto` is every GPU where there are some and TensorRT is installed, else one lane per core.
     DeviceError for anything else. Whether a GPU exists is found out when it is opened.

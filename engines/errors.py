@@ -28,4 +28,4 @@ class ExportError(EngineError):
 
 
 class NonFiniteError(EngineError):
-    """A model produced NaN or infinity: there is no picture to return."""
+    """A model produced NaN or infinity: there is no image to return."""

@@ -42,23 +42,23 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `beside` is for another picture at the same time, on the same lanes and threads: the two must not share a round.
+    `beside` is for another image at the same time, on the same lanes and threads: the two must not share a round.
     `critical` adds up the seconds of the longest call of every round since the start, `spans` is when each lane's last
     call began and ended, `played` lists the rounds of the image.
     `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
 
-    def __init__(self, lanes: Sequence[Lane], beside: HostBackend | None = None) -> None:
+    def __init__(self, lanes: Sequence[Lane], sibling_of: HostBackend | None = None) -> None:
         self._lanes = list(lanes)
         self._todo: list[SimpleQueue[Run | None]]
-        self._todo = beside._todo if beside else [SimpleQueue() for _ in self._lanes[1:]]
+        self._todo = sibling_of._todo if sibling_of else [SimpleQueue() for _ in self._lanes[1:]]
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
         self._dead: set[int] = set()
-        self.critical = 0.0
+        self.critical_path_seconds = 0.0
         self.mark: Callable[[str], None] = lambda part: None
-        own = [] if beside else self._todo
+        own = [] if sibling_of else self._todo
         self._threads = [threading.Thread(target=_work, args=(q,), daemon=True) for q in own]
         for thread in self._threads:
             thread.start()
@@ -86,8 +86,8 @@ class HostBackend:
         self._index = {}
         self._timesteps = [float(t) for t in timesteps]
         self._conditioning = [dict(one) for one in conditioning]
-        for halves, arrays in self._inputs.items():
-            self._fill(halves, arrays)
+        for branches, arrays in self._inputs.items():
+            self._fill(branches, arrays)
         self.spans = [(0.0, 0.0)] * len(self._lanes)
         self.played: list[Sequence[Call]] = []
 
@@ -143,7 +143,7 @@ class HostBackend:
             if error is not None:
                 raise error
         self.mark("lanes")
-        self.critical += max(self.spans[n][1] - self.spans[n][0] for n, _ in busy)
+        self.critical_path_seconds += max(self.spans[n][1] - self.spans[n][0] for n, _ in busy)
         self.played.append(calls)
         self.mark("python")
         for _, bound in busy:
@@ -179,9 +179,9 @@ class HostBackend:
 
     def timed(self, calls: Sequence[Call]) -> float:
         """See Backend.timed."""
-        before = self.critical
+        before = self.critical_path_seconds
         self.predict(calls)
-        return self.critical - before
+        return self.critical_path_seconds - before
 
     @property
     def copied(self) -> Mapping[str, int]:
@@ -197,7 +197,7 @@ class HostBackend:
         """See Backend.dead: lanes whose runtime raised."""
         return sorted(self._dead)
 
-    def beside(self) -> HostBackend:
+    def sibling(self) -> HostBackend:
         """Another backend on the same lanes and threads, to be closed before this one."""
         return HostBackend(self._lanes, self)
 
@@ -228,28 +228,33 @@ class HostBackend:
     def _prepare(self, calls: Sequence[Call]) -> list[tuple[int, _Bound]]:
         """The calls of a round, bound to memory and with their timesteps set."""
         wanted = [
-            (n, tuple(self._index[half.latent] for half in call), tuple(self._row(half.output) for half in call), call)
+            (
+                n,
+                tuple(self._index[branch.latent] for branch in call),
+                tuple(self._row(branch.output) for branch in call),
+                call,
+            )
             for n, call in enumerate(calls)
             if call
         ]
         busy, images = [], self._shape[0]
         for n, latents, outputs, call in wanted:
-            key = (n, latents, outputs, tuple(half.conditioning for half in call))
+            key = (n, latents, outputs, tuple(branch.conditioning for branch in call))
             bound = self._bound.get(key) or self._bound.setdefault(key, self._bind(*key))
-            for row, half in enumerate(call):
-                bound.timestep[row * images : (row + 1) * images] = self._timesteps[half.step]
+            for row, branch in enumerate(call):
+                bound.timestep[row * images : (row + 1) * images] = self._timesteps[branch.step]
             busy.append((n, bound))
         return busy
 
-    def _bind(self, n: int, latents: Sequence[int], outputs: Sequence[int], halves: tuple[int, ...]) -> _Bound:
+    def _bind(self, n: int, latents: Sequence[int], outputs: Sequence[int], branches: tuple[int, ...]) -> _Bound:
         """Binds a call to the slots themselves where they are neighbours, else to memory of its own."""
-        count, batch = len(halves), len(halves) * self._shape[0]
-        if halves not in self._inputs:
-            self._inputs[halves] = {
+        count, batch = len(branches), len(branches) * self._shape[0]
+        if branches not in self._inputs:
+            self._inputs[branches] = {
                 name: np.empty((batch, *value.shape[1:]), value.dtype)
-                for name, value in self._conditioning[halves[0]].items()
+                for name, value in self._conditioning[branches[0]].items()
             }
-            self._fill(halves, self._inputs[halves])
+            self._fill(branches, self._inputs[branches])
 
         def rows(indices: Sequence[int]) -> tuple[Array, tuple[list[int], Array] | None]:
             if _neighbours(indices):
@@ -261,14 +266,14 @@ class HostBackend:
         output, scatter = rows(outputs)
         shape = (batch, *self._shape[1:])
         timestep = np.zeros(batch, np.float32)
-        inputs = {"sample": sample.reshape(shape), "timestep": timestep, **self._inputs[halves]}
+        inputs = {"sample": sample.reshape(shape), "timestep": timestep, **self._inputs[branches]}
         return _Bound(self._lanes[n].bind(inputs, output.reshape(shape)), timestep, gather, scatter)
 
-    def _fill(self, halves: Sequence[int], arrays: Mapping[str, Array]) -> None:
-        """Sets the conditioning of a batch: one block of images per half."""
+    def _fill(self, branches: Sequence[int], arrays: Mapping[str, Array]) -> None:
+        """Sets the conditioning of a batch: one block of images per branch."""
         images = self._shape[0]
-        for row, half in enumerate(halves):
-            for name, value in self._conditioning[half].items():
+        for row, branch in enumerate(branches):
+            for name, value in self._conditioning[branch].items():
                 arrays[name][row * images : (row + 1) * images] = value
 
     def _report(self, number: int, n: int, run: Run) -> None:

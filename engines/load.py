@@ -33,8 +33,8 @@ class Engines(Protocol):
     def backend(self) -> Backend:
         """The lanes of the denoiser."""
 
-    def beside(self, home: int) -> Backend:
-        """Another backend on the same lanes, for another picture at the same time, with its latents at lane `home`.
+    def sibling(self, home: int) -> Backend:
+        """Another backend on the same lanes, for another image at the same time, with its latents at lane `home`.
 
         It is closed with the model. The two must never use a lane at the same time, nor without `settle` in between.
         """

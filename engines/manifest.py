@@ -117,7 +117,7 @@ class Tokenizer(_Strict):
 
 
 class Sizes(_Strict):
-    """The pictures that the networks take, in pixels: sides from `least` to `most`, multiples of `multiple`."""
+    """The images that the networks take, in pixels: sides from `least` to `most`, multiples of `multiple`."""
 
     width: int
     height: int
@@ -131,7 +131,7 @@ class Sizes(_Strict):
         return f"{self.least} to {self.most} pixels in steps of {self.multiple}"
 
     def allows(self, side: int) -> bool:
-        """Whether a picture may have such a side."""
+        """Whether an image may have such a side."""
         return self.least <= side <= self.most and side % self.multiple == 0
 
 
@@ -146,7 +146,7 @@ class Defaults(_Strict):
 class Manifest(_Strict):
     """An exported model. `origin` is what `make engines MODEL=` made it of; `source` identifies its content.
 
-    networks: `text_encoder`, `denoiser`, `vae_decoder` and, where pictures can be started from, `vae_encoder`. The text
+    networks: `text_encoder`, `denoiser`, `vae_decoder` and, where images can be started from, `vae_encoder`. The text
     encoder's outputs are inputs of the denoiser, by name; the others of its inputs are `sample`, `timestep` and, where
     it takes them, `time_ids` (height, width, crop, crop, height, width) and `guidance`, the scale.
     alphas_cumprod: the training schedule's ᾱ per timestep; empty for flow matching.
@@ -187,13 +187,13 @@ class Manifest(_Strict):
         return tuple(output.name for output in self.networks["text_encoder"].outputs)
 
     def latent_axes(self, width: int, height: int, batch: int) -> Axes:
-        """The names of axes for pictures of some size in pixels."""
+        """The names of axes for images of some size in pixels."""
         factor = self.vae_scale_factor
         return {"batch": batch, "height": height // factor, "width": width // factor}
 
     @property
     def image_to_image(self) -> bool:
-        """Whether a picture can be started from."""
+        """Whether an image can be started from."""
         return "vae_encoder" in self.networks
 
     def write(self, folder: Path) -> None:

@@ -26,9 +26,9 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class CallCosts:
-    """Nothing but the longest call of every round; `seconds(halves)` is how long a call with so many halves takes."""
+    """Nothing but the longest call of every round; `seconds(branches)` is how long a call of so many takes."""
 
-    seconds: Callable[[int], float] = lambda halves: 0.0
+    seconds: Callable[[int], float] = lambda branches: 0.0
 
     def round(self, calls: Sequence[Call]) -> float:
         """See Costs."""
@@ -62,7 +62,7 @@ class NullBackend:
         """Forgets all slots and counts."""
         self.shape = shape
         self.steps = len(timesteps)
-        self.rounds = self.halves = self.calls = self.combines = 0
+        self.rounds = self.branches = self.calls = self.combines = 0
         self.seconds = 0.0
         self.written: set[str] = set()
 
@@ -78,17 +78,17 @@ class NullBackend:
     def predict(self, calls: Sequence[Call]) -> None:
         """One round."""
         assert len(calls) <= self.lanes, f"{len(calls)} calls for {self.lanes} lanes"
-        halves = [half for call in calls for half in call]
-        outputs = [half.output for half in halves]
-        assert halves, "a round without a call"
-        assert len(set(outputs)) == len(outputs), f"two halves of one round write the same slot: {outputs}"
-        for half in halves:
-            assert half.latent in self.written, f"slot {half.latent!r} is read but was never written"
-            assert half.latent not in outputs, f"slot {half.latent!r} is read and written in one round"
-            assert 0 <= half.step < self.steps, f"step {half.step} of {self.steps}"
+        branches = [branch for call in calls for branch in call]
+        outputs = [branch.output for branch in branches]
+        assert branches, "a round without a call"
+        assert len(set(outputs)) == len(outputs), f"two branches of one round write the same slot: {outputs}"
+        for branch in branches:
+            assert branch.latent in self.written, f"slot {branch.latent!r} is read but was never written"
+            assert branch.latent not in outputs, f"slot {branch.latent!r} is read and written in one round"
+            assert 0 <= branch.step < self.steps, f"step {branch.step} of {self.steps}"
         self.written.update(outputs)
         self.rounds += 1
-        self.halves += len(halves)
+        self.branches += len(branches)
         self.calls += sum(1 for call in calls if call)
         self.seconds += self._costs.round(calls)
 
@@ -118,7 +118,7 @@ class NullBackend:
         return self.seconds - before
 
     @property
-    def critical(self) -> float:
+    def critical_path_seconds(self) -> float:
         """The virtual seconds since the image began."""
         return self.seconds
 

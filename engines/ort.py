@@ -148,9 +148,9 @@ class Engines:
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
         self.backend = HostBackend([SessionLane(session) for session in self._sessions])
 
-    def beside(self, home: int) -> HostBackend:
+    def sibling(self, home: int) -> HostBackend:
         """See load.Engines."""
-        return self.backend.beside()
+        return self.backend.sibling()
 
     def close(self) -> None:
         """Stops the lanes."""

@@ -51,7 +51,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Asked:
-    """What to export: a model's name and folder, LoRA files with their scales, and which sides pictures may have.
+    """What to export: a model's name and folder, LoRA files with their scales, and which sides images may have.
 
     `model` is what stands behind `make engines MODEL=`; without it, the folder does.
     """
@@ -162,7 +162,7 @@ def up_to_date(target: Path, source: str) -> bool:
 
 
 def check_name(target: Path, asked: Asked, precision: str) -> None:
-    """ExportError where the name of one model in half precision is that of another one."""
+    """ExportError where the name of one model in fp16 is that of another one."""
     try:
         there = Manifest.read(target)
     except BundleError:
@@ -207,8 +207,8 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
     refused = source.family.refused(known)
     if refused:
         raise ExportError(f"{asked.folder} cannot be exported: {refused}")
-    pictures = sizes(asked, source, known)
-    sides = Sides(pictures.width, pictures.least, pictures.most, pictures.multiple)
+    images = sizes(asked, source, known)
+    sides = Sides(images.width, images.least, images.most, images.multiple)
     factor = vae_factor(known)
     with resuming(target, f"{identity} {precision}") as partial:
         for scratch in partial.glob("*/"):
@@ -243,11 +243,11 @@ def export(asked: Asked, target: Path, identity: str, precision: str) -> None:
         for name in wanted:
             (partial / f"{name}.done").unlink()
         networks = {name: networks[name] for name in wanted}
-        manifest(asked, identity, precision, source, known, pictures, networks, partial).write(partial)
+        manifest(asked, identity, precision, source, known, images, networks, partial).write(partial)
 
 
 def precision_of(source: Source, known: Components, parts: Sequence[str], precision: str) -> str:
-    """The type of one network: a VAE that overflows in half is exported in float32, as diffusers runs it."""
+    """The type of one network: a VAE that overflows in fp16 is exported in float32, as diffusers runs it."""
     wide = source.family.wide_vae and "vae" in parts and known.vae.config.force_upcast
     return "fp32" if wide and precision == "fp16" else precision
 
@@ -271,7 +271,7 @@ def finished(partial: Path, network: str) -> Network | None:
 
 
 def manifest(
-    asked: Asked, identity: str, precision: str, source: Source, known: Components, pictures: Sizes,
+    asked: Asked, identity: str, precision: str, source: Source, known: Components, images: Sizes,
     networks: dict[str, Network], folder: Path,
 ) -> Manifest:  # fmt: skip
     """The manifest; writes the tokenizers, which it has the hashes of."""
@@ -307,7 +307,7 @@ def manifest(
         alphas_cumprod=() if alphas is None else tuple(alphas.tolist()),
         latent_channels=known.vae.config.latent_channels,
         vae_scale_factor=vae_factor(known),
-        sizes=pictures,
+        sizes=images,
         guidance=family.guidance(known),
         zero_negative=bool(known.config.get("force_zeros_for_empty_prompt", False)),
         clip_skip=known.text_encoder.config.num_hidden_layers - 1 if skips else 0,
@@ -324,7 +324,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
     parser.add_argument("model", help="shapes, the folder of a diffusers model, or owner/name on the hub")
     parser.add_argument("--lora", nargs="+", default=(), metavar="FILE[:SCALE]", help="LoRA files to fuse, in order")
-    parser.add_argument("--sizes", metavar="LEAST-MOST", help="sides of pictures in pixels; default: half to double")
+    parser.add_argument("--sizes", metavar="LEAST-MOST", help="sides of images in pixels; default: half to double")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--devices", default="auto", help="where it will run, which says in what type")
     parser.add_argument("--allow-pickle", action="store_true", help="read weights that may run code when they are read")

@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sides:
-    """Pictures in pixels: each side a multiple of `multiple` between `least` and `most`; `default` is square."""
+    """Images in pixels: each side a multiple of `multiple` between `least` and `most`; `default` is square."""
 
     default: int
     least: int
@@ -40,13 +40,13 @@ class Sides:
 class Family:
     """An entry. Its functions take a `loading.Components`, where what is not loaded still has its config.
 
-    sides: the sides of pictures; with `full=True` all that the networks can do, else what is exported by default.
+    sides: the sides of images; with `full=True` all that the networks can do, else what is exported by default.
     networks: by name, the pipeline's components that it is made of, and what makes it of them.
     guidance: whether two passes are combined, the denoiser is told the scale, or there is none.
     patch: latents per side of a token, where the schedule depends on the number of tokens.
     even_sigmas: the pipeline itself, not its scheduler, spaces the noise levels evenly from 1 down to 1/N.
     strength_up: the number of steps that a strength stands for is rounded up, as diffusers does in this family.
-    wide_vae: a VAE whose config says `force_upcast` is not run in half, as diffusers does in this family.
+    wide_vae: a VAE whose config says `force_upcast` is not run in fp16, as diffusers does in this family.
     optional: components that a folder may lack, beside those that no family uses.
     """
 
@@ -119,7 +119,7 @@ def _pooled_unet_refused(pipeline: Any) -> str | None:
 def _packed_refused(pipeline: Any) -> str | None:
     config = pipeline.transformer.config
     if config.in_channels != 4 * pipeline.vae.config.latent_channels:
-        return f"its transformer takes {config.in_channels} channels: it wants a picture beside the text"
+        return f"its transformer takes {config.in_channels} channels: it wants an image beside the text"
     return None
 
 

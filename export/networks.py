@@ -281,7 +281,7 @@ class PackedTransformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """As UNet.
 
-        The transformer would round times and scales to its own type before it embeds them, in half by up to a quarter
+        The transformer would round times and scales to its own type before it embeds them, in fp16 by up to a quarter
         of a step of a thousand; here they are embedded as they came, and the transformer gets the embedding.
         """
         batch, channels, height, width = sample.shape

@@ -24,7 +24,7 @@ from export.networks import Axis, Exported
 
 OPSET = 20  # the newest that needs no Attention operator, which TensorRT-RTX cannot build
 MAX_BATCH = 64
-# of an output's largest value; every layer rounds to 5e-4 in half and to 4e-3 in bfloat16
+# of an output's largest value; every layer rounds to 5e-4 in fp16 and to 4e-3 in bfloat16
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 BATCHES, FEW = (1, 3, 4), (1, 2)  # rows of fresh inputs that are compared; few where one takes minutes
 WIDE = 256  # pixels of the smallest sides from which they are few for a VAE, whose memory grows with them
@@ -61,7 +61,7 @@ def export_network(
         _write(network, path, sides, factor, beside=weights >= LARGE)
         stage(STAGES[2])
         drawn = [[one.values(_resolve(one.axes, numbers)) for one in network.inputs] for numbers in axes]
-        network.module.float()  # torch has no fast half on processors, and this is the better yardstick
+        network.module.float()  # torch has no fast fp16 on processors, and this is the better yardstick
         found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
     stage(STAGES[3])
     names, inputs, outputs = [one.name for one in network.inputs], network.inputs, network.outputs

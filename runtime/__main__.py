@@ -1,4 +1,4 @@
-"""`python -m runtime "a large red star" --out image.png`: one prompt, one or more pictures."""
+"""`python -m runtime "a large red star" --out image.png`: one prompt, one or more images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
     parser.add_argument("--negative-prompt")
     parser.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
-    parser.add_argument("--image", type=Path, help="a picture to start from")
+    parser.add_argument("--image", type=Path, help="an image to start from")
     parser.add_argument("--strength", type=float, help="of --image, 0 to 1: the share of the steps that is made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scheduler", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
@@ -74,18 +74,18 @@ def load_latents(path: Path | None) -> np.ndarray | None:
 
 
 def load_image(path: Path | None) -> Image.Image | None:
-    """A picture from a file; ParameterError when it is none."""
+    """An image from a file; ParameterError when it is none."""
     if path is None:
         return None
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError) as error:
-        raise ParameterError("image", f"{path} cannot be read as a picture: {error}") from error
+        raise ParameterError("image", f"{path} cannot be read as an image: {error}") from error
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
-    """`image.png`, or `image-0.png`, `image-1.png`, … for several pictures."""
+    """`image.png`, or `image-0.png`, `image-1.png`, … for several images."""
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(count)]
 
 
@@ -96,7 +96,7 @@ def run(options: dict[str, Any]) -> None:
         if not path.resolve().parent.is_dir():
             raise ParameterError("out", f"the folder of {path} does not exist: create it first")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ParameterError("out", f"{out}: the picture's name must end in .png, .jpg or .webp")
+        raise ParameterError("out", f"{out}: the image's name must end in .png, .jpg or .webp")
     if save_latents and save_latents.suffix != ".npy":
         raise ParameterError("save_latents", f"{save_latents}: the name of the latents must end in .npy")
     model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")

@@ -21,7 +21,7 @@ from runtime.sampling.drafts import resolve
 from runtime.sampling.execute import Counts, execute
 from runtime.sampling.noise import noise_slots
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.plan import plan
+from runtime.sampling.program import program
 from runtime.sampling.schedule import Schedule
 
 
@@ -52,17 +52,17 @@ class Candidate(_Strict):
 
 
 class Drift(_Strict):
-    """Relative L2 distance of the finished latents from the sequential ones, over some pictures."""
+    """Relative L2 distance of the finished latents from the sequential ones, over some images."""
 
     setting: Setting
     candidate: Candidate
-    pictures: int
+    images: int
     median: float
     p90: float
 
 
 class Calibration(_Strict):
-    """`calls[devices][batch]` is the seconds of a call with that many halves on each lane at the same time."""
+    """`calls[devices][batch]` is the seconds of a call with that many branches on each lane at the same time."""
 
     schema_version: Literal[1] = 1
     calls: dict[str, dict[int, float]] = {}
@@ -105,14 +105,14 @@ def candidates() -> list[Candidate]:
 
 
 def call_seconds(measured: dict[int, float]) -> Callable[[int], float]:
-    """Seconds for any number of halves: linear between what was measured, and beyond it."""
+    """Seconds for any number of branches: linear between what was measured, and beyond it."""
     batches = sorted(measured)
     seconds = [measured[batch] for batch in batches]
 
-    def interpolate(halves: int) -> float:
-        if halves > batches[-1]:
-            return seconds[-1] * halves / batches[-1]
-        return float(np.interp(halves, batches, seconds))
+    def interpolate(branches: int) -> float:
+        if branches > batches[-1]:
+            return seconds[-1] * branches / batches[-1]
+        return float(np.interp(branches, batches, seconds))
 
     return interpolate
 
@@ -130,7 +130,7 @@ def played_seconds(
     seconds: Callable[[int], float], images: int,
 ) -> float:  # fmt: skip
     """The model calls on the critical path, on a backend that only keeps a clock."""
-    backend = NullBackend(lanes, CallCosts(lambda halves: seconds(halves * images)))
+    backend = NullBackend(lanes, CallCosts(lambda branches: seconds(branches * images)))
     rehearse(mode, options, schedule, guidance_scale, backend)
     return backend.seconds
 
@@ -143,7 +143,7 @@ def rehearse(
     backend.written.add(STATE)
     for step in schedule.stochastic_steps:
         backend.written.update(slot for slot, _ in noise_slots(step, schedule.steps, options))
-    return execute(plan(mode, schedule, options, backend.lanes, guidance_scale), backend, lambda finished: None)
+    return execute(program(mode, schedule, options, backend.lanes, guidance_scale), backend, lambda finished: None)
 
 
 def choose(
@@ -159,7 +159,7 @@ def choose(
 ) -> tuple[Choice, list[str]]:
     """The fastest candidate within the tolerance, and warnings; sequential where nothing was measured.
 
-    A tolerance of 0 is exact. The drift of a candidate is its 90th percentile over the pictures that were measured.
+    A tolerance of 0 is exact. The drift of a candidate is its 90th percentile over the images that were measured.
     `guided` says whether the model makes a second pass for guidance.
     """
     if tolerance == 0 or not schedule.draftable:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engines.base import Array, Half
+from engines.base import Array, Branch
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
@@ -28,7 +28,7 @@ def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     pipeline.generate(pipeline.manifest.examples[0], num_inference_steps=1)  # binds an image
     backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
     for batch in BATCHES:
-        calls = [[Half(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
+        calls = [[Branch(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
         once = backend.timed(calls)
         left = budget - (time.monotonic() - started)
         found[batch] = float(np.median([backend.timed(calls) for _ in range(min(REPEATS, int(left / once)))] or [once]))
@@ -37,29 +37,27 @@ def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     return found
 
 
-def drift_seconds(
-    pipeline: Pipeline, calls: dict[int, float], steps: int, guidance_scale: float, pictures: int
-) -> float:
+def drift_seconds(pipeline: Pipeline, calls: dict[int, float], steps: int, guidance_scale: float, images: int) -> float:
     """About how long measuring the drifts of all candidates takes: as many sequential evaluations and one more."""
-    halves = 2 if guidance_scale > 1 and pipeline.manifest.guidance == "classifier_free" else 1
+    branches = 2 if guidance_scale > 1 and pipeline.manifest.guidance == "classifier_free" else 1
     per_half = min(seconds / batch for batch, seconds in calls.items()) / pipeline.backend.lanes
-    return (len(candidates()) + 1) * steps * halves * pictures * per_half
+    return (len(candidates()) + 1) * steps * branches * images * per_half
 
 
 def measure_drifts(
-    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, pictures: int,
+    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, images: int,
     wanted: Sequence[Candidate],
 ) -> list[Drift]:  # fmt: skip
     """The drift of candidates from `sequential` over the model's example prompts."""
     examples = pipeline.manifest.examples or ("",)
-    prompts = [examples[n % len(examples)] for n in range(pictures)]
+    prompts = [examples[n % len(examples)] for n in range(images)]
 
     def latents(candidate: Candidate) -> Array:
         result = pipeline.generate(
             prompts, num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler,
             mode=candidate.mode, k=candidate.k, drafts=candidate.drafts,
         )  # fmt: skip
-        return result.latents.reshape(pictures, -1)
+        return result.latents.reshape(images, -1)
 
     reference, found = latents(EXACT), []
     setting = pipeline.setting(scheduler, steps, guidance_scale)
@@ -67,18 +65,18 @@ def measure_drifts(
         distances = np.linalg.norm(latents(candidate) - reference, axis=1) / np.linalg.norm(reference, axis=1)
         p90 = float(np.quantile(distances, 0.9))
         found.append(
-            Drift(setting=setting, candidate=candidate, pictures=pictures, median=float(np.median(distances)), p90=p90)
+            Drift(setting=setting, candidate=candidate, images=images, median=float(np.median(distances)), p90=p90)
         )
     return found
 
 
 def calibrate(
     model: str, build: Path, devices: str, steps: Sequence[int], guidance_scale: float | None, scheduler: str | None,
-    pictures: int, budget: float, *, again: bool,
+    images: int, budget: float, *, again: bool,
 ) -> str:  # fmt: skip
     """Measures what is missing and stores it; returns what was done, in words."""
-    if pictures < 1:
-        raise ParameterError("pictures", f"pictures must be at least 1, not {pictures}")
+    if images < 1:
+        raise ParameterError("images", f"images must be at least 1, not {images}")
     pipeline = Pipeline.load(model, devices, build)
     try:
         path = pipeline.calibration_path
@@ -97,14 +95,14 @@ def calibrate(
                     drift.candidate for drift in known.for_setting(pipeline.setting(scheduler, count, guidance_scale))
                 }
                 missing = [candidate for candidate in candidates() if candidate not in there]
-                needed = drift_seconds(pipeline, known.calls[pipeline.calibration_key], count, guidance_scale, pictures)
+                needed = drift_seconds(pipeline, known.calls[pipeline.calibration_key], count, guidance_scale, images)
                 if missing and needed > budget:
                     return (
                         f"not measured, as it would take about {needed / 60:.0f} minutes; mode auto plays sequential "
                         f"until `python -m runtime.calibrate {model} --devices {devices} --budget inf` has done it"
                     )
                 if missing:
-                    found = measure_drifts(pipeline, count, guidance_scale, scheduler, pictures, missing)
+                    found = measure_drifts(pipeline, count, guidance_scale, scheduler, images, missing)
                     known = known.model_copy(update={"drifts": (*known.drifts, *found)})
                     known.write(path)
             return "calibrated" if known != before else "calibration is up to date"
@@ -122,7 +120,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
     parser.add_argument("--budget", type=float, default=600, help="seconds; what would take longer is left out")
     parser.add_argument("--scheduler", help="default: the model's own")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = vars(parser.parse_args())
     try:

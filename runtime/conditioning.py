@@ -60,7 +60,7 @@ class Conditioner:
     def __call__(
         self, texts: Texts, guidance_scale: float, size: tuple[int, int], images_per_prompt: int
     ) -> tuple[Conditioning, list[str]]:
-        """The denoiser's inputs for both guidance halves, (images, …) each, and warnings; `size` is (width, height)."""
+        """The denoiser's inputs for both branches, (images, …) each, and warnings; `size` is (width, height)."""
         manifest, prompts = self._manifest, texts.prompts()
         if manifest.guidance != "classifier_free" and texts.negative_prompt:
             raise ParameterError("negative_prompt", f"{manifest.model} makes no second pass that it could be used in")
@@ -76,14 +76,14 @@ class Conditioner:
                 argument = f"negative_{self._arguments[name]}"
                 raise ParameterError(argument, "give one negative embedding, or one per prompt")
         told = self._told(guidance_scale, size)
-        halves: Conditioning = [
+        branches: Conditioning = [
             {
                 name: np.broadcast_to(value, (rows, *value.shape[1:])).repeat(images_per_prompt, 0)
-                for name, value in (half | told).items()
+                for name, value in (branch | told).items()
             }
-            for half in (negative, positive)
+            for branch in (negative, positive)
         ]
-        return halves, warnings
+        return branches, warnings
 
     def _encode(self, prompts: Sequence[str], clip_skip: int | None) -> tuple[dict[str, Array], list[str]]:
         """The first prompt is the negative one, which diffusers never skips layers for."""
@@ -123,7 +123,7 @@ class Conditioner:
     def _told(self, guidance_scale: float, size: tuple[int, int]) -> dict[str, Array]:
         """What some denoisers take beside texts: one row that is the same for all images.
 
-        time_ids: size of the original, where it was cropped, size of the picture (Podell et al. 2023, section 2.2).
+        time_ids: size of the original, where it was cropped, size of the image (Podell et al. 2023, section 2.2).
         """
         width, height = size
         known = {"time_ids": [height, width, 0, 0, height, width], "guidance": guidance_scale}

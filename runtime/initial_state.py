@@ -1,4 +1,4 @@
-"""Where the denoising loop starts: from noise, or from a picture with the noise that belongs to a later step."""
+"""Where the denoising loop starts: from noise, or from an image with the noise that belongs to a later step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engines.base import Array
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import Runner
 from engines.manifest import Manifest
-from runtime.sampling.noise import PICTURE, gaussian
+from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedule import Schedule
 
 
@@ -31,9 +31,9 @@ def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array
 
 @dataclass(frozen=True)
 class Start:
-    """The pictures to start from, none for noise, and the share of the steps that is made."""
+    """The images to start from, none for noise, and the share of the steps that is made."""
 
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     strength: float
     round_up: bool = False
 
@@ -45,21 +45,21 @@ class Start:
                 raise ParameterError("strength", "strength belongs to image: give both, or leave it out")
             return cls((), 1.0)
         if not manifest.image_to_image:
-            raise ParameterError("image", f"{manifest.model} ({manifest.family}) cannot start from a picture")
-        pictures = tuple(image) if isinstance(image, list | tuple) else (image,)
-        if not pictures or not all(isinstance(one, Image.Image) for one in pictures):
+            raise ParameterError("image", f"{manifest.model} ({manifest.family}) cannot start from an image")
+        images = tuple(image) if isinstance(image, list | tuple) else (image,)
+        if not images or not all(isinstance(one, Image.Image) for one in images):
             raise ParameterError("image", "image must be a PIL image, or a list of them")
         strength = manifest.defaults.strength if strength is None else strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
-        return cls(pictures, float(strength), manifest.strength_up)
+        return cls(images, float(strength), manifest.strength_up)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
-        """(width, height) of the pictures to make; ParameterError lists what the engine can do."""
+        """(width, height) of the images to make; ParameterError lists what the engine can do."""
         sizes = manifest.sizes
         own = (sizes.width, sizes.height)
-        if self.pictures:
-            wide, high = (side // sizes.multiple * sizes.multiple for side in self.pictures[0].size)
+        if self.images:
+            wide, high = (side // sizes.multiple * sizes.multiple for side in self.images[0].size)
             own = wide, high  # rounded down, as diffusers does
         found = own[0] if width is None else width, own[1] if height is None else height
         for name, side in zip(("width", "height"), found, strict=True):
@@ -70,8 +70,8 @@ class Start:
         return found
 
     def first_step(self, steps: int) -> int:
-        """How many steps the picture skips; ParameterError where none is left."""
-        if not self.pictures:
+        """How many steps the image skips; ParameterError where none is left."""
+        if not self.images:
             return 0
         made = steps * self.strength
         first = steps - (math.ceil(made) if self.round_up else int(made))
@@ -84,17 +84,17 @@ class Start:
     def state(
         self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None
     ) -> Array:
-        """The state before the first step, as the schedule has it: α·x_0 + σ·noise for a picture's latents x_0."""
-        if not self.pictures:
+        """The state before the first step, as the schedule has it: α·x_0 + σ·noise for an image's latents x_0."""
+        if not self.images:
             return noise * np.float32(schedule.init_noise_sigma)
         assert encoder is not None
-        if len(noise) % len(self.pictures):
-            raise ParameterError("image", f"{len(self.pictures)} pictures cannot be dealt to {len(noise)} images")
-        pixels = np.stack([_pixels(picture, size) for picture in self.pictures])
-        drawn = [gaussian(seed, image, PICTURE, noise.shape[1:]) for image in range(len(pixels))]
+        if len(noise) % len(self.images):
+            raise ParameterError("image", f"{len(self.images)} input images cannot be dealt to {len(noise)} images")
+        pixels = np.stack([_pixels(one, size) for one in self.images])
+        drawn = [gaussian(seed, image, ENCODER, noise.shape[1:]) for image in range(len(pixels))]
         latents = encoder.run(image=pixels, noise=np.stack(drawn))["latent_sample"]
         if not np.isfinite(latents).all():
-            raise NonFiniteError("the VAE encoder gave NaN or infinity: no picture can be made of it")
+            raise NonFiniteError("the VAE encoder gave NaN or infinity: no image can be made of it")
         row = schedule.rows[0]
         state: Array = (
             np.float32(row.alpha) * latents.repeat(len(noise) // len(latents), 0) + np.float32(row.sigma) * noise
@@ -102,9 +102,9 @@ class Start:
         return state
 
 
-def _pixels(picture: Image.Image, size: tuple[int, int]) -> Array:
+def _pixels(image: Image.Image, size: tuple[int, int]) -> Array:
     """(3, height, width) in [−1, 1], resized as diffusers does."""
-    fitted = picture.convert("RGB")
+    fitted = image.convert("RGB")
     if fitted.size != size:
         fitted = fitted.resize(size, Image.Resampling.LANCZOS)
     pixels: Array = np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(255) * 2 - 1

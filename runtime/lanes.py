@@ -1,8 +1,8 @@
-"""Several pictures at once on disjoint lanes: who waits, who is seated, and which lanes a round may use.
+"""Several images at once on disjoint lanes: who waits, who is seated, and which lanes a round may use.
 
-Every lane has a desk. A picture takes one when it is its turn, owns the desk's lane until it is finished, and borrows
+Every lane has a desk. An image takes one when it is its turn, owns the desk's lane until it is finished, and borrows
 lanes whose desks are empty. Before each of its rounds it gives back what has been taken in the meantime and takes what
-has become free: so a lone picture has all lanes, and one that comes in never waits for a whole picture while the rule
+has become free: so a lone image has all lanes, and one that comes in never waits for a whole image while the rule
 in `runtime.share` wants it seated. A sampler's operations do not depend on any of this, only where a round's calls run.
 """
 
@@ -19,12 +19,12 @@ from engines.errors import DeviceError
 from runtime.lane_policy import ELASTIC, Seconds
 from runtime.sampling.place import place
 
-POLL = 0.05  # seconds after which a picture that waits asks whether it is still wanted
+POLL = 0.05  # seconds after which an image that waits asks whether it is still wanted
 Check = Callable[[], None]
 
 
 class Seat:
-    """A picture's place: a backend whose rounds run on the lanes that the picture has at that moment.
+    """An image's place: a backend whose rounds run on the lanes that the image has at that moment.
 
     `calls` counts runs of the network, `rounds` and `lane_rounds` say on how many lanes they were, on average.
     """
@@ -48,9 +48,9 @@ class Seat:
         return self._owner.count
 
     @property
-    def critical(self) -> float | None:
-        """See Backend.critical."""
-        return self._backend.critical
+    def critical_path_seconds(self) -> float | None:
+        """See Backend.critical_path_seconds."""
+        return self._backend.critical_path_seconds
 
     @property
     def staged(self) -> tuple[tuple[int, int], ...]:
@@ -68,12 +68,12 @@ class Seat:
         return self._backend.copied
 
     def predict(self, calls: Sequence[Call]) -> None:
-        """See Backend.predict. Asks first whether the picture is still wanted."""
+        """See Backend.predict. Asks first whether the image is still wanted."""
         self.check()
         self._owner.update(self)
         held = self.held
         if len(held) < self._owner.count:
-            own = place([half for call in calls for half in call], len(held))
+            own = place([branch for call in calls for branch in call], len(held))
             shared: list[Call] = [()] * self._owner.count
             for lane, call in zip(held, own, strict=True):
                 shared[lane] = call
@@ -114,7 +114,7 @@ class Lanes:
     def seat(
         self, seconds: Seconds, before_round: Check = lambda: None, *, first: bool = False, most: int | None = None
     ) -> Iterator[Seat]:
-        """A seat for one picture that takes `seconds(lanes)`; waits in line for it, or in front of the line.
+        """A seat for one image that takes `seconds(lanes)`; waits in line for it, or in front of the line.
 
         `before_round` is called also while it waits, and may raise to give up. It never has more than `most` lanes.
         """
@@ -181,7 +181,7 @@ class Lanes:
         with self._changed:
             given = [lane for lane in seat.held if lane not in self._share(seat)]
         if given:
-            seat.settle()  # nothing of this picture may run any more on a lane that another one takes
+            seat.settle()  # nothing of this image may run any more on a lane that another one takes
         with self._changed:
             self._give_back(seat, given)
             self._take(seat)
@@ -200,10 +200,10 @@ class Lanes:
         for lane, call in enumerate(calls):
             if call and backend.spans is not None:
                 start, end = backend.spans[lane]
-                self.busy_seconds[lane] += end - start  # by the one picture that has the lane
+                self.busy_seconds[lane] += end - start  # by the one image that has the lane
 
     def busy(self) -> list[float]:
-        """Seconds of model calls by lane; where the host does not know them, seconds that pictures had the lane."""
+        """Seconds of model calls by lane; where the host does not know them, seconds that images had the lane."""
         return [known or held for known, held in zip(self.busy_seconds, self.held_seconds, strict=True)]
 
     def copied(self) -> dict[str, int]:
@@ -215,12 +215,12 @@ class Lanes:
 
     @property
     def waiting(self) -> int:
-        """Pictures in the line."""
+        """Images in the line."""
         return len(self._waiting)
 
     @property
     def seated(self) -> int:
-        """Pictures being made."""
+        """Images being made."""
         return len(self._seats)
 
     def _sit(self, seconds: Seconds, check: Check, first: bool, most: int) -> Seat:

@@ -1,4 +1,4 @@
-"""`Pipeline`: a prompt in, pictures out. The stages in order: text, start, denoising loop, VAE decoder."""
+"""`Pipeline`: a prompt in, images out. The stages in order: text, start, denoising loop, VAE decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.base import Array, Backend, Half
+from engines.base import Array, Backend, Branch
 from engines.devices import parse_devices, precision
 from engines.errors import DeviceError, EngineError, NonFiniteError, ParameterError
 from engines.load import check as check_lanes
@@ -45,7 +45,7 @@ StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
 
 @dataclass(frozen=True)
 class Result:
-    """The pictures of one call; `latents` is (images, channels, height, width) float32, as diffusers has them."""
+    """The images of one call; `latents` is (images, channels, height, width) float32, as diffusers has them."""
 
     images: list[Image.Image]
     latents: Array
@@ -55,7 +55,7 @@ class Result:
 class Pipeline:
     """A loaded model on a set of lanes. Safe to call from several threads, which share the lanes (`runtime.lanes`).
 
-    A lane that stops working is left out from then on, and named in `lost`; its picture is made again on the others.
+    A lane that stops working is left out from then on, and named in `lost`; its image is made again on the others.
     `revive` tries it again.
     """
 
@@ -67,9 +67,9 @@ class Pipeline:
         self._tokenizer = PromptTokenizer(bundle)
         self._open()
         self.lanes = Lanes(len(self.devices), self._desk)
-        self._default_k = len(self.devices)  # also when some are lost: a picture depends on what was asked alone
+        self._default_k = len(self.devices)  # also when some are lost: an image depends on what was asked alone
         self._repairing = threading.Lock()
-        self._round_inputs: tuple[Array, Conditioning] | None = None  # of the last picture, for `probe`
+        self._round_inputs: tuple[Array, Conditioning] | None = None  # of the last image, for `probe`
         self._here = threading.local()
 
     @classmethod
@@ -101,7 +101,7 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the latent of a picture of the default size."""
+        """(channels, height, width) of the latent of an image of the default size."""
         return self._latent_shape((self.manifest.sizes.width, self.manifest.sizes.height))
 
     def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -122,7 +122,7 @@ class Pipeline:
         return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
 
     def close(self) -> None:
-        """Stops the lanes, after the pictures that are being made."""
+        """Stops the lanes, after the images that are being made."""
         with self.lanes.alone(wait=True):
             self._engines.close()
 
@@ -161,29 +161,29 @@ class Pipeline:
         timeline: bool = False,
         before_round: Callable[[], None] = lambda: None,
     ) -> Result:
-        """Makes pictures. Arguments that diffusers also has mean what they mean there, and default to what they do in
+        """Makes images. Arguments that diffusers also has mean what they mean there, and default to what they do in
         the model's own pipeline.
 
         mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
         k, first_blocks, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the
         number of lanes that were loaded, however many of them are free.
-        seed: 0 … 2⁶⁴−1; picture i of a call draws its noise from (seed, i, step).
-        width, height: `manifest.sizes` says which; with `image`, by default those of the picture.
+        seed: 0 … 2⁶⁴−1; image i of a call draws its noise from (seed, i, step).
+        width, height: `manifest.sizes` says which; with `image`, by default those of the image.
         lanes: how many of the lanes work on this call, all by default. It changes neither k nor what `auto` chooses, so
-        that the picture is the same to rounding.
+        that the image is the same to rounding.
         latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
         width), in place of `prompt`, with pooled_prompt_embeds where the model has them. Latents come back as the model
         sees them, so that of the Euler schedulers those before the last step are diffusers' divided by √(1 + σ²).
-        image: starts from a picture, or one per prompt, instead of from noise; the last `strength` of the steps are
-        made, on the picture with the noise that belongs there.
+        image: starts from an image, or one per prompt, instead of from noise; the last `strength` of the steps are
+        made, on the image with the noise that belongs there.
         callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
         after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
         shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
         so that none depends on its neighbours, and the steps begin anew with each.
 
         progress(finished, steps) is called at the same times with numbers of steps, costs nothing, and may raise to
-        cancel; while it runs, `preview` shows the picture so far. before_round() is called before every round and while
-        the picture waits for lanes, and may raise to cancel.
+        cancel; while it runs, `preview` shows the image so far. before_round() is called before every round and while
+        the image waits for lanes, and may raise to cancel.
 
         timeline: whether the report says what each lane did when.
 
@@ -271,20 +271,20 @@ class Pipeline:
             try:
                 with self.lanes.seat(seconds, before_round, first=again, most=lanes) as seat:
                     seated = time.perf_counter()
-                    self._here.seat, before = seat, seat.critical
+                    self._here.seat, before = seat, seat.critical_path_seconds
                     recorded = Timeline(seat, lambda: seat.dealt) if timeline else None
                     finished, counts = denoise(
                         seat, state, conditioning, schedule, mode, options, passes, seed, notify, timeline=recorded
                     )
-                    after = seat.critical
+                    after = seat.critical_path_seconds
                 break
             except DeviceError as error:
                 again = True
                 warnings.append(self._without_dead_lanes(error, seat, seat.generation))
-        self._round_inputs = state[:1], [{name: value[:1] for name, value in half.items()} for half in conditioning]
+        self._round_inputs = state[:1], [{name: value[:1] for name, value in branch.items()} for branch in conditioning]
         critical = None if before is None or after is None else after - before
         denoised = time.perf_counter()
-        pictures = self._beside_lanes(lambda: self._decode(finished), warnings)
+        decoded = self._beside_lanes(lambda: self._decode(finished), warnings)
         ended = time.perf_counter()
         working = self.devices[:lanes]
         report = Report(
@@ -292,7 +292,7 @@ class Pipeline:
             first_blocks=options.first_blocks,
             lanes=len(working), devices=",".join(map(str, working)), guidance_scale=float(guidance_scale),
             guidance_split=passes > 1 and len(working) > 1, drafts=options.drafts, seed=seed,
-            images=len(pictures), width=size[0], height=size[1],
+            images=len(decoded), width=size[0], height=size[1],
             rounds=counts.rounds, evaluations=counts.evaluations, calls=seat.calls,
             lanes_per_round=round(seat.lane_rounds / seat.rounds, 3),
             seconds={
@@ -307,10 +307,10 @@ class Pipeline:
             timeline=tuple(recorded.spans) if recorded else None,
             warnings=(*warnings, *cut),
         )  # fmt: skip
-        return Result(pictures, finished, report)
+        return Result(decoded, finished, report)
 
     def probe(self) -> bool:
-        """One evaluation on every lane, to see whether they work; False, at once, while pictures are made on them.
+        """One evaluation on every lane, to see whether they work; False, at once, while images are made on them.
 
         DeviceError or NonFiniteError of a lane that does not; a lane that stopped working is left out from then on.
         """
@@ -322,12 +322,12 @@ class Pipeline:
                 return False
             noise, conditioning = self._round_inputs
             generation, error = self.lanes.generation, None
-            backend = self._prober = self._prober or self._engines.beside(0)
+            backend = self._prober = self._prober or self._engines.sibling(0)
             backend.bind(noise.shape, [1.0], conditioning)
             backend.write(STATE, noise)
             outputs = [f"output {lane}" for lane in range(backend.lanes)]
             try:
-                calls = [(Half(STATE, 0, output, len(conditioning) - 1),) for output in outputs]
+                calls = [(Branch(STATE, 0, output, len(conditioning) - 1),) for output in outputs]
                 backend.predict(calls)
                 self.lanes.count_round(backend, calls)
                 if not all(np.isfinite(backend.read(output)).all() for output in outputs):
@@ -341,7 +341,7 @@ class Pipeline:
         return True
 
     def revive(self) -> bool:
-        """Opens the model again on the lost lanes, too, after the pictures that are being made; whether all lanes work.
+        """Opens the model again on the lost lanes, too, after the images that are being made; whether all lanes work.
 
         EngineError when not even those that worked can be opened.
         """
@@ -377,27 +377,27 @@ class Pipeline:
             return run()
 
     def _desk(self, desk: int) -> Backend:
-        return self._engines.beside(desk) if desk else self._engines.backend
+        return self._engines.sibling(desk) if desk else self._engines.backend
 
     def _measured(self) -> Callable[[int], float]:
-        """Seconds of a call by its number of halves; in proportion to them where nothing was measured."""
+        """Seconds of a call by its number of branches; in proportion to them where nothing was measured."""
         known = Calibration.read(self.calibration_path).calls.get(self.calibration_key)
         return call_seconds(known or {1: 1.0})
 
     def _without_dead_lanes(self, error: DeviceError, used: Backend, generation: int) -> str:
         """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one.
 
-        Pictures that other threads are making on the others are waited for; those that fail, too, come here next.
+        Images that other threads are making on the others are waited for; those that fail, too, come here next.
         """
         with self._repairing:
             if generation != self.lanes.generation:
-                return f"lanes stopped working ({error}): the picture was made again on the others"
+                return f"lanes stopped working ({error}): the image was made again on the others"
             dead = used.dead()
             left = tuple(lane for number, lane in enumerate(self.devices) if number not in dead)
             if not dead or not left:
                 raise error
             names = [str(self.devices[number]) for number in dead]
-            message = f"{', '.join(names)} stopped working ({error}): the picture was made again on the other lanes"
+            message = f"{', '.join(names)} stopped working ({error}): the image was made again on the other lanes"
             log.error("%s", message)
             with self.lanes.alone(wait=True):
                 self._engines.close()
@@ -407,7 +407,7 @@ class Pipeline:
             return message
 
     def preview(self) -> list[Image.Image]:
-        """The picture so far, for `progress`: the noisy latents as the VAE decoder sees them."""
+        """The image so far, for `progress`: the noisy latents as the VAE decoder sees them."""
         return self._decode(self._here.seat.read(STATE))
 
     def _notifier(
@@ -425,11 +425,11 @@ class Pipeline:
 
     def _decode(self, latents: Array) -> list[Image.Image]:
         if not np.isfinite(latents).all():
-            raise NonFiniteError("the denoised latents hold NaN or infinity: no picture can be made of them")
+            raise NonFiniteError("the denoised latents hold NaN or infinity: no image can be made of them")
         pixels = self._engines.runners["vae_decoder"].run(latent_sample=latents)["sample"]
         if not np.isfinite(pixels).all():
-            raise NonFiniteError("the VAE decoder gave NaN or infinity: no picture can be made of it")
-        return [Image.fromarray(picture) for picture in to_uint8(pixels)]
+            raise NonFiniteError("the VAE decoder gave NaN or infinity: no image can be made of it")
+        return [Image.fromarray(image) for image in to_uint8(pixels)]
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:

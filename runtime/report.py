@@ -18,8 +18,8 @@ class Report:
     `critical_seconds` adds up the longest model call of every round: denoise minus that is this engine's overhead.
     Both are None on GPUs, where the host does not wait for rounds.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
-    the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished picture.
-    `lanes_per_round` is on how many of the lanes its rounds ran, on average: other pictures may have had the rest. Of
+    the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished image.
+    `lanes_per_round` is on how many of the lanes its rounds ran, on average: other images may have had the rest. Of
     the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
     because direct copies between them failed their test. `timeline`, for who asks, is what each lane did when; on GPUs

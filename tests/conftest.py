@@ -19,8 +19,8 @@ from tests.transcription import stable_diffusion_alphas_cumprod
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the picture of the page for the README goes."""
-    parser.addoption("--page-picture", type=Path)
+    """Where the image of the page for the README goes."""
+    parser.addoption("--page-image", type=Path)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def pipeline(shapes: Bundle) -> Iterator[Pipeline]:
 
 @pytest.fixture
 def usual_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of more halves cost less than in proportion, whatever this machine measured: loaded lanes are shared."""
+    """Calls of more branches cost less than in proportion, whatever this machine measured: loaded lanes are shared."""
     costs = call_seconds({1: 1.0, 2: 1.7, 4: 3.1, 8: 6.0})
     # a property, because pipelines that are there already have what was measured
     monkeypatch.setattr(Pipeline, "_call_seconds", property(lambda _: costs, lambda *_: None), raising=False)

@@ -16,7 +16,7 @@ ALLOWED = {
     "engines": {"engines"},
     "export": {"engines.errors", "engines.devices", "engines.manifest", "engines.memory", "engines.store", "export"},
     "runtime": {"engines", "runtime"},
-    # the embedded model's pictures are a specification that benchmarks ask for, not a part of exporting
+    # the embedded model's images are a specification that benchmarks ask for, not a part of exporting
     "bench": {"bench", "engines", "runtime", "export.shapes.data"},
 }
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "matplotlib")

@@ -75,14 +75,14 @@ def initial_noise(shapes: Bundle, seed: int, images: int = 1) -> np.ndarray:
 # runtime
 
 
-def test_a_picture_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
+def test_a_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
     out, report = tmp_path / "star.png", tmp_path / "report.json"
     parallel = ["--devices", "cpu*2", "--mode", "conservative", "--k", "2", "--steps", "3"]
     done = python(checkout, "runtime", PROMPT, *parallel, "--out", str(out), "--report", str(report), "--quiet")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines()[0] == str(out) and "3 steps in 2 rounds on 2 lanes" in done.stdout
-    with Image.open(out) as picture:
-        assert picture.size == (shapes.manifest.sizes.width, shapes.manifest.sizes.height) and picture.mode == "RGB"
+    with Image.open(out) as image:
+        assert image.size == (shapes.manifest.sizes.width, shapes.manifest.sizes.height) and image.mode == "RGB"
     result = json.loads(report.read_text())
     assert result.keys() == {"schema_version", "commit", "host", "versions", "rows"} and result["schema_version"] == 1
     (row,) = result["rows"]
@@ -96,11 +96,11 @@ def test_a_picture_and_its_report_are_written(shapes: Bundle, tmp_path: Path, ch
 
 
 @pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.JPEG", "image.webp"])
-def test_the_picture_has_the_format_of_its_name(name: str, draw: Command, tmp_path: Path) -> None:
+def test_the_image_has_the_format_of_its_name(name: str, draw: Command, tmp_path: Path) -> None:
     assert draw("--out", name) == 0
-    with Image.open(tmp_path / name) as picture:
-        picture.load()
-        assert picture.format == {"png": "PNG", "webp": "WEBP"}.get(name[6:], "JPEG")
+    with Image.open(tmp_path / name) as image:
+        image.load()
+        assert image.format == {"png": "PNG", "webp": "WEBP"}.get(name[6:], "JPEG")
 
 
 def test_a_seed_repeats_byte_for_byte_and_another_differs(draw: Command, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_latents_go_in_as_noise_and_come_out_finished(draw: Command, shapes: Bun
     assert draw("--latents", "given.npy") == 0  # finished latents have the form of initial ones
 
 
-def test_several_pictures_are_numbered_and_differ(draw: Command, tmp_path: Path) -> None:
+def test_several_images_are_numbered_and_differ(draw: Command, tmp_path: Path) -> None:
     assert draw("--num-images-per-prompt", "2", "--quiet") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image-0.png", "image-1.png"]
     assert (tmp_path / "image-0.png").read_bytes() != (tmp_path / "image-1.png").read_bytes()
@@ -167,10 +167,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "negative seed": (["--seed", "-1"], ["seed", "from 0", "-1"]),
     "large seed": (["--seed", str(2**64)], ["seed", str(2**64 - 1)]),
     "no images": (["--num-images-per-prompt", "0"], ["num_images_per_prompt", "1 to 64"]),
-    "picture's folder": (["--out", "nowhere/image.png"], ["nowhere/image.png", "create it first"]),
+    "image's folder": (["--out", "nowhere/image.png"], ["nowhere/image.png", "create it first"]),
     "report's folder": (["--report", "nowhere/r.json"], ["nowhere/r.json", "create it first"]),
     "latents' folder": (["--save-latents", "nowhere/l.npy"], ["nowhere/l.npy", "create it first"]),
-    "picture's suffix": (["--out", "image.tiff"], ["image.tiff", ".png, .jpg or .webp"]),
+    "image's suffix": (["--out", "image.tiff"], ["image.tiff", ".png, .jpg or .webp"]),
     "no suffix": (["--out", "image"], ["image", ".png, .jpg or .webp"]),
 }
 

@@ -59,7 +59,7 @@ def server(shapes: Bundle) -> Iterator[int]:
         assert process.wait(30) == 0
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     with Image.open(path) as image:
         return image.size == (64, 64)
 
@@ -70,11 +70,11 @@ def test_make_engines_has_nothing_left_to_do(shapes: Bundle) -> None:
     assert "up to date" in run.stdout and "exported to" not in run.stdout
 
 
-def test_the_curl_commands_make_pictures(server: int, tmp_path: Path) -> None:
-    for path, picture in (("generations", "star.png"), ("edits", "edited.png")):
+def test_the_curl_commands_make_images(server: int, tmp_path: Path) -> None:
+    for path, image in (("generations", "star.png"), ("edits", "edited.png")):
         command = here(block(f"/v1/images/{path}"), server)
         run = subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
-        assert is_picture(tmp_path / picture) and not run.stdout
+        assert is_image(tmp_path / image) and not run.stdout
 
 
 def test_the_readme_has_every_option_and_field_of_the_server() -> None:
@@ -97,16 +97,16 @@ def test_the_page_is_served(server: int) -> None:
     assert "<html" in page and "caption" in page.lower()
 
 
-def test_the_command_line_makes_a_picture(shapes: Bundle, tmp_path: Path) -> None:
+def test_the_command_line_makes_a_image(shapes: Bundle, tmp_path: Path) -> None:
     command = here(block('-m runtime "a large red star')).replace("star.png", str(tmp_path / "star.png"))
     subprocess.run(command, shell=True, cwd=ROOT, check=True)
-    assert is_picture(tmp_path / "star.png")
+    assert is_image(tmp_path / "star.png")
 
 
-def test_the_python_example_makes_a_picture(shapes: Bundle, tmp_path: Path) -> None:
+def test_the_python_example_makes_a_image(shapes: Bundle, tmp_path: Path) -> None:
     code = block("Pipeline.load").replace("ring.png", str(tmp_path / "ring.png"))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert is_picture(tmp_path / "ring.png")
+    assert is_image(tmp_path / "ring.png")
 
 
 def test_the_library_example_runs() -> None:
@@ -145,6 +145,6 @@ def test_what_the_readme_says_of_moves_is_what_they_cost() -> None:
         assert float(words) == pytest.approx(100 * gains[link], abs=0.01)
 
 
-def test_the_pictures_of_the_readme_exist() -> None:
+def test_the_images_of_the_readme_exist() -> None:
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (ROOT / path).is_file() and (ROOT / path).is_relative_to(RESULTS)

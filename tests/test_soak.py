@@ -1,4 +1,4 @@
-"""The server for a long time and in bad company: right pictures, every request answered once, nothing kept."""
+"""The server for a long time and in bad company: right images, every request answered once, nothing kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def resident(process: subprocess.Popen[bytes]) -> int:
 
 @dataclass
 class Crowd:
-    """Clients that ask for random pictures in random ways, and what became of it."""
+    """Clients that ask for random images in random ways, and what became of it."""
 
     port: int
     right: dict[tuple[str, int], np.ndarray]
@@ -112,9 +112,9 @@ class Crowd:
             self.outcomes["bad cut"] += 1  # the answer comes before the end of a body that is too long
             assert len(content) > 1_000_000
 
-    def check(self, body: dict[str, Any], picture: str) -> None:
-        if np.abs(decoded(picture) - self.right[body["mode"], body["seed"]]).max() > 2:
-            self.wrong.append(f"another picture for {body}")
+    def check(self, body: dict[str, Any], image: str) -> None:
+        if np.abs(decoded(image) - self.right[body["mode"], body["seed"]]).max() > 2:
+            self.wrong.append(f"another image for {body}")
 
 
 @contextmanager
@@ -183,11 +183,11 @@ def test_a_small_crowd(shapes: Bundle, pipeline: Pipeline, tmp_path: Path) -> No
 def test_five_hundred_requests_of_sixteen_clients(shapes: Bundle, pipeline: Pipeline, tmp_path: Path) -> None:
     crowd = crowded(shapes, pipeline, tmp_path / "log", 500, 16, 6)
     print(dict(crowd.outcomes))
-    assert crowd.outcomes["whole 200"] > 100, "too few pictures were made to say anything"
+    assert crowd.outcomes["whole 200"] > 100, "too few images were made to say anything"
 
 
-def grown(shapes: Bundle, log: Path, warm_up: int, pictures: int, clients: int) -> tuple[int, int]:
-    """Resident bytes after a warm-up, and after so many more pictures of 4 steps."""
+def grown(shapes: Bundle, log: Path, warm_up: int, images: int, clients: int) -> tuple[int, int]:
+    """Resident bytes after a warm-up, and after so many more images of 4 steps."""
     with process(shapes, log) as (server, port):
 
         def some(number: int) -> None:
@@ -200,15 +200,15 @@ def grown(shapes: Bundle, log: Path, warm_up: int, pictures: int, clients: int) 
                 list(pool.map(some, range(0, count, 25)))
             return resident(server)
 
-        return many(warm_up), many(pictures)
+        return many(warm_up), many(images)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_two_thousand_pictures_leave_nothing_behind(shapes: Bundle, tmp_path: Path) -> None:
-    # every thread and every lane meets its largest call by chance: after 400 pictures some have not yet
+def test_two_thousand_images_leave_nothing_behind(shapes: Bundle, tmp_path: Path) -> None:
+    # every thread and every lane meets its largest call by chance: after 400 images some have not yet
     before, after = grown(shapes, tmp_path / "log", 1000, 2000, 4)
-    print(f"resident after warm-up {before / 1e6:.1f} MB, after 2,000 pictures {after / 1e6:.1f} MB")
+    print(f"resident after warm-up {before / 1e6:.1f} MB, after 2,000 images {after / 1e6:.1f} MB")
     assert after < 1.05 * before
 
 
@@ -225,7 +225,7 @@ def test_a_killed_server_leaves_engines_and_no_lock(when: str, shapes: Bundle, t
     if when == "working":
         with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask, client, num_inference_steps=900)
-            _until(lambda: "driffusion_pictures_seated 1.0" in client.get("/metrics").text)
+            _until(lambda: "driffusion_images_seated 1.0" in client.get("/metrics").text)
             server.kill()
             assert isinstance(made.exception(), httpx.HTTPError)
     else:
@@ -248,7 +248,7 @@ FULL = Path("/dev/full")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="the device that is always full is Linux's")
-def test_a_disk_that_is_full_stops_no_picture(shapes: Bundle, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_stops_no_image(shapes: Bundle, tmp_path: Path) -> None:
     """The server writes nothing but its log, and goes on without that."""
     command = [sys.executable, "-m", "runtime.serve", "--model", str(shapes.folder), "--devices", "cpu*2", "--port"]
     with connect(free := _free_port()) as client, FULL.open("w") as full:

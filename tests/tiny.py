@@ -116,7 +116,7 @@ def stable_diffusion_2() -> Any:
 
 
 def stable_diffusion_xl() -> Any:
-    """Two encoders, pooled embeddings, time ids, zeros for no negative prompt, a VAE that must not run in half."""
+    """Two encoders, pooled embeddings, time ids, zeros for no negative prompt, a VAE that must not run in fp16."""
     network = unet(
         16 + 24, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
         projection_class_embeddings_input_dim=6 * 8 + 24, transformer_layers_per_block=(1, 2),

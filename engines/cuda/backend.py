@@ -80,7 +80,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What one lane reads for one composition of halves. At home it is combined into; elsewhere it is copied to.
+    """What one lane reads for one composition of branches. At home it is combined into; elsewhere it is copied to.
 
     `block` holds the timesteps and then the samples, so that one copy moves both. `outbox` is its image at home.
     """
@@ -126,26 +126,26 @@ class CudaBackend:
 
     dtype: how latents are stored, float16, bfloat16 or float32. graphs: replay rounds as CUDA graphs where the networks
     allow it. home: the lane whose device holds the latents. beside: another backend on the same networks, for another
-    picture at the same time; the streams of lanes are shared, so that a lane's work stays in one order.
+    image at the same time; the streams of lanes are shared, so that a lane's work stays in one order.
     """
 
     def __init__(
         self, driver: Driver, networks: Sequence[Network], dtype: str, cache: Path, *, graphs: bool = True,
-        home: int = 0, beside: CudaBackend | None = None,
+        home: int = 0, sibling_of: CudaBackend | None = None,
     ) -> None:  # fmt: skip
         self._driver, self._dtype, self._graphs = driver, dtype, graphs
         devices = {ordinal: driver.device(ordinal) for ordinal in sorted({one.device for one in networks})}
         self._home = devices[networks[home].device]
         self._devices = list(devices.values())
         self._freed: list[Callable[[], None]] = []
-        streams: list[Any] = [lane.stream for lane in beside._lanes] if beside else [None] * len(networks)
+        streams: list[Any] = [lane.stream for lane in sibling_of._lanes] if sibling_of else [None] * len(networks)
         self._lanes: list[_Lane] = [
             self._open(network, devices[network.device], stream)
             for network, stream in zip(networks, streams, strict=True)
         ]
         self._main = self._lanes[home].stream
-        self._carriers = {device.ordinal: self._carrier(device) for device in self._devices}
-        self._staged = beside.staged if beside else self._test_pairs(self._devices)
+        self._upload_streams = {device.ordinal: self._upload_stream(device) for device in self._devices}
+        self._staged = sibling_of.staged if sibling_of else self._test_pairs(self._devices)
         self._copied = {"peer": 0, "staged": 0}
         with self._on(self._home):
             self._uploads = driver.stream()
@@ -198,8 +198,8 @@ class CudaBackend:
         self._pending, self._pending_floats, self._round = [], 0, 0
         self._timesteps = [float(t) for t in timesteps]
         self._conditioning = [dict(one) for one in conditioning]
-        for (device, halves), tensors in self._shared.items():
-            self._fill(device, halves, tensors)
+        for (device, branches), tensors in self._shared.items():
+            self._fill(device, branches, tensors)
         with self._on(self._home):
             for pointer in (self._round_pointer, self._flag):
                 self._driver("cuMemsetD32Async", pointer, 0, 1, self._main)
@@ -217,7 +217,7 @@ class CudaBackend:
             self._copy_out(self._pinned_flag, self._flag)
         self._settle()
         if self._pinned_flag[0]:
-            raise NonFiniteError("a latent became NaN or infinite on the GPU: no picture can be made of it")
+            raise NonFiniteError("a latent became NaN or infinite on the GPU: no image can be made of it")
         return widen(raw, self._dtype).reshape(self._shape)
 
     def predict(self, calls: Sequence[Call]) -> None:
@@ -267,7 +267,7 @@ class CudaBackend:
         return time.perf_counter() - start
 
     @property
-    def critical(self) -> None:
+    def critical_path_seconds(self) -> None:
         """Not known: rounds are enqueued and not waited for."""
         return None
 
@@ -320,13 +320,13 @@ class CudaBackend:
         key: Key = (
             tuple((sources, targets) for sources, _, targets in pending),
             tuple(
-                tuple((self._index[half.latent], self._row(half.output), half.conditioning) for half in call)
+                tuple((self._index[branch.latent], self._row(branch.output), branch.conditioning) for branch in call)
                 for call in calls
             ),
         )
         program = self._programs.get(key) or self._programs.setdefault(key, self._compile(key))
         images = self._shape[0]
-        times = [np.repeat([self._timesteps[half.step] for half in call], images) for call in calls if call]
+        times = [np.repeat([self._timesteps[branch.step] for branch in call], images) for call in calls if call]
         parts = [rows.T.ravel() for _, rows, _ in pending] + program.identities + times
         self._play(program, np.concatenate(parts, dtype=np.float32))
 
@@ -417,14 +417,14 @@ class CudaBackend:
             launches.append((*self._kernels.combination(parameters, len(goals)), parameters))
         self._kernels.function("advance")
         steps = [self._call(lane, call) for lane, call in busy]
-        halves = sum(len(call) for _, call in busy)
+        branches = sum(len(call) for _, call in busy)
         moved = {"peer": 0, "staged": 0}
         for lane, call in busy:
             if lane.device is not self._home:
                 kind = "staged" if self._is_staged(lane) else "peer"
                 moved[kind] += 1 + len(_runs([output for _, output, _ in call]))
         return _Program(
-            f"round of {halves} halves on {len(busy)} lanes", launches, identities, [call for call, _ in steps],
+            f"round of {branches} branches on {len(busy)} lanes", launches, identities, [call for call, _ in steps],
             [join for _, join in steps], all(lane.network.capturable for lane, _ in busy), moved,
         )  # fmt: skip
 
@@ -502,18 +502,18 @@ class CudaBackend:
         """The address of a slot; slots of one block are neighbours."""
         return self._blocks[row // SLOTS_PER_BLOCK] + row % SLOTS_PER_BLOCK * self._bytes
 
-    def _lane_inputs(self, lane: _Lane, halves: tuple[int, ...]) -> _Inputs:
-        if halves not in lane.inputs:
-            batch = len(halves) * self._shape[0]
+    def _lane_inputs(self, lane: _Lane, branches: tuple[int, ...]) -> _Inputs:
+        if branches not in lane.inputs:
+            batch = len(branches) * self._shape[0]
             offset = -(-4 * batch // 256) * 256
-            size = offset + len(halves) * self._bytes
+            size = offset + len(branches) * self._bytes
             block = self._allocate(lane.device, size, shaped=True)
             outbox = block if lane.device is self._home else self._allocate(self._home, size, shaped=True)
-            shared = (lane.device.ordinal, halves)
+            shared = (lane.device.ordinal, branches)
             if shared not in self._shared:
                 self._shared[shared] = {
                     name: self._conditioning_tensor(lane.device, batch, value)
-                    for name, value in self._conditioning[halves[0]].items()
+                    for name, value in self._conditioning[branches[0]].items()
                 }
                 self._fill(*shared, self._shared[shared])
             tensors = {
@@ -521,18 +521,18 @@ class CudaBackend:
                 "timestep": Tensor(block, (batch,), "float32"),
                 **self._shared[shared],
             }
-            lane.inputs[halves] = _Inputs(block, outbox, size, offset, tensors)
-        return lane.inputs[halves]
+            lane.inputs[branches] = _Inputs(block, outbox, size, offset, tensors)
+        return lane.inputs[branches]
 
     def _conditioning_tensor(self, device: Device, batch: int, value: Array) -> Tensor:
         shape = (batch, *value.shape[1:])
         return Tensor(self._allocate(device, int(np.prod(shape)) * BYTES[self._dtype], shaped=True), shape, self._dtype)
 
-    def _fill(self, ordinal: int, halves: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Sets the conditioning of a batch: one block of images per half."""
+    def _fill(self, ordinal: int, branches: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Sets the conditioning of a batch: one block of images per branch."""
         device = next(lane.device for lane in self._lanes if lane.device.ordinal == ordinal)
         for name, tensor in tensors.items():
-            value = np.concatenate([self._conditioning[half][name] for half in halves])
+            value = np.concatenate([self._conditioning[branch][name] for branch in branches])
             self._upload(device, tensor.pointer, narrow(value, self._dtype))
 
     def _output(self, lane: _Lane, size: int) -> int:
@@ -577,7 +577,7 @@ class CudaBackend:
             self._staging[at : at + part.size] = part
             self._staged_bytes = -(-(at + part.size) // 256) * 256
             source = self._staging.ctypes.data + at
-            stream, sent = self._carriers[device.ordinal]
+            stream, sent = self._upload_streams[device.ordinal]
             with self._on(device):
                 self._driver("cuMemcpyHtoDAsync", pointer + start, source, part.size, stream)
                 if stream is not self._main:
@@ -615,11 +615,11 @@ class CudaBackend:
         for device in self._devices:
             if device is not self._home and self._failed(device):
                 with self._on(device):
-                    self._driver("cuStreamQuery", self._carriers[device.ordinal][0])
+                    self._driver("cuStreamQuery", self._upload_streams[device.ordinal][0])
 
     def _failed(self, device: Device) -> bool:
         """An error that a lost device once gave comes again with every call, also on streams that nothing runs on."""
-        api, (stream, _) = self._driver.api, self._carriers[device.ordinal]
+        api, (stream, _) = self._driver.api, self._upload_streams[device.ordinal]
         api.cuCtxSetCurrent(device.context)
         status = api.cuStreamQuery(stream)[0]
         api.cuCtxSetCurrent(self._home.context)
@@ -645,8 +645,8 @@ class CudaBackend:
             self._freed.append(lambda: self._driver("cuStreamDestroy", lane.stream))
         return lane
 
-    def _carrier(self, device: Device) -> tuple[Any, Any]:
-        """What takes data to a device outside rounds, with its event: other pictures may be using its lanes."""
+    def _upload_stream(self, device: Device) -> tuple[Any, Any]:
+        """What takes data to a device outside rounds, with its event: other images may be using its lanes."""
         if device is self._home:
             return self._main, None
         with self._on(device):

@@ -119,18 +119,18 @@ class Engines:
         name = devices[ordinals[0]].name.replace(" ", "-")
         self.plan_folder = bundle.folder / f"onnxruntime-{onnxruntime.__version__}-{name}"
         self.plan_folder.mkdir(exist_ok=True)
-        self._beside: list[CudaBackend] = []
+        self._siblings: list[CudaBackend] = []
         self._open = partial(CudaBackend, driver, self._networks, output.dtype, CACHE / "kernels")
         self.backend = self._open()
 
-    def beside(self, home: int) -> CudaBackend:
+    def sibling(self, home: int) -> CudaBackend:
         """See load.Engines. A lane's session stays on the stream that all of them share."""
-        self._beside.append(self._open(home=home, beside=self.backend))
-        return self._beside[-1]
+        self._siblings.append(self._open(home=home, sibling_of=self.backend))
+        return self._siblings[-1]
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
         for network in self._networks:
             network.close()
-        for backend in (*self._beside, self.backend):
+        for backend in (*self._siblings, self.backend):
             backend.close()

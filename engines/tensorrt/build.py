@@ -92,8 +92,8 @@ def _target(trt: Any, config: Any, gpu: Gpu) -> None:
 def _profile(builder: Any, manifest: Manifest, network: str) -> Any:
     """The smallest, the usual and the largest shape of every input."""
     sizes, profile = manifest.sizes, builder.create_optimization_profile()
-    pictures = ((sizes.least, sizes.least), (sizes.width, sizes.height), (sizes.most, sizes.most))
-    several = [manifest.latent_axes(*picture, batch) for picture, batch in zip(pictures, batches(network), strict=True)]
+    images = ((sizes.least, sizes.least), (sizes.width, sizes.height), (sizes.most, sizes.most))
+    several = [manifest.latent_axes(*image, batch) for image, batch in zip(images, batches(network), strict=True)]
     for one in manifest.networks[network].inputs:
         profile.set_shape(one.name, *(one.resolve(axes) for axes in several))
     return profile

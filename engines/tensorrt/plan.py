@@ -9,7 +9,7 @@ from engines.nvidia import Gpu
 from engines.store import Bundle
 
 BATCHES = (1, 4, 16)  # smallest, the one that kernels are chosen for, largest; larger calls run in parts
-PIXEL_BATCHES = (1, 1, 1)  # of a VAE, whose memory grows with pixels: 16 pictures of 2048 × 2048 would take 69 GB
+PIXEL_BATCHES = (1, 1, 1)  # of a VAE, whose memory grows with pixels: 16 images of 2048 × 2048 would take 69 GB
 
 
 def package() -> Any:

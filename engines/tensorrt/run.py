@@ -71,7 +71,7 @@ class Engine:
 
     def context(self, scratch: int, size: int) -> Any:
         """An execution context that works in the caller's memory."""
-        with self._lock:  # pictures at the same time meet here
+        with self._lock:  # images at the same time meet here
             context = self.engine.create_execution_context(self._settings)
         if context is None:
             raise DeviceError(f"{self.name}: TensorRT made no execution context: {'; '.join(self._messages[-3:])}")
@@ -255,18 +255,18 @@ class Engines:
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER, fields[home])))
         dtype = output.dtype
         networks: Sequence[LaneNetwork] = self._networks
-        self._beside: list[CudaBackend] = []
+        self._siblings: list[CudaBackend] = []
         self._open = partial(CudaBackend, driver, networks, dtype, CACHE / "kernels")
         self.backend = self._open()
 
-    def beside(self, home: int) -> CudaBackend:
+    def sibling(self, home: int) -> CudaBackend:
         """See load.Engines."""
-        self._beside.append(self._open(home=home, beside=self.backend))
-        return self._beside[-1]
+        self._siblings.append(self._open(home=home, sibling_of=self.backend))
+        return self._siblings[-1]
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
-        for backend in (*self._beside, self.backend):
+        for backend in (*self._siblings, self.backend):
             backend.close()
         release([network.close for network in self._networks])
         release([runner.close for runner in self.runners.values()])

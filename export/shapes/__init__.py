@@ -1,1 +1,1 @@
-"""The embedded model: a small text-to-image latent diffusion model that this project trains on its own pictures."""
+"""The embedded model: a small text-to-image latent diffusion model that this project trains on its own images."""

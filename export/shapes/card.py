@@ -15,7 +15,7 @@ pipeline_tag: text-to-image
 
 # shapes
 
-A small text-to-image latent diffusion model: 64×64 pictures of one or two filled shapes on a plain background. It
+A small text-to-image latent diffusion model: 64×64 images of one or two filled shapes on a plain background. It
 exists so that an inference engine has a real, trained model of Stable Diffusion's own form to run on any machine. It
 loads with `diffusers.StableDiffusionPipeline.from_pretrained`.
 
@@ -30,21 +30,21 @@ ring at the right on …". Size, colour, place and background may be left out.
 - shapes: {kinds}
 - places: {places}
 
-**Data.** {pictures:,} pictures that `export/shapes/data.py` draws, {two:.0%} of them with two shapes. One in twelve
-combinations of colour, shape and place is held out: it occurs in no training picture, alone or beside another shape.
+**Data.** {images:,} images that `export/shapes/data.py` draws, {two:.0%} of them with two shapes. One in twelve
+combinations of colour, shape and place is held out: it occurs in no training image, alone or beside another shape.
 
-**Training.** `python -m export.shapes.train`: the VAE {vae_steps:,} steps of {vae_batch} pictures (L1 + L2, faint KL),
+**Training.** `python -m export.shapes.train`: the VAE {vae_steps:,} steps of {vae_batch} images (L1 + L2, faint KL),
 then text encoder and UNet together {steps:,} steps of {batch} latents (ε loss, min-SNR weights, offset noise 0.1, 10 %
 empty captions, exponential moving average), bfloat16 autocast. In the first {layout:,} steps high noise and the layout
-of the predicted picture count for more, which is the cliff in the UNet's curve: without them it does not learn places.
+of the predicted image count for more, which is the cliff in the UNet's curve: without them it does not learn places.
 Last losses: VAE {vae_loss:.4f}, UNet {loss:.4f}.
 
 ![loss curves](loss.png)
 
-**Quality** is measured, not looked at: `python -m bench quality` asks for held-out combinations and reads the pictures
+**Quality** is measured, not looked at: `python -m bench quality` asks for held-out combinations and reads the images
 back with an independent checker; the numbers are in `bench/results/quality.json`.
 
-**Limits.** It knows the words above and nothing else, one picture size, and one or two shapes. Two shapes are harder
+**Limits.** It knows the words above and nothing else, one image size, and one or two shapes. Two shapes are harder
 for it than one. Its colours are the eight it was shown.
 """
 

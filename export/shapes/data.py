@@ -1,6 +1,6 @@
-"""The pictures that `shapes` learns from, and the captions that describe them.
+"""The images that `shapes` learns from, and the captions that describe them.
 
-A picture is 64×64 RGB: one or two filled shapes on a plain background. Its caption names size, colour, shape, place
+An image is 64×64 RGB: one or two filled shapes on a plain background. Its caption names size, colour, shape, place
 and background, or leaves some of them out, so that "a red star" is a prompt too.
 
 Some combinations of (colour, shape, place) are *held out*: they never occur in training, alone or beside another
@@ -49,7 +49,7 @@ _HELD_OUT_SHARE = 12  # one (colour, kind, place) in this many
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of a picture, in the words of its caption."""
+    """One shape of an image, in the words of its caption."""
 
     size: str
     colour: str
@@ -58,14 +58,14 @@ class Shape:
 
     @property
     def held_out(self) -> bool:
-        """Whether this (colour, kind, place) is kept out of the training pictures."""
+        """Whether this (colour, kind, place) is kept out of the training images."""
         digest = hashlib.sha256(f"{self.colour}/{self.kind}/{self.place}".encode()).digest()
         return digest[0] % _HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two shapes on a background: what a caption says and what a picture shows."""
+    """One or two shapes on a background: what a caption says and what an image shows."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -114,9 +114,9 @@ def random_scene(rng: np.random.Generator, shapes: int, *, held_out: bool = Fals
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The picture of a scene, (64, 64, 3) uint8, antialiased.
+    """The image of a scene, (64, 64, 3) uint8, antialiased.
 
-    Place, size and angle vary a little (±2 px, ±6 %, ±8°), so that one caption has many pictures.
+    Place, size and angle vary a little (±2 px, ±6 %, ±8°), so that one caption has many images.
     """
     scale = _OVERSAMPLE
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), COLOURS[scene.background])

@@ -33,7 +33,7 @@ MODEL_FOLDER = Path(__file__).parent / "model"
 MAX_TOKENS = 32
 CAPTION_DROPOUT = 0.1  # of the captions are empty, which is what guidance needs
 LOOSE_CAPTIONS = 0.3  # of the captions leave something out
-TWO_SHAPES = 0.4  # of the pictures
+TWO_SHAPES = 0.4  # of the images
 OFFSET_NOISE = 0.1  # keeps the model from reading the background out of the mean of the noise
 SNR_GAMMA = 5.0  # min-SNR weighting: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", 2023
 # Where a shape goes is decided at high noise, where ε hardly depends on it, and only if the place words can be told
@@ -58,7 +58,7 @@ class Recipe:
     device: str
     vae_steps: int
     vae_batch: int
-    pictures: int
+    images: int
     steps: int
     batch: int
     seed: int
@@ -164,7 +164,7 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
@@ -172,8 +172,8 @@ def training_scene(rng: np.random.Generator) -> Scene:
     return random_scene(rng, 2 if rng.random() < TWO_SHAPES else 1)
 
 
-def pictures(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-    """Pictures as the VAE takes them: (n, 3, 64, 64) in [−1, 1]."""
+def images(scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    """Images as the VAE takes them: (n, 3, 64, 64) in [−1, 1]."""
     stack = np.stack([draw(scene, rng) for scene in scenes])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -266,7 +266,7 @@ def train_vae(recipe: Recipe) -> tuple[AutoencoderKL, list[float]]:
 
     def step_loss(step: int) -> Tensor:
         rng = np.random.default_rng((recipe.seed, 1, step))
-        target = pictures([training_scene(rng) for _ in range(recipe.vae_batch)], rng).to(recipe.device)
+        target = images([training_scene(rng) for _ in range(recipe.vae_batch)], rng).to(recipe.device)
         with low_precision(recipe.device):
             latent = vae.encode(target).latent_dist
             output = vae.decode(latent.sample()).sample.float()
@@ -279,22 +279,22 @@ def train_vae(recipe: Recipe) -> tuple[AutoencoderKL, list[float]]:
 
 
 @torch.no_grad()
-def encode_pictures(recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, list[Scene]]:
-    """The latents of the training pictures, scaled to unit variance, and their scenes."""
+def encode_images(recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, list[Scene]]:
+    """The latents of the training images, scaled to unit variance, and their scenes."""
     rng = np.random.default_rng((recipe.seed, 2))
-    scenes = [training_scene(rng) for _ in range(recipe.pictures)]
+    scenes = [training_scene(rng) for _ in range(recipe.images)]
     path = recipe.work / "latents.pt"
     if not path.exists():
         parts = []
         for start in tqdm(range(0, len(scenes), 128), desc="latents", unit="batch", mininterval=2):
-            target = pictures(scenes[start : start + 128], np.random.default_rng((recipe.seed, 3, start)))
+            target = images(scenes[start : start + 128], np.random.default_rng((recipe.seed, 3, start)))
             with low_precision(recipe.device):
                 parts.append(vae.encode(target.to(recipe.device)).latent_dist.mode().float())
         latents = torch.cat(parts)
         save(path, {"latents": latents.half(), "scale": float(1 / latents.std())})
     state = torch.load(path, weights_only=True)
-    if len(state["latents"]) != recipe.pictures:
-        raise SystemExit(f"{path} holds {len(state['latents'])} pictures, not {recipe.pictures}: delete it")
+    if len(state["latents"]) != recipe.images:
+        raise SystemExit(f"{path} holds {len(state['latents'])} images, not {recipe.images}: delete it")
     vae.register_to_config(scaling_factor=state["scale"])
     return state["latents"].float() * state["scale"], scenes
 
@@ -365,7 +365,7 @@ def assemble(recipe: Recipe, folder: Path) -> None:
     """Trains what is not trained yet and writes the pipeline folder, fp16 safetensors, and the model card."""
     tokenizer = build_tokenizer(recipe)
     vae, vae_losses = train_vae(recipe)
-    latents, scenes = encode_pictures(recipe, vae)
+    latents, scenes = encode_images(recipe, vae)
     unet, text_encoder, losses = train_unet(recipe, tokenizer, latents, scenes)
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -388,7 +388,7 @@ def assemble(recipe: Recipe, folder: Path) -> None:
         {"sizes": tuple(RADII), "colours": tuple(COLOURS), "kinds": KINDS, "places": tuple(PLACES)},
         {"vae": vae_losses, "unet": losses},
         {
-            "pictures": recipe.pictures, "two": TWO_SHAPES, "vae_batch": recipe.vae_batch, "batch": recipe.batch,
+            "images": recipe.images, "two": TWO_SHAPES, "vae_batch": recipe.vae_batch, "batch": recipe.batch,
             "layout": LAYOUT_STEPS,
         },
     )  # fmt: skip
@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--vae-batch", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=32768, help="training pictures, drawn and encoded once")
+    parser.add_argument("--images", type=int, default=32768, help="training images, drawn and encoded once")
     parser.add_argument("--steps", type=int, default=6500, help="steps of the UNet")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.sampling.drafts import DATA, DRAFTS, Anchor, Window, history, refine
-from runtime.sampling.operations import STATE, Distance, Job, Operations, Options, Predict, combination
+from runtime.sampling.operations import STATE, Distance, Evaluation, Operations, Options, Predict, combination
 from runtime.sampling.schedule import Linear, Schedule, unit
 
 
@@ -19,7 +19,7 @@ def adaptive(schedule: Schedule, options: Options) -> Operations:
     while i < schedule.steps:
         width = min(known + 1, schedule.steps - i)
         window = Window("", width - 1)
-        yield Predict((Job(STATE, i, window.output(0)), *window.predict(i).jobs))
+        yield Predict((Evaluation(STATE, i, window.output(0)), *window.predict(i).evaluations))
         seen = [(unit(STATE), window.output(0)), *window.seen()]
         refined: dict[str, Linear] = {}
         datas = [unit(DATA)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.sampling.operations import Job, Options, Predict, fresh, own_noise_slot
+from runtime.sampling.operations import Evaluation, Options, Predict, fresh, own_noise_slot
 from runtime.sampling.schedule import Estimate, Linear, Schedule, unit, weighted_sum
 
 DATA = "data"  # x̂_0 of the step before, for multistep schedulers
@@ -28,7 +28,7 @@ class Drafts:
     own_noise: bool = False
 
 
-# How far pictures of one kind lie around their common mean, in units of the latents' variance. Of 0, 0.015, 0.04, 0.1,
+# How far images of one kind lie around their common mean, in units of the latents' variance. Of 0, 0.015, 0.04, 0.1,
 # 0.25, 0.5 and 1 this was the best on `shapes`; on mixtures of Gaussians the best is the variance of one of them.
 LOCAL_VARIANCE = 0.015
 DRAFTS = {
@@ -104,7 +104,7 @@ class Window:
 
     def predict(self, i: int) -> Predict:
         """The round that evaluates the drafts of a block that starts at i."""
-        return Predict(tuple(Job(self.draft(n), i + n, self.output(n)) for n in range(1, self.ahead + 1)))
+        return Predict(tuple(Evaluation(self.draft(n), i + n, self.output(n)) for n in range(1, self.ahead + 1)))
 
     def seen(self) -> list[tuple[Linear, str]]:
         """The state and the output of every draft."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.sampling.drafts import ANCHOR, DATA, DRAFTS, Anchor, Window, history, refine
-from runtime.sampling.operations import STATE, Job, Operations, Options, Predict, combination, fresh
+from runtime.sampling.operations import STATE, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Schedule, unit
 
 
@@ -16,7 +16,7 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
     while i < schedule.steps:
         ahead, block = min(options.ahead(block), schedule.steps - 1 - i), block + 1
         window = Window("", ahead)
-        yield Predict((Job(STATE, i, window.output(0)),))
+        yield Predict((Evaluation(STATE, i, window.output(0)),))
         estimate = schedule.estimate(i, unit(window.output(0)), x, x)
         if ahead:
             anchor = Anchor(i, x, estimate, estimate.data, before)
@@ -37,7 +37,7 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
     """
     i, block, last, drafts, before = 0, 0, schedule.steps - 1, DRAFTS[options.drafts], None
     window = Window("b", 0)
-    yield Predict((Job(STATE, 0, window.output(0)),))
+    yield Predict((Evaluation(STATE, 0, window.output(0)),))
     at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
     x, data = unit(STATE), unit(DATA)
     while i < last:

@@ -10,7 +10,7 @@ import numpy as np
 from engines.base import Array, Backend
 from runtime.sampling.noise import step_noise
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.plan import Combination, Plan, Round, plan
+from runtime.sampling.program import GuidedCombine, Program, Round, program
 from runtime.sampling.samplers import measures
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.timeline import SHORTEST, Timeline
@@ -36,9 +36,9 @@ class Counts:
 
 
 def execute(
-    planned: Plan, backend: Backend, finished: Callable[[int], None], timeline: Timeline | None = None
+    playing: Program, backend: Backend, finished: Callable[[int], None], timeline: Timeline | None = None
 ) -> Counts:
-    """Plays a plan; `finished(steps)` is called when more steps are done. A timeline notes what took how long."""
+    """Plays a program; `finished(steps)` is called when more steps are done. A timeline notes what took how long."""
     predict, combine, distances = backend.predict, backend.combine, backend.distances
     if timeline is not None:
         predict, combine = timeline.predict, timeline.timed("combine", combine)
@@ -46,7 +46,7 @@ def execute(
     counts, done = Counts(), 0
     answer: Sequence[float] = ()
     try:
-        operation = next(planned)
+        operation = next(playing)
         while True:
             answer = ()
             if isinstance(operation, Round):
@@ -54,14 +54,14 @@ def execute(
                 counts.rounds += 1
                 counts.evaluations += operation.evaluations
                 counts.calls += sum(1 for call in operation.calls if call)
-            elif isinstance(operation, Combination):
+            elif isinstance(operation, GuidedCombine):
                 combine(operation.sources, operation.rows, operation.targets)
                 if operation.finished > done:
                     done = operation.finished
                     finished(done)
             else:
                 answer = distances(operation.pairs)
-            operation = planned.send(answer)
+            operation = playing.send(answer)
     except StopIteration as end:
         counts.accepted = end.value
     return counts
@@ -90,12 +90,12 @@ def denoise(
     counts, parts = Counts(), []
     for start in range(0, len(state), batch):
         rows = slice(start, start + batch)
-        own = [{name: value[rows] for name, value in half.items()} for half in conditioning]
+        own = [{name: value[rows] for name, value in branch.items()} for branch in conditioning]
         backend.bind(state[rows].shape, schedule.timesteps, own)
         backend.write(STATE, state[rows])
         for slot, value in step_noise(schedule, options, seed, range(start, start + batch), state.shape[1:]):
             backend.write(slot, value)
-        planned = plan(mode, schedule, options, lanes or backend.lanes, guidance_scale)
-        counts += execute(planned, backend, finished, timeline)
+        playing = program(mode, schedule, options, lanes or backend.lanes, guidance_scale)
+        counts += execute(playing, backend, finished, timeline)
         parts.append(backend.read(STATE))
     return np.concatenate(parts), counts

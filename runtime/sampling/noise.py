@@ -18,7 +18,7 @@ def noise_slots(step: int, steps: int, options: Options) -> list[tuple[str, int]
     return [(fresh(step), step + 1), *own]
 
 
-PICTURE = (1 << 32) - 1  # the number of the noise that a picture is encoded with: beyond those of any step
+ENCODER = (1 << 32) - 1  # the number of the noise that the VAE encoder draws with: beyond those of any step
 
 
 def gaussian(seed: int, image: int, number: int, shape: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ STATE = "x"
 
 
 @dataclass(frozen=True)
-class Job:
+class Evaluation:
     """One evaluation: the model's output for the latent in a slot at a step, written to another slot."""
 
     latent: str
@@ -26,9 +26,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Predict:
-    """A round: jobs that run at the same time."""
+    """A round: evaluations that run at the same time."""
 
-    jobs: tuple[Job, ...]
+    evaluations: tuple[Evaluation, ...]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The schedulers by name: from a diffusers scheduler config to the rows of a `Schedule`.
 
 A scheduler is one function that returns its rows and one line in `RULES`. Fields of the config that a rule does not
-honour are refused by name, so that no picture is silently another one than diffusers would make.
+honour are refused by name, so that no image is silently another one than diffusers would make.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Request:
+class ScheduleSpec:
     """What a rule works from: the config's fields with diffusers' defaults filled in, ᾱ per training timestep, N, η.
 
-    `image_seq_len` is the number of latent tokens of a picture, which dynamic shifting depends on. `even_sigmas` spaces
+    `image_seq_len` is the number of latent tokens of an image, which dynamic shifting depends on. `even_sigmas` spaces
     the noise levels of flow matching evenly from 1 to 1/N, as some pipelines do. `first` is the step that begins: a
     multistep solver knows no step before it.
     """
@@ -70,68 +70,68 @@ class Request:
         return np.asarray(steps, np.float64)
 
 
-def _ddim(request: Request) -> Schedule:
+def _ddim(spec: ScheduleSpec) -> Schedule:
     """Song et al. 2021, eq. 12 and 16. A step goes from t to t − T//N, below 0 to the final ᾱ."""
-    alphas, stride = request.alphas_cumprod, request.training // request.steps
-    final = 1.0 if request.config["set_alpha_to_one"] else float(alphas[0])
+    alphas, stride = spec.alphas_cumprod, spec.training // spec.steps
+    final = 1.0 if spec.config["set_alpha_to_one"] else float(alphas[0])
     rows = []
-    for t in request.timesteps().round().astype(int):
+    for t in spec.timesteps().round().astype(int):
         source, target = alphas[t], alphas[t - stride] if t >= stride else final
-        fresh = request.eta * math.sqrt((1 - target) / (1 - source) * (1 - source / target))
+        fresh = spec.eta * math.sqrt((1 - target) / (1 - source) * (1 - source / target))
         rows.append(_row(t, source, math.sqrt(target), math.sqrt(1 - target - fresh**2), fresh=fresh))
-    return _schedule("ddim", request, rows)
+    return _schedule("ddim", spec, rows)
 
 
-def _ddpm(request: Request) -> Schedule:
+def _ddpm(spec: ScheduleSpec) -> Schedule:
     """Ho et al. 2020, eq. 7: the posterior mean, with the variance that `variance_type` names."""
-    timesteps = request.timesteps().round().astype(int)
+    timesteps = spec.timesteps().round().astype(int)
     rows = []
     for t, following in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        source, target = request.alphas_cumprod[t], request.alphas_cumprod[following] if following >= 0 else 1.0
+        source, target = spec.alphas_cumprod[t], spec.alphas_cumprod[following] if following >= 0 else 1.0
         beta = 1 - source / target
         keep = math.sqrt(source / target) * (1 - target) / (1 - source)  # of x_t
         data = math.sqrt(target) * beta / (1 - source) + keep * math.sqrt(source)
-        variance = beta if request.config["variance_type"] == "fixed_large" else beta * (1 - target) / (1 - source)
+        variance = beta if spec.config["variance_type"] == "fixed_large" else beta * (1 - target) / (1 - source)
         fresh = math.sqrt(variance) if t > 0 else 0.0
         rows.append(_row(t, source, data, keep * math.sqrt(1 - source), fresh=fresh))
-    return _schedule("ddpm", request, rows)
+    return _schedule("ddpm", spec, rows)
 
 
-def _euler(request: Request) -> Schedule:
+def _euler(spec: ScheduleSpec) -> Schedule:
     """Karras et al. 2022, algorithm 2 without churn; states are divided by √(1 + σ²), which is what the model sees."""
-    sigmas, timesteps = _euler_sigmas(request)
-    if request.config["use_karras_sigmas"]:
-        low, high = request.config["sigma_min"], request.config["sigma_max"]
-        sigmas = _karras(sigmas[0] if high is None else high, sigmas[-1] if low is None else low, request.steps)
-        timesteps = _timestep_of(sigmas, request.sigmas)
-    last = float(request.sigmas[0]) if request.config["final_sigmas_type"] == "sigma_min" else 0.0
+    sigmas, timesteps = _euler_sigmas(spec)
+    if spec.config["use_karras_sigmas"]:
+        low, high = spec.config["sigma_min"], spec.config["sigma_max"]
+        sigmas = _karras(sigmas[0] if high is None else high, sigmas[-1] if low is None else low, spec.steps)
+        timesteps = _timestep_of(sigmas, spec.sigmas)
+    last = float(spec.sigmas[0]) if spec.config["final_sigmas_type"] == "sigma_min" else 0.0
     rows = []
     for t, source, target in zip(timesteps, sigmas, [*sigmas[1:], last], strict=True):
         scale = 1 / math.sqrt(1 + target**2)
         rows.append(_row(t, 1 / (1 + source**2), scale, scale * target))
-    return _schedule("euler", request, rows, _euler_start(request, sigmas))
+    return _schedule("euler", spec, rows, _euler_start(spec, sigmas))
 
 
-def _euler_ancestral(request: Request) -> Schedule:
+def _euler_ancestral(spec: ScheduleSpec) -> Schedule:
     """Euler to below the next σ, then fresh noise up to it."""
-    sigmas, timesteps = _euler_sigmas(request)
+    sigmas, timesteps = _euler_sigmas(spec)
     rows = []
     for t, source, target in zip(timesteps, sigmas, [*sigmas[1:], 0.0], strict=True):
         up = math.sqrt(target**2 * (source**2 - target**2) / source**2)
         scale = 1 / math.sqrt(1 + target**2)
         rows.append(_row(t, 1 / (1 + source**2), scale, scale * math.sqrt(target**2 - up**2), fresh=scale * up))
-    return _schedule("euler_a", request, rows, _euler_start(request, sigmas))
+    return _schedule("euler_a", spec, rows, _euler_start(spec, sigmas))
 
 
-def _dpmpp_2m(request: Request) -> Schedule:
+def _dpmpp_2m(spec: ScheduleSpec) -> Schedule:
     """DPM-Solver++ (Lu et al. 2022, algorithm 2): second order in x̂_0, first order at the start and the end."""
-    config, n = request.config, request.steps
-    timesteps = request.timesteps(intervals=0 if config["timestep_spacing"] == "trailing" else 1).round()
-    sigmas = request.sigmas[timesteps.astype(int)]
+    config, n = spec.config, spec.steps
+    timesteps = spec.timesteps(intervals=0 if config["timestep_spacing"] == "trailing" else 1).round()
+    sigmas = spec.sigmas[timesteps.astype(int)]
     if config["use_karras_sigmas"]:
-        sigmas = _karras(float(request.sigmas[-1]), float(request.sigmas[0]), n)
-        timesteps = _timestep_of(sigmas, request.sigmas).round()
-    last = float(request.sigmas[0]) if config["final_sigmas_type"] == "sigma_min" else 0.0
+        sigmas = _karras(float(spec.sigmas[-1]), float(spec.sigmas[0]), n)
+        timesteps = _timestep_of(sigmas, spec.sigmas).round()
+    last = float(spec.sigmas[0]) if config["final_sigmas_type"] == "sigma_min" else 0.0
     lower_at_end = (
         config["final_sigmas_type"] == "zero" or config["euler_at_final"] or (config["lower_order_final"] and n < 15)
     )
@@ -140,32 +140,32 @@ def _dpmpp_2m(request: Request) -> Schedule:
     for i, (t, source, target) in enumerate(zip(timesteps, sigmas, targets, strict=True)):
         alpha = 1 / math.sqrt(1 + target**2)
         data, previous = alpha, 0.0  # first order: that of DDIM
-        if config["solver_order"] == 2 and i > request.first and not (i == n - 1 and lower_at_end):
+        if config["solver_order"] == 2 and i > spec.first and not (i == n - 1 and lower_at_end):
             h, h_before = math.log(source / target), math.log(sigmas[i - 1] / source)
             grow = alpha * -math.expm1(-h)
             curve = grow / 2 if config["solver_type"] == "midpoint" else alpha * (math.expm1(-h) / h + 1)
             previous = -curve * h / h_before
             data -= previous
         rows.append(_row(t, 1 / (1 + source**2), data, alpha * target, previous=previous))
-    return _schedule("dpm++2m", request, rows)
+    return _schedule("dpm++2m", spec, rows)
 
 
-def _flow_euler(request: Request) -> Schedule:
+def _flow_euler(spec: ScheduleSpec) -> Schedule:
     """Flow matching (Esser et al. 2024): x = (1−σ)·x_0 + σ·ε, and Euler steps in σ; `shift` moves steps to high σ."""
-    config, training = request.config, request.training
+    config, training = spec.config, spec.training
     shift = config["shift"]
     dynamic = config["use_dynamic_shifting"]
     low = 1 / training if dynamic else shift / training / (1 + (shift - 1) / training)
-    if request.even_sigmas:
-        low = 1 / request.steps
-    sigmas = np.linspace(1.0, low, request.steps)
+    if spec.even_sigmas:
+        low = 1 / spec.steps
+    sigmas = np.linspace(1.0, low, spec.steps)
     if dynamic:
-        grow = _dynamic_shift(request)
+        grow = _dynamic_shift(spec)
         sigmas = grow / (grow + (1 / sigmas - 1))
     else:
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     if config["shift_terminal"]:
-        if request.steps == 1:
+        if spec.steps == 1:
             raise ParameterError("num_inference_steps", "shift_terminal stretches a schedule of at least 2 steps")
         sigmas = 1 - (1 - sigmas) * (1 - config["shift_terminal"]) / (1 - sigmas[-1])
     rows = []
@@ -175,23 +175,23 @@ def _flow_euler(request: Request) -> Schedule:
     return Schedule("flow_euler", "flow_prediction", tuple(rows))
 
 
-def _lcm(request: Request) -> Schedule:
+def _lcm(spec: ScheduleSpec) -> Schedule:
     """Latent consistency (Luo et al. 2023): a jump to x̂_0 at every step, then fresh noise for the next."""
-    original, n = int(request.config["original_inference_steps"]), request.steps
+    original, n = int(spec.config["original_inference_steps"]), spec.steps
     if n > original:
         raise ParameterError("num_inference_steps", f"lcm makes at most {original} steps, not {n}")
-    trained = np.arange(original, 0, -1) * (request.training // original) - 1
+    trained = np.arange(original, 0, -1) * (spec.training // original) - 1
     timesteps = trained[np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)]
     rows = []
     for i, t in enumerate(timesteps):
-        source = float(request.alphas_cumprod[t])
-        scaled = t * request.config["timestep_scaling"]
+        source = float(spec.alphas_cumprod[t])
+        scaled = t * spec.config["timestep_scaling"]
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
-        target = 1.0 if i == n - 1 else float(request.alphas_cumprod[timesteps[i + 1]])
+        target = 1.0 if i == n - 1 else float(spec.alphas_cumprod[timesteps[i + 1]])
         data, noise = out + skip * math.sqrt(source), skip * math.sqrt(1 - source)
         scale = math.sqrt(target)
         rows.append(_row(t, source, scale * data, scale * noise, fresh=math.sqrt(1 - target)))
-    return _schedule("lcm", request, rows, draftable=False)
+    return _schedule("lcm", spec, rows, draftable=False)
 
 
 def _row(
@@ -203,20 +203,20 @@ def _row(
 
 
 def _schedule(
-    name: str, request: Request, rows: Sequence[Step], init_noise_sigma: float = 1.0, *, draftable: bool = True
+    name: str, spec: ScheduleSpec, rows: Sequence[Step], init_noise_sigma: float = 1.0, *, draftable: bool = True
 ) -> Schedule:
-    return Schedule(name, str(request.config["prediction_type"]), tuple(rows), init_noise_sigma, draftable)
+    return Schedule(name, str(spec.config["prediction_type"]), tuple(rows), init_noise_sigma, draftable)
 
 
-def _euler_sigmas(request: Request) -> tuple[Floats, Floats]:
+def _euler_sigmas(spec: ScheduleSpec) -> tuple[Floats, Floats]:
     """σ and timesteps, interpolated where the spacing falls between timesteps."""
-    timesteps = request.timesteps().astype(np.float32).astype(np.float64)  # as diffusers gives them to the model
-    return np.interp(timesteps, np.arange(request.training), request.sigmas), timesteps
+    timesteps = spec.timesteps().astype(np.float32).astype(np.float64)  # as diffusers gives them to the model
+    return np.interp(timesteps, np.arange(spec.training), spec.sigmas), timesteps
 
 
-def _euler_start(request: Request, sigmas: Floats) -> float:
+def _euler_start(spec: ScheduleSpec, sigmas: Floats) -> float:
     """Diffusers starts at √(σ² + 1) with leading spacing and at σ with the others; here divided by √(σ² + 1)."""
-    return 1.0 if request.config["timestep_spacing"] == "leading" else float(sigmas[0] / math.sqrt(1 + sigmas[0] ** 2))
+    return 1.0 if spec.config["timestep_spacing"] == "leading" else float(sigmas[0] / math.sqrt(1 + sigmas[0] ** 2))
 
 
 def _karras(high: float, low: float, steps: int) -> Floats:
@@ -232,13 +232,13 @@ def _timestep_of(sigmas: Floats, table: Floats) -> Floats:
     return result
 
 
-def _dynamic_shift(request: Request) -> float:
-    """The shift for a picture's size: its logarithm (or itself) grows linearly with the number of latent tokens."""
-    config = request.config
-    if request.image_seq_len is None:
+def _dynamic_shift(spec: ScheduleSpec) -> float:
+    """The shift for an image's size: its logarithm (or itself) grows linearly with the number of latent tokens."""
+    config = spec.config
+    if spec.image_seq_len is None:
         raise ParameterError("scheduler", "use_dynamic_shifting needs image_seq_len, the number of latent tokens")
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    mu = config["base_shift"] + slope * (request.image_seq_len - config["base_image_seq_len"])
+    mu = config["base_shift"] + slope * (spec.image_seq_len - config["base_image_seq_len"])
     return float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
 
 
@@ -250,7 +250,7 @@ class Rule:
     """
 
     class_name: str
-    make: Callable[[Request], Schedule]
+    make: Callable[[ScheduleSpec], Schedule]
     fields: Mapping[str, Any]
     allowed: Mapping[str, tuple[Any, ...]]
 
@@ -385,7 +385,7 @@ def schedule_from_config(
     if eta and name != "ddim":
         raise ParameterError("eta", f"eta belongs to ddim; {name} has none")
     alphas = np.asarray(alphas_cumprod, np.float64)
-    made = rule.make(Request(settings, alphas, num_inference_steps, eta, image_seq_len, even_sigmas, first))
+    made = rule.make(ScheduleSpec(settings, alphas, num_inference_steps, eta, image_seq_len, even_sigmas, first))
     return replace(made, rows=made.rows[first:]) if first else made
 
 
@@ -393,7 +393,7 @@ def make_schedule(
     manifest: Manifest, scheduler: str | None, num_inference_steps: int, size: tuple[int, int] | None = None, *,
     eta: float = 0.0, first: int = 0,
 ) -> Schedule:  # fmt: skip
-    """The schedule for an exported model and pictures of (width, height); see `schedule_from_config`.
+    """The schedule for an exported model and images of (width, height); see `schedule_from_config`.
 
     Without a name it is the model's own, or `substitute` where that one cannot be drafted.
     """
@@ -414,7 +414,7 @@ def substitute(manifest: Manifest) -> str | None:
 
 
 def substituted(manifest: Manifest, scheduler: str | None) -> str | None:
-    """A warning where a request without a scheduler gets another one than the model's own."""
+    """A warning where a spec without a scheduler gets another one than the model's own."""
     name = substitute(manifest)
     if scheduler is not None or name is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.sampling.drafts import DATA, history
-from runtime.sampling.operations import STATE, Job, Operations, Options, Predict, combination, fresh
+from runtime.sampling.operations import STATE, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Schedule, unit
 
 
@@ -11,7 +11,7 @@ def sequential(schedule: Schedule, options: Options) -> Operations:
     """One evaluation per round: what every other sampler is compared with."""
     x = unit(STATE)
     for i in range(schedule.steps):
-        yield Predict((Job(STATE, i, "output"),))
+        yield Predict((Evaluation(STATE, i, "output"),))
         estimate = schedule.estimate(i, unit("output"), x, x)
         following = {STATE: schedule.step(i, estimate, unit(DATA), fresh(i))}
         yield combination(following | history(schedule, i + 1, estimate.data), i + 1)

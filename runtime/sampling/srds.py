@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from engines.errors import ParameterError
-from runtime.sampling.operations import STATE, Distance, Job, Operations, Options, Predict, combination, fresh
+from runtime.sampling.operations import STATE, Distance, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Linear, Schedule, unit, weighted_sum
 from runtime.sampling.sequential import sequential
 
@@ -51,11 +51,11 @@ def _srds_plain(schedule: Schedule, ends: Sequence[int], iterations: int, tolera
         for m in range(ends[p] - ends[p - 1] if p else 0):  # no block is longer than the first of them
             active = [b for b in range(p, blocks + 1) if ends[b - 1] + m < ends[b]]
             states = {b: f"fine {b}" if m else end[b - 1] for b in active}
-            yield Predict(tuple(Job(states[b], ends[b - 1] + m, f"output {b}") for b in active))
+            yield Predict(tuple(Evaluation(states[b], ends[b - 1] + m, f"output {b}") for b in active))
             fine = {f"fine {b}": _fine(schedule, ends[b - 1] + m, states[b], f"output {b}") for b in active}
             yield combination(fine, ends[p - 1])
         for b in range(1, blocks + 1):
-            yield Predict((Job(end[b - 1], ends[b - 1], "output"),))
+            yield Predict((Evaluation(end[b - 1], ends[b - 1], "output"),))
             skip = _skip(schedule, ends[b - 1], ends[b], end[b - 1], "output")
             made = {f"coarse {b}": skip}
             if b == blocks:
@@ -82,7 +82,7 @@ def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, to
     yield combination({end[0]: unit(STATE)}, 0)
     asked = False
     for number in range(1, (ends[-1] if iterations == blocks else iterations * (size - 1) + blocks) + 1):
-        jobs: dict[Job, int] = {}  # with the iteration that it belongs to
+        evaluations: dict[Evaluation, int] = {}  # with the iteration that it belongs to
         made: dict[str, Linear] = {}
         finished = 0
         for b in range(1, min(number, blocks) + 1):
@@ -90,12 +90,12 @@ def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, to
             start, length, fine = ends[b - 1], ends[b] - ends[b - 1], f"fine {b}"
             solved = unit(fine)
             if m == 0 and 0 < done <= min(iterations, b) and length == size:
-                jobs[Job(fine, ends[b] - 1, f"last {b}")] = done
+                evaluations[Evaluation(fine, ends[b] - 1, f"last {b}")] = done
                 solved = _fine(schedule, ends[b] - 1, fine, f"last {b}")
             if m == 0 and done <= iterations and b == blocks:
                 made["before"], finished = unit(end[b]), ends[done]
             if m == 0 and done <= iterations and done < b:
-                jobs[Job(end[b - 1], start, f"first {b}")] = done + 1
+                evaluations[Evaluation(end[b - 1], start, f"first {b}")] = done + 1
                 skip = _skip(schedule, start, ends[b], end[b - 1], f"first {b}")
                 made[f"coarse {b}"], made[end[b]] = skip, _corrected(b, solved, skip, done)
                 if done < iterations:
@@ -103,11 +103,13 @@ def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, to
             elif m == 0 and done == b <= iterations:
                 made[end[b]] = solved
             elif m < length and done < min(iterations, b):
-                jobs[Job(fine, start + m, f"next {b}")] = done + 1
+                evaluations[Evaluation(fine, start + m, f"next {b}")] = done + 1
                 made[fine] = _fine(schedule, start + m, fine, f"next {b}")
             if fine in made and done + 1 == b and m + 1 == length < size:
                 made[end[b]] = made[fine]  # a short last block is done before its turn
-        yield Predict(tuple(sorted(jobs, key=lambda job: jobs[job])))  # earlier iterations are nearer to the end
+        yield Predict(
+            tuple(sorted(evaluations, key=lambda evaluation: evaluations[evaluation]))
+        )  # earlier iterations are nearer to the end
         if asked:
             (change,) = yield Distance(((end[blocks], "before"),))
             if change <= tolerance:

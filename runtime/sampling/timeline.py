@@ -29,7 +29,7 @@ class Span:
     end: float | None
     lane: int | None = None
     steps: tuple[int, ...] = ()
-    halves: int = 0
+    branches: int = 0
 
 
 class Timeline:
@@ -50,7 +50,7 @@ class Timeline:
         for lane, call in enumerate(self._dealt() if self._dealt else calls):
             if call:
                 start, end = times[lane] if times is not None else (None, None)
-                self._note("call", start, end, lane, tuple(sorted({half.step for half in call})), len(call))
+                self._note("call", start, end, lane, tuple(sorted({branch.step for branch in call})), len(call))
 
     def timed(self, kind: str, function: Callable[P, R], shortest: float = 0.0) -> Callable[P, R]:
         """The function, noted whenever it takes at least so many seconds."""
@@ -67,8 +67,8 @@ class Timeline:
 
     def _note(
         self, kind: str, start: float | None, end: float | None, lane: int | None = None, steps: tuple[int, ...] = (),
-        halves: int = 0,
+        branches: int = 0,
     ) -> None:  # fmt: skip
         if start is not None and end is not None:
             start, end = start - self._zero, end - self._zero
-        self.spans.append(Span(kind, self._round, start, end, lane, steps, halves))
+        self.spans.append(Span(kind, self._round, start, end, lane, steps, branches))

@@ -1,6 +1,6 @@
 """`python -m runtime.serve`: OpenAI's image API and a page to try it, in front of one pipeline.
 
-The event loop never waits for the engine: pictures are made on worker threads that share the lanes, begun in the order
+The event loop never waits for the engine: images are made on worker threads that share the lanes, begun in the order
 of the requests, and given up between two rounds when nobody waits for them any more. Every error is answered in
 OpenAI's shape.
 """
@@ -84,7 +84,7 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
         pipeline = Pipeline.load(model, devices, build)
         usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
         if usual > limits.side:
-            message = f"--max-side {limits.side} rules out the usual pictures of {pipeline.manifest.model}"
+            message = f"--max-side {limits.side} rules out the usual images of {pipeline.manifest.model}"
             raise EngineError(f"{message}: choose at least {usual}")
         pipeline.generate("", num_inference_steps=1)  # or the first request would pay for first-time allocations
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
@@ -129,11 +129,11 @@ def arguments() -> argparse.ArgumentParser:
         ("--drain", "drain", "seconds to finish what was accepted, after SIGTERM or Ctrl-C"),
         ("--lane-timeout", "lane_seconds", "seconds of one round after which the server is no longer ready"),
         ("--max-body", "body", "bytes of a request"),
-        ("--max-upload", "upload", "bytes of a request with a picture"),
+        ("--max-upload", "upload", "bytes of a request with an image"),
         ("--max-prompt", "prompt", "characters of a prompt"),
         ("--max-side", "side", "pixels of width and of height"),
         ("--max-steps", "steps", "num_inference_steps"),
-        ("--max-n", "n", "pictures of one request"),
+        ("--max-n", "n", "images of one request"),
     ):
         default = getattr(Limits, name)
         kind = at_least_zero if isinstance(default, float) or name == "queue" else at_least_one

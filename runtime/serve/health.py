@@ -1,4 +1,4 @@
-"""Whether a server can make pictures now: lanes that are free play a tiny round, lanes at work are watched."""
+"""Whether a server can make images now: lanes that are free play a tiny round, lanes at work are watched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RETRIES = (2.0, 10.0, 60.0)  # seconds, since a loss and between tries, after wh
 
 
 class Health:
-    """Readiness. A probe never waits for pictures, and pictures at most for one round of a probe.
+    """Readiness. A probe never waits for images, and images at most for one round of a probe.
 
     Lost lanes are tried again when somebody asks; after the last try they are given up, and the others are what counts.
     """
@@ -90,7 +90,7 @@ class Health:
         return [str(devices[lane]) for lane in self._pipeline.lanes.overdue(self._seconds) if lane < len(devices)]
 
     def _working(self) -> bool:
-        """Whether rounds of pictures, or of the last second, say all that a probe would."""
+        """Whether rounds of images, or of the last second, say all that a probe would."""
         return bool(self._pipeline.lanes.seated) or (self._probe is None and time.monotonic() < self._fresh_until)
 
     async def _round(self) -> None:

@@ -16,11 +16,11 @@ class Limits:
     drain: float = 60.0  # seconds to finish what was accepted before the process ends
     lane_seconds: float = 20.0  # in one round, after which a lane counts as hanging
     body: int = 1 << 20  # bytes of a request in JSON
-    upload: int = 32 << 20  # bytes of a request with a picture
+    upload: int = 32 << 20  # bytes of a request with an image
     prompt: int = 32_000  # characters
     side: int = 4096  # pixels of width and of height
     steps: int = 1000
-    n: int = 10  # pictures of one request
+    n: int = 10  # images of one request
     keys: tuple[str, ...] = ()
 
     def public(self) -> dict[str, Any]:

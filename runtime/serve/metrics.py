@@ -24,7 +24,7 @@ class Metrics:
     ) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
-            "driffusion_requests", "Requests for pictures by outcome, an HTTP status; 499: the client went away.",
+            "driffusion_requests", "Requests for images by outcome, an HTTP status; 499: the client went away.",
             ["outcome"], registry=registry,
         )  # fmt: skip
         self.queued = Histogram(
@@ -34,7 +34,7 @@ class Metrics:
         self._stages = Histogram(
             "driffusion_stage_seconds", "Time by stage of a request.", ["stage"], buckets=SECONDS, registry=registry
         )
-        self._images = Counter("driffusion_images", "Pictures by mode.", ["mode"], registry=registry)
+        self._images = Counter("driffusion_images", "Images by mode.", ["mode"], registry=registry)
         self._rounds = Counter("driffusion_rounds", "Rounds of model calls.", registry=registry)
         self._evaluations = Counter("driffusion_evaluations", "Noise predictions after guidance.", registry=registry)
         self._calls = Counter("driffusion_calls", "Runs of the network.", registry=registry)
@@ -82,7 +82,7 @@ class LaneCollector(Collector):
         names, lanes = self._lanes()
         busy = CounterMetricFamily(
             "driffusion_lane_busy_seconds",
-            "Time in model calls; on GPUs, whose rounds nobody waits for, time that a picture had the lane.",
+            "Time in model calls; on GPUs, whose rounds nobody waits for, time that an image had the lane.",
             labels=["lane"],
         )
         for name, seconds in zip(names, lanes.busy(), strict=False):
@@ -92,7 +92,7 @@ class LaneCollector(Collector):
         for kind, number in lanes.copied().items():
             copies.add_metric([kind], number)
         yield copies
-        yield GaugeMetricFamily("driffusion_pictures_seated", "Requests that have lanes.", lanes.seated)
+        yield GaugeMetricFamily("driffusion_images_seated", "Requests that have lanes.", lanes.seated)
 
 
 class GpuCollector(Collector):

@@ -71,7 +71,7 @@ class Job:
 class Jobs:
     """First come, first served. At most `limit` requests wait beside the `lanes` that may be being made.
 
-    There are two threads more than lanes, so that texts are encoded and pictures decoded while all lanes are at work.
+    There are two threads more than lanes, so that texts are encoded and images decoded while all lanes are at work.
     """
 
     def __init__(self, limit: int, lanes: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The checker against pictures drawn by the code that it must not share anything with."""
+"""The checker against images drawn by the code that it must not share anything with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench import checker
 from bench.checker import Reading, Seen, Words, mistakes, read
 from export.shapes.data import COLOURS, KINDS, PLACES, RADII, Scene, Shape, draw, random_scene
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 SCENE = Scene((Shape("large", "red", "star", "at the left"),), "blue")
 
 
@@ -33,14 +33,14 @@ def words(scene: Scene) -> list[Words]:
     return [(s.size, s.colour, s.kind, s.place) for s in scene.shapes]
 
 
-def judge(picture: Picture, scene: Scene) -> list[str]:
-    return mistakes(read(picture), scene.background, words(scene))
+def judge(image: Image, scene: Scene) -> list[str]:
+    return mistakes(read(image), scene.background, words(scene))
 
 
-def degraded(picture: Picture, rng: np.random.Generator) -> Picture:
+def degraded(image: Image, rng: np.random.Generator) -> Image:
     """Blurred by 0.7 px, every colour shifted by up to 8, with noise of 6."""
     taps = np.exp(-0.5 * (np.arange(-2, 3) / 0.7) ** 2)
-    values = np.pad(picture.astype(np.float64), ((2, 2), (2, 2), (0, 0)), mode="edge")
+    values = np.pad(image.astype(np.float64), ((2, 2), (2, 2), (0, 0)), mode="edge")
     for axis in (0, 1):
         values = np.apply_along_axis(lambda line: np.convolve(line, taps / taps.sum(), mode="valid"), axis, values)
     values += rng.uniform(-8, 8, 3) + rng.normal(0, 6, values.shape)
@@ -48,15 +48,15 @@ def degraded(picture: Picture, rng: np.random.Generator) -> Picture:
 
 
 def misread(
-    seed: int, shapes: int, pictures: int, change: Callable[[Picture, np.random.Generator], Picture] | None = None
+    seed: int, shapes: int, images: int, change: Callable[[Image, np.random.Generator], Image] | None = None
 ) -> list[str]:
-    """Mistakes and caption of each random picture that is not read right."""
+    """Mistakes and caption of each random image that is not read right."""
     rng = np.random.default_rng(seed)
     wrong = []
-    for _ in range(pictures):
+    for _ in range(images):
         scene = random_scene(rng, shapes)
-        picture = draw(scene, rng)
-        found = judge(change(picture, rng) if change else picture, scene)
+        image = draw(scene, rng)
+        found = judge(change(image, rng) if change else image, scene)
         wrong += [f"{found}: {scene.caption()}"] if found else []
     return wrong
 
@@ -79,9 +79,9 @@ def test_slightly_degraded_shapes_are_read(seed: int) -> None:
 def test_touching_shapes_of_one_colour_are_two(seed: int) -> None:
     left, right = Shape("large", "red", "circle", "at the left"), Shape("large", "red", "ring", "at the right")
     pair = Scene((left, right), "blue")
-    picture = draw(pair, np.random.default_rng(seed)).copy()
-    picture[31:33, 16:38] = COLOURS["red"]  # a bridge
-    assert judge(picture, pair) == []
+    image = draw(pair, np.random.default_rng(seed)).copy()
+    image[31:33, 16:38] = COLOURS["red"]  # a bridge
+    assert judge(image, pair) == []
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_touching_shapes_of_one_colour_are_two(seed: int) -> None:
 )
 @pytest.mark.parametrize("shapes", [1, 2])
 def test_each_wrong_attribute_is_named(attribute: str, options: Any, shapes: int, seed: int) -> None:
-    """A picture that differs from its caption in one attribute of one shape has exactly that mistake."""
+    """An image that differs from its caption in one attribute of one shape has exactly that mistake."""
     rng = np.random.default_rng(seed)
     for option in options:
         asked = random_scene(rng, shapes)
@@ -134,15 +134,15 @@ def test_a_missing_or_extra_shape_is_a_wrong_count(seed: int) -> None:
 
 @pytest.mark.parametrize("colour", [(220, 40, 40), (250, 225, 60), (128, 128, 128)])
 def test_a_small_extra_blob_is_a_wrong_count(colour: tuple[int, int, int], seed: int) -> None:
-    picture = draw(SCENE, np.random.default_rng(seed)).copy()
-    picture[50:54, 50:54] = colour
-    assert judge(picture, SCENE) == ["count"]
+    image = draw(SCENE, np.random.default_rng(seed)).copy()
+    image[50:54, 50:54] = colour
+    assert judge(image, SCENE) == ["count"]
 
 
 def test_a_speck_is_forgiven(seed: int) -> None:
-    picture = draw(SCENE, np.random.default_rng(seed)).copy()
-    picture[50:52, 50:52] = 255
-    assert judge(picture, SCENE) == []
+    image = draw(SCENE, np.random.default_rng(seed)).copy()
+    image[50:52, 50:52] = 255
+    assert judge(image, SCENE) == []
 
 
 IMPOSTORS: dict[str, Callable[[NDArray[Any], NDArray[Any]], NDArray[np.bool_]]] = {
@@ -166,16 +166,16 @@ def test_what_is_no_kind_is_not_read_as_one(name: str, radius: float, seed: int)
     inside = IMPOSTORS[name]((columns - 32.2) / radius, (rows - 31.7) / radius)
     coverage = inside.reshape(64, 8, 64, 8).mean(axis=(1, 3))[..., np.newaxis]
     sharp = np.rint(coverage * COLOURS["green"] + (1 - coverage) * COLOURS["white"]).astype(np.uint8)
-    for picture in (sharp, degraded(sharp, np.random.default_rng(seed))):
-        assert not {shape.kind for shape in read(picture).shapes} & set(KINDS)
+    for image in (sharp, degraded(sharp, np.random.default_rng(seed))):
+        assert not {shape.kind for shape in read(image).shapes} & set(KINDS)
 
 
 def test_a_shape_of_two_colours_is_wrong(seed: int) -> None:
     square = Scene((Shape("large", "red", "square", "in the center"),), "white")
-    picture = draw(square, np.random.default_rng(seed)).copy()
-    red = np.abs(picture.astype(int) - COLOURS["red"]).sum(axis=2) == 0
-    picture[red & (np.indices((64, 64))[1] > 32)] = COLOURS["orange"]
-    assert judge(picture, square)
+    image = draw(square, np.random.default_rng(seed)).copy()
+    red = np.abs(image.astype(int) - COLOURS["red"]).sum(axis=2) == 0
+    image[red & (np.indices((64, 64))[1] > 32)] = COLOURS["orange"]
+    assert judge(image, square)
 
 
 def test_two_shapes_are_paired_with_the_fewest_mistakes() -> None:
@@ -186,7 +186,7 @@ def test_two_shapes_are_paired_with_the_fewest_mistakes() -> None:
     assert mistakes(Reading("white", (one,)), "black", asked) == ["background", "count"]
 
 
-def test_a_picture_of_noise_is_read_as_anything_but_a_scene(seed: int) -> None:
+def test_a_image_of_noise_is_read_as_anything_but_a_scene(seed: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert judge(noise, SCENE)
 

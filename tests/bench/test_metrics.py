@@ -1,4 +1,4 @@
-"""Judges of pictures, proved on tiny stand-ins: random CLIP models and scripted feature extractors in their formats."""
+"""Judges of images, proved on tiny stand-ins: random CLIP models and scripted feature extractors in their formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE = 32
 
 
 @pytest.fixture
-def pictures(rng: np.random.Generator) -> list[Image.Image]:
+def images(rng: np.random.Generator) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)) for _ in range(6)]
 
 
@@ -67,7 +67,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def coco(tmp_path: Path, rng: np.random.Generator) -> Path:
-    """A folder as MS-COCO comes, with a caption too many and a picture that is missing."""
+    """A folder as MS-COCO comes, with a caption too many and an image that is missing."""
     folder = tmp_path / "coco"
     (folder / "annotations").mkdir(parents=True)
     (folder / "val").mkdir()
@@ -81,61 +81,61 @@ def coco(tmp_path: Path, rng: np.random.Generator) -> Path:
     return folder
 
 
-def test_scores_are_those_of_the_models_one_picture_at_a_time(weights: Path, pictures: list[Image.Image]) -> None:
+def test_scores_are_those_of_the_models_one_image_at_a_time(weights: Path, images: list[Image.Image]) -> None:
     import torch
     from transformers import AutoProcessor, CLIPModel
 
     prompts = ["a large red star", "a small blue ring"] * 3
     judges = Judges([*CLIPS], weights)
-    found = judges.scores(pictures, prompts)
+    found = judges.scores(images, prompts)
     for name, scores in found.items():
         model, processor = CLIPModel.from_pretrained(weights / name), AutoProcessor.from_pretrained(weights / name)
         alone = []
-        for picture, prompt in zip(pictures, prompts, strict=True):  # one at a time: batches change nothing
+        for image, prompt in zip(images, prompts, strict=True):  # one at a time: batches change nothing
             inputs = processor(
-                text=[prompt], images=[picture], return_tensors="pt", padding="max_length", truncation=True
+                text=[prompt], images=[image], return_tensors="pt", padding="max_length", truncation=True
             )
             with torch.no_grad():
                 alone.append(float(model(**inputs).logits_per_image))
         scale = 1.0 if name == "pickscore" else 100 / float(model.logit_scale.detach().exp())
         wanted = [scale * one for one in alone]
         np.testing.assert_allclose(scores, [max(one, 0) for one in wanted] if name == "clip" else wanted, rtol=1e-4)
-    assert judges.scores(pictures, prompts[::-1])["pickscore"] != found["pickscore"]
+    assert judges.scores(images, prompts[::-1])["pickscore"] != found["pickscore"]
 
 
-def test_fid_is_the_distance_of_two_gaussians(weights: Path, coco: Path, pictures: list[Image.Image]) -> None:
+def test_fid_is_the_distance_of_two_gaussians(weights: Path, coco: Path, images: list[Image.Image]) -> None:
     from scipy.linalg import sqrtm
 
     reference = Coco.read(coco, 6, 0)
     judges = Judges(["fid"], weights, reference)
-    real = [Image.open(path).convert("RGB") for path in reference.pictures]
+    real = [Image.open(path).convert("RGB") for path in reference.images]
 
     def moments(images: list[Image.Image]) -> tuple[Any, Any]:
         pools = [np.asarray(i, float).reshape(2, i.height // 2, 2, i.width // 2, 3).mean((1, 3)) / 255 for i in images]
         features = np.stack([pool.transpose(2, 0, 1).ravel() for pool in pools])
         return features.mean(0), np.cov(features.T)
 
-    (a, s), (b, t) = moments(real), moments(pictures)
+    (a, s), (b, t) = moments(real), moments(images)
     wanted = np.sum((a - b) ** 2) + np.trace(s + t - 2 * np.real(sqrtm(s @ t)))
-    assert judges.fid(pictures) == pytest.approx(wanted, rel=2e-2, abs=1e-5)
-    assert judges.fid(real) == pytest.approx(0, abs=1e-4) and Judges().fid(pictures) is None
+    assert judges.fid(images) == pytest.approx(wanted, rel=2e-2, abs=1e-5)
+    assert judges.fid(real) == pytest.approx(0, abs=1e-4) and Judges().fid(images) is None
 
 
-def test_distances_are_zero_of_equal_pictures_and_grow(weights: Path, pictures: list[Image.Image]) -> None:
+def test_distances_are_zero_of_equal_images_and_grow(weights: Path, images: list[Image.Image]) -> None:
     judges = Judges([], weights)
-    assert judges.lpips(pictures, pictures) == [0.0] * 6
-    near = [Image.fromarray((np.asarray(p) // 2 + 64).astype(np.uint8)) for p in pictures]
-    apart, far = judges.lpips(near, pictures), judges.lpips(pictures[::-1], pictures)
+    assert judges.lpips(images, images) == [0.0] * 6
+    near = [Image.fromarray((np.asarray(p) // 2 + 64).astype(np.uint8)) for p in images]
+    apart, far = judges.lpips(near, images), judges.lpips(images[::-1], images)
     assert apart and far and min(apart) > 0 and min(far) > 0
-    assert Judges().lpips(pictures, pictures) is None and "vgg16.pt" in (Judges().lpips_reason or "")
-    assert psnr(pictures, pictures) == 99.0 and ssim(pictures[0], pictures[0]) == pytest.approx(1)
-    assert psnr(pictures[:1], pictures[1:2]) < 15 and ssim(pictures[0], pictures[1]) < 0.5
+    assert Judges().lpips(images, images) is None and "vgg16.pt" in (Judges().lpips_reason or "")
+    assert psnr(images, images) == 99.0 and ssim(images[0], images[0]) == pytest.approx(1)
+    assert psnr(images[:1], images[1:2]) < 15 and ssim(images[0], images[1]) < 0.5
 
 
-def test_coco_is_read_once_per_picture_in_an_order_of_the_seed(coco: Path) -> None:
+def test_coco_is_read_once_per_image_in_an_order_of_the_seed(coco: Path) -> None:
     found = Coco.read(coco, 6, 3)
     assert sorted(found.captions) == [f"a red star {n}" for n in range(6)]
-    assert [path.stem for path in found.pictures] == [f"{int(caption[-1]):04}" for caption in found.captions]
+    assert [path.stem for path in found.images] == [f"{int(caption[-1]):04}" for caption in found.captions]
     assert Coco.read(coco, 6, 3) == found and Coco.read(coco, 6, 4) != found
 
 
@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(weights: Path, coco: Path, tmp_path: Path) -> 
     ):  # fmt: skip
         with pytest.raises(ParameterError, match=message):
             Judges(*arguments)
-    with pytest.raises(ParameterError, match="7 captions with pictures are needed"):
+    with pytest.raises(ParameterError, match="7 captions with images are needed"):
         Coco.read(coco, 7, 0)
     with pytest.raises(ParameterError, match="annotations/captions_NAME"):
         Coco.read(tmp_path, 1, 0)

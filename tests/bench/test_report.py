@@ -26,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_committed_page_is_made_from_the_committed_files() -> None:
     assert (RESULTS / "report.md").read_text() == Page.read(RESULTS).markdown(), "run `python -m bench report`"
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (RESULTS / "report.md").read_text())
-    assert pictures and all((RESULTS / name).is_file() for name in pictures)
+    images = re.findall(r"!\[.*?\]\((.*?)\)", (RESULTS / "report.md").read_text())
+    assert images and all((RESULTS / name).is_file() for name in images)
 
 
 def test_both_forms_say_the_same(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_commands_make_the_files_that_the_page_says() -> None:
 
 
 @pytest.mark.slow
-def test_pictures_follow_light_and_dark(folder: Path) -> None:
+def test_images_follow_light_and_dark(folder: Path) -> None:
     page = Page.read(folder)
     plotted = [part for part in page.parts() if isinstance(part, Plot)]
     html = page.html(plotted)

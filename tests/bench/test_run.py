@@ -40,7 +40,7 @@ from runtime.pipeline import Pipeline
 from runtime.sampling.execute import denoise, execute
 from runtime.sampling.noise import gaussian
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.plan import plan
+from runtime.sampling.program import program
 from runtime.sampling.schedulers import make_schedule
 
 
@@ -71,7 +71,7 @@ def test_the_replay_makes_every_call_and_keeps_rounds_apart(mode: str, lanes: in
     backend = HostBackend([counting(number) for number in range(lanes)])
     backend.bind((1, 4, 2, 2), schedule.timesteps, [{}, {}])
     backend.write(STATE, np.ones((1, 4, 2, 2), np.float32))
-    counts = execute(plan(mode, schedule, Options(3, tolerance=0.01), lanes, 4.0), backend, lambda finished: None)
+    counts = execute(program(mode, schedule, Options(3, tolerance=0.01), lanes, 4.0), backend, lambda finished: None)
     played, rounds = log.copy(), backend.played
     log.clear()
     assert replay(backend) > 0
@@ -132,7 +132,7 @@ def test_the_parts_of_a_round_add_up(
     end = float(next(ticks))
     backend.close()
     assert marks[0] == "before" and marks[-1] == "copy" and marks.count("lanes") == counts.rounds
-    split = clock.split(end - start, backend.critical)
+    split = clock.split(end - start, backend.critical_path_seconds)
     assert set(split) == set(PARTS) and sum(split.values()) == pytest.approx(end - start)
     inside = sum(clock.parts.values())
     assert inside == pytest.approx(end - start, abs=3), "all but the way in and out is seen by the marks"
@@ -209,12 +209,12 @@ def test_a_checkpoint_that_is_not_there_is_a_reason() -> None:
 
 
 @pytest.mark.slow
-def test_diffusers_draws_the_same_picture(pipeline: Pipeline) -> None:
+def test_diffusers_draws_the_same_image(pipeline: Pipeline) -> None:
     baseline = TorchBaseline(Wanted(checkpoint(pipeline.manifest).folder), 120)
     try:
         noise = gaussian(5, 0, 0, pipeline.latent_shape)[None]
         for scheduler, guidance in (("ddim", 4.0), ("euler", 1.0)):
-            seconds, latents = baseline.picture("a large red star", noise, TorchSetting(scheduler, 6, guidance))
+            seconds, latents = baseline.image("a large red star", noise, TorchSetting(scheduler, 6, guidance))
             ours = pipeline.generate(
                 "a large red star", latents=noise, mode="sequential", scheduler=scheduler, num_inference_steps=6,
                 guidance_scale=guidance,

@@ -125,7 +125,7 @@ def test_load_is_sent_as_the_scenario_says() -> None:
     load = Load(draw, [0, 1, 2], 8, 0.0)
     load.offline(3)
     assert [len(batch) for batch in batches] == [3, 3, 2] and all(r.scheduled == 0 for r in load.requests)
-    assert sum(r.error is not None for r in load.requests) == 2, "a call that fails fails all its pictures"
+    assert sum(r.error is not None for r in load.requests) == 2, "a call that fails fails all its images"
     batches.clear()
     load = Load(draw, [0], 30, 0.0)
     load.server(10_000.0)
@@ -190,8 +190,8 @@ def test_a_short_run_lays_out_its_folder(
             "accuracy/mlperf_log_summary.txt", "accuracy/mlperf_log_detail.txt", f"{run}/mlperf_log_accuracy.json",
             f"{run}/mlperf_log_summary.txt", f"{run}/mlperf_log_detail.txt",
         }  # fmt: skip
-        pictures = json.loads((here / "accuracy" / "mlperf_log_accuracy.json").read_text())
-        assert len(pictures) == 3 and len(bytes.fromhex(pictures[0]["data"])) == 64 * 64 * 3
+        images = json.loads((here / "accuracy" / "mlperf_log_accuracy.json").read_text())
+        assert len(images) == 3 and len(bytes.fromhex(images[0]["data"])) == 64 * 64 * 3
         assert (here / "accuracy" / "accuracy.txt").read_text().startswith("Accuracy Results: {")
         beside = output / row["scenario"]
         with (beside / "perf_analyzer.csv").open() as file:

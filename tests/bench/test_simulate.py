@@ -55,8 +55,8 @@ def test_without_overhead_and_copies_the_speed_up_is_n_over_rounds(mode: str, de
 
 
 def test_split_guidance_has_the_known_shares() -> None:
-    """50 steps, a half costing one half: on 2 devices exactly 2; 4 with k = 2 3.85; 8 with k = 4 7.14."""
-    table = Table("", "", 0.1, 1 << 15, half_share=0.5)
+    """50 steps, a branch costing one half: on 2 devices exactly 2; 4 with k = 2 3.85; 8 with k = 4 7.14."""
+    table = Table("", "", 0.1, 1 << 15, branch_share=0.5)
     one, _ = predict("sequential", schedule(50), 1, table, moves.NVLINK, split=False, free=True)
 
     def speedup(mode: str, devices: int) -> float:
@@ -77,7 +77,7 @@ def test_a_round_adds_up_calls_copies_and_launches() -> None:
     assert gathered([5.0, 5.0, 0.0], [1, 1, 0], 100, link) == pytest.approx(one_away), "an idle device costs nothing"
     assert gathered([500.0, 5.0], [1, 1], 100, link) == 500.0, "the longest call hides the others' copies"
     assert gathered([5.0] * 3, [1] * 3, 100, link) == pytest.approx(one_away + 10), "one link, one copy at a time"
-    costs = LinkCosts(lambda halves: float(halves), 100, link, combine_seconds=0.5, launch=0.125)
+    costs = LinkCosts(lambda branches: float(branches), 100, link, combine_seconds=0.5, launch=0.125)
     backend = NullBackend(2, costs)
     counts = rehearse("sequential", Options(), schedule(3), 2.0, backend)
     assert counts.rounds == 3
@@ -169,8 +169,8 @@ def test_the_command_predicts_without_a_model_and_draws(
     assert command.main() == 0 and "SD 2.1-base" in capsys.readouterr().out
     assert {row["kind"] for row in json.loads(target.read_text())["rows"]} == {"table", "link", "paper", "prediction"}
     assert plot.stat().st_size > 10_000
-    monkeypatch.setattr("sys.argv", ["bench", "simulate", "--half-share", "0.2"])
-    assert command.main() == 1 and "half_share must be at least 0.5" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["bench", "simulate", "--branch-share", "0.2"])
+    assert command.main() == 1 and "branch_share must be at least 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow

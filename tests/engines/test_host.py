@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import Array, Half, combine
+from engines.base import Array, Branch, combine
 from engines.errors import DeviceError
 from engines.host import FunctionLane, HostBackend, Model
 
@@ -36,7 +36,7 @@ def test_lanes_run_at_the_same_time() -> None:
 
     backend = host(meet, meet, meet)
     backend.write("x", np.ones((1, 4, 3, 3), np.float32))
-    backend.predict([[Half("x", 0, f"n{lane}", 0)] for lane in range(3)])
+    backend.predict([[Branch("x", 0, f"n{lane}", 0)] for lane in range(3)])
     assert (backend.read("n2") == 1).all()
     backend.close()
 
@@ -51,11 +51,13 @@ def test_every_row_gets_its_own_latent_timestep_and_conditioning(
     for name, value in values.items():
         backend.write(name, value)
     for order in (1, -1):  # the second time, every lane must notice that its rows changed places
-        halves = [Half(name, step, f"{name}{step}{c}", c) for name in "ab" for step in (0, 2) for c in (0, 1)][::order]
-        backend.predict([halves[lane::lanes] for lane in range(lanes)])
-        for half in halves:
-            expected = values[half.latent] + (10, 20, 30)[half.step] + 1000 * (half.conditioning + 1)
-            np.testing.assert_allclose(backend.read(half.output), expected, rtol=1e-6)
+        branches = [Branch(name, step, f"{name}{step}{c}", c) for name in "ab" for step in (0, 2) for c in (0, 1)][
+            ::order
+        ]
+        backend.predict([branches[lane::lanes] for lane in range(lanes)])
+        for branch in branches:
+            expected = values[branch.latent] + (10, 20, 30)[branch.step] + 1000 * (branch.conditioning + 1)
+            np.testing.assert_allclose(backend.read(branch.output), expected, rtol=1e-6)
     backend.close()
 
 
@@ -64,7 +66,7 @@ def test_a_new_image_never_sees_the_last_ones_conditioning() -> None:
     for c in (1.0, 5.0):
         backend.bind((1, 4, 3, 3), (10.0,), [{"c": np.full((1, 2), c, np.float32)}])
         backend.write("x", np.zeros((1, 4, 3, 3), np.float32))
-        backend.predict([[Half("x", 0, "n", 0)]])
+        backend.predict([[Branch("x", 0, "n", 0)]])
         assert (backend.read("n") == 10 + 1000 * c).all()
     backend.close()
 
@@ -80,7 +82,7 @@ def test_a_failing_lane_is_reported_after_all_stopped_and_the_next_image_is_righ
 
     backend = host(echo, sometimes)
     backend.write("x", np.ones((1, 4, 3, 3), np.float32))
-    calls = [[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]]
+    calls = [[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]]
     with pytest.raises(DeviceError, match="lane lost"):
         backend.predict(calls)
     assert backend.dead() == [1]
@@ -99,7 +101,7 @@ def test_a_wait_that_is_interrupted_does_not_harm_the_next_round(monkeypatch: py
         return 2 * sample
 
     backend = host(echo, slow)
-    calls = [[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]]
+    calls = [[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]]
     backend.write("x", np.ones((1, 4, 3, 3), np.float32))
     get = backend._done.get
 
@@ -133,7 +135,7 @@ def test_closed_lanes_say_so() -> None:
     backend.write("x", np.ones((1, 4, 3, 3), np.float32))
     backend.close()
     with pytest.raises(DeviceError, match="closed: load the model again"):
-        backend.predict([[Half("x", 0, "n0", 0)], [Half("x", 0, "n1", 1)]])
+        backend.predict([[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]])
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 5, 33, 67])

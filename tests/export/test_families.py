@@ -1,4 +1,4 @@
-"""Every family at tiny size, from a folder that diffusers saved to pictures on two lanes, against diffusers itself."""
+"""Every family at tiny size, from a folder that diffusers saved to images on two lanes, against diffusers itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engines.errors import ParameterError
 from engines.store import Bundle
 from export.__main__ import Asked, export, exporter
 from runtime.pipeline import Pipeline
-from runtime.sampling.noise import PICTURE, gaussian
+from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedulers import RULES
 
 pytestmark = [
@@ -38,7 +38,7 @@ SCHEDULERS = {
     "flux-schnell": ("flow_euler",),
     "lcm": ("lcm",),
 }
-PICTURES = ("sd1", "sd2", "sdxl", "sd3")  # those that can start from one
+IMAGES = ("sd1", "sd2", "sdxl", "sd3")  # those that can start from one
 STEPS = 6
 
 
@@ -95,7 +95,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         if name not in known:
             theirs = save(name, folder)
             theirs.set_progress_bar_config(disable=True)
-            sides = (64, 128) if name.startswith("flux") else None  # half of a Flux picture is too much for a test
+            sides = (64, 128) if name.startswith("flux") else None  # half of a Flux image is too much for a test
             bundle = build(folder / name, folder / "build", sides=sides)
             known[name] = Made(name, theirs, folder / name, Pipeline(bundle, "cpu*2"))
         return known[name]
@@ -195,7 +195,7 @@ def test_pixels_and_other_sizes_equal_the_diffusers_pipeline(
         assert (ours.report.width, ours.report.height) == ours.images[0].size
 
 
-@every(*PICTURES)
+@every(*IMAGES)
 @pytest.mark.parametrize("strength", [1.0, 0.55])
 def test_image_to_image_equals_the_diffusers_pipeline(
     made: Made, strength: float, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -208,12 +208,12 @@ def test_image_to_image_equals_the_diffusers_pipeline(
         made.theirs.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(made.theirs.scheduler.config)
     theirs = diffusers.AutoPipelineForImage2Image.from_pipe(made.theirs)
     theirs.set_progress_bar_config(disable=True)
-    picture = Image.fromarray(rng.integers(0, 256, (72, 64, 3), np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (72, 64, 3), np.uint8))
     noise = noise_of(made, rng, side=(18, 16))
-    encoded = gaussian(5, 0, PICTURE, noise.shape[1:])[None]
+    encoded = gaussian(5, 0, ENCODER, noise.shape[1:])[None]
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", lambda *_, **__: torch.from_numpy(encoded))
     monkeypatch.setattr(sys.modules[type(theirs).__module__], "randn_tensor", lambda *_, **__: torch.from_numpy(noise))
-    options: dict[str, Any] = {"strength": strength, "image": picture, "negative_prompt": NEGATIVE}
+    options: dict[str, Any] = {"strength": strength, "image": image, "negative_prompt": NEGATIVE}
     size = {"height": 72, "width": 64} if made.name == "sd3" else {}  # there the default is the model's own size
     wanted = made.expected(noise, theirs, guidance_scale=4.0, **options, **size)
     equal(made.generate(latents=noise, seed=5, scheduler=scheduler, guidance_scale=4.0, **options), wanted)
@@ -296,7 +296,7 @@ def test_the_baseline_of_benchmarks_draws_the_same_latents(made: Made, rng: np.r
     baseline = TorchBaseline(Wanted(str(made.folder)), 120)
     try:
         noise = noise_of(made, rng, side=(16, 24))
-        _, latents = baseline.picture(PROMPT, noise, Setting(SCHEDULERS[made.name][0], STEPS, 4.0))
+        _, latents = baseline.image(PROMPT, noise, Setting(SCHEDULERS[made.name][0], STEPS, 4.0))
         near(made.generate(latents=noise, width=96, height=64, guidance_scale=4.0).latents, latents)
     finally:
         baseline.close()
@@ -353,7 +353,7 @@ def test_networks_for_gpus_stay_near_torch(made: Made, precision: str, tmp_path:
 def test_what_a_family_cannot_do_is_refused(made: Made) -> None:
     with pytest.raises(ParameterError, match="second pass"):
         made.generate(negative_prompt=NEGATIVE)
-    with pytest.raises(ParameterError, match="cannot start from a picture"):
+    with pytest.raises(ParameterError, match="cannot start from an image"):
         made.generate(image=Image.new("RGB", (64, 64)))
 
 
@@ -366,7 +366,7 @@ def test_wrong_arguments(made: Made) -> None:
         ({"image": Image.new("RGB", (64, 64)), "strength": 2.0}, "from 0 to 1"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.1}, "none of 6 steps is left"),
         ({"image": Image.new("RGB", (640, 64))}, "width=640 is not among"),
-        ({"image": "picture.png"}, "must be a PIL image"),
+        ({"image": "image.png"}, "must be a PIL image"),
         ({"clip_skip": 3}, "clip_skip must be a whole number from 0 to 2"),
         ({"pooled_prompt_embeds": np.zeros((1, 4))}, "takes no pooled_prompt_embeds"),
         ({"scheduler": "pndm"}, "cannot be drafted: a step mixes the last four outputs"),

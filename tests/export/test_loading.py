@@ -133,7 +133,7 @@ def test_the_baseline_of_benchmarks_has_the_lora_too(
         wanted = theirs("a star", latents=torch.from_numpy(noise.copy()), **options).images.numpy()
         baseline = TorchBaseline(Wanted(str(folder), loras=tuple((str(one), scale) for one, scale in loras)), 120)
         try:
-            _, latents = baseline.picture("a star", noise, Setting("ddim", 3, 4.0))
+            _, latents = baseline.image("a star", noise, Setting("ddim", 3, 4.0))
         finally:
             baseline.close()
         np.testing.assert_allclose(latents, wanted, atol=1e-5 * np.abs(wanted).max())

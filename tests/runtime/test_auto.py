@@ -23,12 +23,12 @@ LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
 
 def drift(mode: str, k: int, p90: float) -> Drift:
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
-    return Drift(setting=SETTING, candidate=candidate, pictures=8, median=p90 / 2, p90=p90)
+    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90)
 
 
 def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None:
     seconds = call_seconds({1: 1.0, 2: 1.5, 4: 2.0})
-    assert [seconds(halves) for halves in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
+    assert [seconds(branches) for branches in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None
 def test_the_cost_model_adds_up_the_critical_path(
     mode: str, k: int, lanes: int, guidance: float, expected: float, manifest: Manifest
 ) -> None:
-    """A half costs one second on every lane; on 4 lanes guidance is split and drafts run at once."""
+    """A branch costs one second on every lane; on 4 lanes guidance is split and drafts run at once."""
     schedule = make_schedule(manifest, "ddim", 50)
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
     assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
@@ -81,7 +81,7 @@ def test_calibration_is_measured_once_and_used(
 ) -> None:
     shutil.copytree(shapes.folder, tmp_path / "shapes", ignore=shutil.ignore_patterns("calibration.json"))
     bundle = Bundle.open(str(tmp_path / "shapes"))
-    arguments = ["calibrate", str(bundle.folder), "--devices", "cpu*2", "--steps", "6", "--pictures", "2"]
+    arguments = ["calibrate", str(bundle.folder), "--devices", "cpu*2", "--steps", "6", "--images", "2"]
     monkeypatch.setattr("sys.argv", arguments)
     assert command() == 0 and "calibrated" in capsys.readouterr().out
     pipeline = Pipeline(bundle, "cpu*2")
@@ -119,7 +119,7 @@ def test_bad_arguments_are_named(
     with pytest.raises(ParameterError, match="auto chooses drafts itself"):
         pipeline.generate("a red star", mode="auto", drafts="frozen")
     pipeline.close()
-    with pytest.raises(ParameterError, match="pictures must be at least 1"):
+    with pytest.raises(ParameterError, match="images must be at least 1"):
         calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, 60.0, again=False)
     monkeypatch.setattr("sys.argv", ["calibrate", "missing"])
     assert command() == 1 and "no exported model 'missing'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`/v1/images/edits`: pictures from pictures over HTTP, equal to the pipeline's, and forms that cannot be."""
+"""`/v1/images/edits`: images from images over HTTP, equal to the pipeline's, and forms that cannot be."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ EDIT = "/v1/images/edits"
 
 
 @pytest.fixture(scope="module")
-def picture(pipeline: Pipeline) -> Image.Image:
+def star(pipeline: Pipeline) -> Image.Image:
     return pipeline.generate(PROMPT, num_inference_steps=6).images[0]
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(star: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    star.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def edit(client: httpx.Client, content: bytes, field: str = "image", **fields: Any) -> httpx.Response:
-    files = {field: ("picture", content, "application/octet-stream")}
+    files = {field: ("image", content, "application/octet-stream")}
     return client.post(EDIT, data={"prompt": "a small green ring", "num_inference_steps": "8", **fields}, files=files)
 
 
 @pytest.mark.parametrize("field", ["image", "image[]"])
-def test_an_edit_is_the_pipelines(client: httpx.Client, pipeline: Pipeline, picture: Image.Image, field: str) -> None:
+def test_an_edit_is_the_pipelines(client: httpx.Client, pipeline: Pipeline, star: Image.Image, field: str) -> None:
     fields = {"mode": "aggressive", "k": "2", "seed": "5", "strength": "0.6", "n": "2"}
-    response = edit(client, encoded(picture), field, **fields)
+    response = edit(client, encoded(star), field, **fields)
     assert response.status_code == 200, response.text
     wanted = pipeline.generate(
-        "a small green ring", image=picture, strength=0.6, mode="aggressive", k=2, seed=5, num_inference_steps=8,
+        "a small green ring", image=star, strength=0.6, mode="aggressive", k=2, seed=5, num_inference_steps=8,
         num_images_per_prompt=2,
     )  # fmt: skip
     assert same(received(response.json()), [np.asarray(image) for image in wanted.images])
@@ -53,15 +53,15 @@ def test_an_edit_is_the_pipelines(client: httpx.Client, pipeline: Pipeline, pict
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_picture_formats(client: httpx.Client, picture: Image.Image, kind: str) -> None:
-    assert edit(client, encoded(picture, kind)).status_code == 200
-    assert edit(client, encoded(picture.convert("L").resize((96, 64)), kind)).json()["size"] == "96x64"
+def test_image_formats(client: httpx.Client, star: Image.Image, kind: str) -> None:
+    assert edit(client, encoded(star, kind)).status_code == 200
+    assert edit(client, encoded(star.convert("L").resize((96, 64)), kind)).json()["size"] == "96x64"
 
 
-def test_the_openai_client_edits(client: httpx.Client, picture: Image.Image) -> None:
+def test_the_openai_client_edits(client: httpx.Client, star: Image.Image) -> None:
     made = openai.OpenAI(base_url=f"{str(client.base_url).rstrip('/')}/v1", api_key="any")
     more = {"num_inference_steps": 6, "seed": 2, "strength": 0.5}
-    file = ("star.png", encoded(picture), "image/png")
+    file = ("star.png", encoded(star), "image/png")
     plain = made.images.edit(image=file, prompt=PROMPT, n=2, extra_body=more)
     assert plain.data and len(plain.data) == 2
     stream = made.images.edit(image=file, prompt=PROMPT, stream=True, partial_images=1, extra_body=more)
@@ -70,8 +70,8 @@ def test_the_openai_client_edits(client: httpx.Client, picture: Image.Image) -> 
         made.images.edit(image=file, mask=file, prompt=PROMPT, extra_body=more)
 
 
-def test_a_streamed_edit(client: httpx.Client, picture: Image.Image) -> None:
-    response = edit(client, encoded(picture), stream="true", partial_images="2")
+def test_a_streamed_edit(client: httpx.Client, star: Image.Image) -> None:
+    response = edit(client, encoded(star), stream="true", partial_images="2")
     assert [event["type"] for event in events(response)][-1] == "image_edit.completed"
 
 
@@ -86,14 +86,14 @@ def test_a_streamed_edit(client: httpx.Client, picture: Image.Image) -> None:
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_used_is_named(
-    client: httpx.Client, picture: Image.Image, fields: dict[str, str], param: str, code: str
+    client: httpx.Client, star: Image.Image, fields: dict[str, str], param: str, code: str
 ) -> None:
-    refused(edit(client, encoded(picture), **fields), 400, param, code)
+    refused(edit(client, encoded(star), **fields), 400, param, code)
 
 
-def test_pictures_that_cannot_be_used(client: httpx.Client, picture: Image.Image) -> None:
-    good = encoded(picture)
-    for content in (b"a star", good[:200], b"\x89PNG\r\n\x1a\n" + b"\0" * 50, encoded(picture, "GIF")):
+def test_images_that_cannot_be_used(client: httpx.Client, star: Image.Image) -> None:
+    good = encoded(star)
+    for content in (b"a star", good[:200], b"\x89PNG\r\n\x1a\n" + b"\0" * 50, encoded(star, "GIF")):
         assert "no readable PNG" in refused(edit(client, content), 400, "image", "invalid_value")
     for side, said in ((5_000, "4096 pixels"), (30_000, "pixels")):
         bomb = encoded(Image.new("1", (side, side)))
@@ -120,8 +120,8 @@ def test_forms_that_are_none(client: httpx.Client, content: bytes, kind: str, st
     assert response.status_code == status and response.json()["error"]["message"]
 
 
-def test_pages_of_other_sites_cannot_send_forms(client: httpx.Client, picture: Image.Image) -> None:
-    files = {"image": encoded(picture)}
+def test_pages_of_other_sites_cannot_send_forms(client: httpx.Client, star: Image.Image) -> None:
+    files = {"image": encoded(star)}
     data = {"prompt": "a star", "num_inference_steps": "1", "strength": "1"}
     elsewhere = client.post(EDIT, data=data, files=files, headers={"Origin": "http://example.com"})
     refused(elsewhere, 403, None, "cross_origin")
@@ -129,13 +129,13 @@ def test_pages_of_other_sites_cannot_send_forms(client: httpx.Client, picture: I
     assert here.status_code == 200
 
 
-def test_uploads_have_a_limit(pipeline: Pipeline, picture: Image.Image) -> None:
+def test_uploads_have_a_limit(pipeline: Pipeline, star: Image.Image) -> None:
     with serving(pipeline, Limits(upload=3000)) as client:
         noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
         refused(edit(client, encoded(noisy)), 413, None, "request_too_large")
 
 
-def test_uploads_have_a_limit_together(pipeline: Pipeline, picture: Image.Image) -> None:
+def test_uploads_have_a_limit_together(pipeline: Pipeline, star: Image.Image) -> None:
     with serving(pipeline, Limits(upload=1 << 20)) as client:
         head = f"POST {EDIT} HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         with ExitStack() as arriving:
@@ -143,7 +143,7 @@ def test_uploads_have_a_limit_together(pipeline: Pipeline, picture: Image.Image)
                 slow = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
                 arriving.enter_context(slow)
                 slow.sendall(f"{head}Content-Length: {1 << 20}\r\n\r\n".encode() + bytes((1 << 20) - 1))
-            until(lambda: edit(client, encoded(picture)).status_code == 429)
-            response = edit(client, encoded(picture))
+            until(lambda: edit(client, encoded(star)).status_code == 429)
+            response = edit(client, encoded(star))
             assert response.json()["error"]["code"] == "too_many_uploads" and response.headers["retry-after"]
-        until(lambda: edit(client, encoded(picture)).status_code == 200)
+        until(lambda: edit(client, encoded(star)).status_code == 200)

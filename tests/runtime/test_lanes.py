@@ -1,4 +1,4 @@
-"""Several pictures at once: the rule that shares lanes, who waits for whom, and the same pictures whatever happens."""
+"""Several images at once: the rule that shares lanes, who waits for whom, and the same images whatever happens."""
 
 from __future__ import annotations
 
@@ -44,18 +44,16 @@ def greedy(lanes: int) -> float:
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("seconds", [perfect, usual, greedy])
-def test_a_lone_picture_is_alone_and_nobody_shares_less_than_a_lane(
-    seconds: Callable[[int], float], lanes: int
-) -> None:
+def test_a_lone_image_is_alone_and_nobody_shares_less_than_a_lane(seconds: Callable[[int], float], lanes: int) -> None:
     assert at_once([], lanes) == 0
     assert at_once([seconds], lanes) == 1
     for waiting in (2, 3, 5, 40):
         assert 1 <= at_once([seconds] * waiting, lanes) <= min(lanes, waiting)
 
 
-def test_pictures_share_where_lanes_help_less_than_in_proportion() -> None:
+def test_images_share_where_lanes_help_less_than_in_proportion() -> None:
     assert [at_once([usual] * n, 4) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
-    assert at_once([perfect] * 4, 4) == 4, "lanes of one picture wait for each other"
+    assert at_once([perfect] * 4, 4) == 4, "lanes of one image wait for each other"
     assert at_once([greedy] * 4, 4) == 1
     steps = {1: 1.0, 2: 0.4, 3: 0.4, 4: 0.4}  # two lanes are all that it can use
     assert at_once([steps.__getitem__] * 4, 4) == 2
@@ -65,7 +63,7 @@ def test_the_rule_leaves_the_machine_free_soonest(rng: np.random.Generator) -> N
     for _ in range(50):
         lanes, count = int(rng.integers(2, 9)), int(rng.integers(2, 7))
         tables = [np.sort(rng.uniform(0.1, 1, lanes))[::-1] for _ in range(count)]
-        pictures = [lambda n, table=table: float(table[n - 1]) for table in tables]
+        images = [lambda n, table=table: float(table[n - 1]) for table in tables]
 
         def busy(number: int, lanes: int = lanes, tables: list[Any] = tables) -> float:
             shares = [lanes // number + (seat < lanes % number) for seat in range(number)]
@@ -74,7 +72,7 @@ def test_the_rule_leaves_the_machine_free_soonest(rng: np.random.Generator) -> N
             return float(sum(1 / rate for rate in rates))
 
         best = min(busy(number) for number in range(1, min(lanes, count) + 1))
-        assert busy(at_once(pictures, lanes)) == pytest.approx(best)
+        assert busy(at_once(images, lanes)) == pytest.approx(best)
 
 
 def test_lanes_are_divided_without_rest() -> None:
@@ -91,13 +89,13 @@ def test_lanes_are_divided_without_rest() -> None:
 
 
 class OneAtATime:
-    """A lane that notices when two pictures are on it, and how often it ran."""
+    """A lane that notices when two images are on it, and how often it ran."""
 
     def __init__(self, pause: float = 0.0) -> None:
         self.busy, self.runs, self.pause = threading.Lock(), 0, pause
 
     def __call__(self, sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
-        assert self.busy.acquire(blocking=False), "two pictures on one lane"
+        assert self.busy.acquire(blocking=False), "two images on one lane"
         try:
             time.sleep(self.pause)
             self.runs += 1
@@ -108,10 +106,10 @@ class OneAtATime:
 
 def opened(models: list[OneAtATime]) -> Lanes:
     first = HostBackend([FunctionLane(one) for one in models])
-    return Lanes(len(models), lambda desk: first.beside() if desk else first)
+    return Lanes(len(models), lambda desk: first.sibling() if desk else first)
 
 
-def picture(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, **more: Any) -> tuple[Array, Any]:
+def image(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, **more: Any) -> tuple[Array, Any]:
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((1, 2, 3, 3), np.float32)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((1, 3, 2), np.float32)} for _ in range(2)]
@@ -121,31 +119,31 @@ def picture(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, 
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_many_pictures_on_any_lanes_are_what_they_are_alone(count: int, rng: np.random.Generator) -> None:
+def test_many_images_on_any_lanes_are_what_they_are_alone(count: int, rng: np.random.Generator) -> None:
     models = [OneAtATime(0.0002) for _ in range(count)]
     lanes, modes = opened(models), ["sequential", "conservative", "aggressive", "srds", "adaptive"]
-    alone = {n: picture(lanes, n, modes[n % 5])[0] for n in range(10)}
+    alone = {n: image(lanes, n, modes[n % 5])[0] for n in range(10)}
     order = rng.permutation(40) % 10
     with ThreadPoolExecutor(2 * count + 1) as pool:
-        made = list(pool.map(lambda n: picture(lanes, n, modes[n % 5]), order.tolist()))
+        made = list(pool.map(lambda n: image(lanes, n, modes[n % 5]), order.tolist()))
     for n, (latents, seat) in zip(order, made, strict=True):
         assert np.abs(latents - alone[n]).max() < 1e-4 * np.abs(alone[n]).max()
         assert 1 <= seat.lane_rounds / seat.rounds <= count
     assert not lanes.seated and not lanes.waiting and all(one.runs for one in models)
 
 
-def test_a_lone_picture_has_all_lanes_and_gives_half_when_another_comes() -> None:
+def test_a_lone_image_has_all_lanes_and_gives_half_when_another_comes() -> None:
     models = [OneAtATime(0.002), OneAtATime(0.002)]
     lanes = opened(models)
-    _, seat = picture(lanes, 0)
+    _, seat = image(lanes, 0)
     assert seat.lane_rounds == 2 * seat.rounds
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(picture, lanes, 1, "sequential", 400)
+        long = pool.submit(image, lanes, 1, "sequential", 400)
         while not lanes.seated:
             time.sleep(0.001)
         time.sleep(0.05)
         start = time.monotonic()
-        _, short = picture(lanes, 2, "sequential", 3)
+        _, short = image(lanes, 2, "sequential", 3)
         waited = time.monotonic() - start
         assert not long.done(), "it did not wait for the long one"
         _, seat = long.result()
@@ -158,7 +156,7 @@ def test_first_come_first_served() -> None:
     lanes, order, threads = opened([OneAtATime(0.001)]), [], []
 
     def make(n: int) -> None:
-        picture(lanes, n, steps=3)
+        image(lanes, n, steps=3)
         order.append(n)
 
     with lanes.seat(usual):
@@ -178,7 +176,7 @@ class GoneError(Exception):
 
 def test_who_gives_up_in_the_line_or_between_rounds_leaves_nothing_behind() -> None:
     lanes = opened([OneAtATime(), OneAtATime()])
-    wanted = picture(lanes, 3)[0]
+    wanted = image(lanes, 3)[0]
     rounds = iter(range(4))
 
     def leaves() -> None:
@@ -189,29 +187,29 @@ def test_who_gives_up_in_the_line_or_between_rounds_leaves_nothing_behind() -> N
         raise GoneError
 
     with pytest.raises(GoneError):
-        picture(lanes, 1, before_round=leaves)
+        image(lanes, 1, before_round=leaves)
     with lanes.seat(usual), pytest.raises(GoneError):  # seated, but its lane is lent
-        picture(lanes, 1, before_round=gone)
+        image(lanes, 1, before_round=gone)
     single = opened([OneAtATime()])
     with single.seat(usual), pytest.raises(GoneError):
-        picture(single, 1, before_round=gone)
+        image(single, 1, before_round=gone)
     assert not single.waiting
     assert (lanes.seated, lanes.waiting) == (0, 0)
-    again, seat = picture(lanes, 3)
+    again, seat = image(lanes, 3)
     assert np.array_equal(again, wanted) and seat.lane_rounds == 2 * seat.rounds
 
 
 def test_nobody_sits_down_while_someone_wants_to_be_alone() -> None:
     lanes = opened([OneAtATime(0.001), OneAtATime(0.001)])
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(picture, lanes, 1, steps=60)
+        first = pool.submit(image, lanes, 1, steps=60)
         while not lanes.seated:
             time.sleep(0.001)
         with lanes.alone(wait=False) as free:
             assert not free
         with lanes.alone(wait=True):
             assert first.done() or not lanes.seated
-            later = pool.submit(picture, lanes, 2)
+            later = pool.submit(image, lanes, 2)
             time.sleep(0.1)
             assert not later.done() and lanes.waiting == 1
         later.result(10)
@@ -222,7 +220,7 @@ def test_a_round_that_does_not_end_is_seen() -> None:
     hangs = HostBackend([FunctionLane(lambda *_: held.wait(20)), FunctionLane(model)])  # type: ignore[arg-type]
     lanes.replace(2, lambda desk: hangs)
     with ThreadPoolExecutor(1) as pool:
-        stuck = pool.submit(picture, lanes, 1)
+        stuck = pool.submit(image, lanes, 1)
         time.sleep(0.15)
         assert lanes.overdue(0.1) == (0, 1) and lanes.overdue(60) == ()
         held.set()
@@ -262,7 +260,7 @@ def test_who_closes_waits_for_visitors_and_keeps_them_out() -> None:
 
 @pytest.mark.usefixtures("usual_costs")
 @pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive", "srds"])
-def test_load_changes_no_picture(mode: str, pipeline: Pipeline) -> None:
+def test_load_changes_no_image(mode: str, pipeline: Pipeline) -> None:
     options: dict[str, Any] = {"mode": mode, "num_inference_steps": 9}
     alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -288,7 +286,7 @@ class Broken:
 
 
 @pytest.mark.usefixtures("usual_costs")
-def test_lanes_that_die_under_load_cost_no_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*3")
     options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 8}
     alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(5)]
@@ -333,11 +331,11 @@ def refuse() -> None:
     raise DeviceError("it is still broken")
 
 
-def test_a_probe_finds_a_dead_lane_before_a_picture_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_finds_a_dead_lane_before_a_image_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*2")
     assert pipeline.probe() and pipeline.probe()
     with pipeline.lanes.seat(usual):
-        assert not pipeline.probe(), "it does not wait for pictures"
+        assert not pipeline.probe(), "it does not wait for images"
 
     def broken() -> None:
         raise DeviceError("burnt out")

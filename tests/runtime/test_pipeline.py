@@ -86,7 +86,7 @@ def test_noise_depends_on_seed_image_and_step_alone() -> None:
     assert abs(sample.mean()) < 0.02 and abs(sample.std() - 1) < 0.02
 
 
-def test_pictures_of_one_call_differ_and_the_first_is_the_single_one(pipeline: Pipeline) -> None:
+def test_images_of_one_call_differ_and_the_first_is_the_single_one(pipeline: Pipeline) -> None:
     several, one = draw(pipeline, num_images_per_prompt=3), draw(pipeline)
     assert len(several.images) == several.report.images == 3
     assert_near(several.latents[:1], one.latents, 1e-4)
@@ -124,7 +124,7 @@ def test_the_report_says_what_happened(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_lanes_change_nothing_but_rounding(mode: str, pipeline: Pipeline) -> None:
-    """k stays the number of all lanes, or the choice would change the picture."""
+    """k stays the number of all lanes, or the choice would change the image."""
     both, one = (draw(pipeline, mode=mode, num_inference_steps=9, lanes=lanes, timeline=True) for lanes in (None, 1))
     assert_near(one.latents, both.latents, 1e-4)
     assert (one.report.lanes, one.report.devices, one.report.guidance_split) == (1, "cpu/0", False)
@@ -146,7 +146,7 @@ def test_the_timeline_says_what_each_lane_did_when(mode: str, pipeline: Pipeline
     calls = [span for span in report.timeline if span.kind == "call"]
     assert len(calls) == report.calls
     assert {span.round for span in calls} == set(range(1, report.rounds + 1))
-    assert sum(span.halves for span in calls) == 2 * report.evaluations
+    assert sum(span.branches for span in calls) == 2 * report.evaluations
     assert {step for span in calls for step in span.steps} == set(range(9))
     times = [(span.start, span.end) for span in report.timeline]
     assert all(start is not None and end is not None and 0 <= start <= end for start, end in times)
@@ -184,7 +184,7 @@ def test_the_callback_sees_refined_states_in_order(pipeline: Pipeline) -> None:
     assert seen[-1][1] == 1.0 and np.array_equal(seen[-1][2], result.latents)
 
 
-def test_a_callback_that_raises_cancels_and_the_next_picture_is_untouched(pipeline: Pipeline) -> None:
+def test_a_callback_that_raises_cancels_and_the_next_image_is_untouched(pipeline: Pipeline) -> None:
     expected = draw(pipeline, mode="aggressive")
 
     class CancelledError(Exception):
@@ -198,7 +198,7 @@ def test_a_callback_that_raises_cancels_and_the_next_picture_is_untouched(pipeli
     assert same(draw(pipeline, mode="aggressive"), expected)
 
 
-def test_nan_is_an_error_and_never_a_picture(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_an_error_and_never_a_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = pipeline.backend.predict
 
     def poisoned(calls: Sequence[Call]) -> None:
@@ -233,7 +233,7 @@ def test_a_scheduler_of_another_name_equals_the_diffusers_pipeline_with_it(
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "euler_a"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_picture_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
+def test_a_image_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
     mode: str, scheduler: str, pipeline: Pipeline
 ) -> None:
     options: dict[str, Any] = {"mode": mode, "scheduler": scheduler, "seed": 4, "tolerance": 0.05}
@@ -312,7 +312,7 @@ def test_an_argument_that_cannot_be_used_is_named(
     assert caught.value.param == param
 
 
-def test_a_lane_that_dies_costs_no_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_that_dies_costs_no_image(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made again on the other lane, the report says so, and the lane stays out."""
     pipeline = Pipeline(shapes, "cpu*2")
     wanted = draw(pipeline, mode="aggressive", k=2)

@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from runtime.pipeline import Pipeline, Result
-from runtime.serve.openai.errors import told, translated
+from runtime.serve.openai.errors import error_response, to_api_error
 from runtime.serve.openai.schema import ImageRequest
 from runtime.serve.queue import CancelledError, Job
 from runtime.serve.service import Service
@@ -23,7 +23,7 @@ USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0,
 
 
 def generate(pipeline: Pipeline, asked: ImageRequest, job: Job, show: Callable[[int, int], None]) -> Result:
-    """The pictures of a request, given up between rounds when the job says so; `show(finished, steps)` may look."""
+    """The images of a request, given up between rounds when the job says so; `show(finished, steps)` may look."""
 
     return pipeline.generate(asked.prompt, progress=show, before_round=job.check, **asked.arguments())
 
@@ -38,14 +38,14 @@ def answer(asked: ImageRequest, result: Result) -> bytes:
 
 
 class Previews:
-    """Says when a request's partial pictures are due: evenly over its steps, at the first round end after each."""
+    """Says when a request's partial images are due: evenly over its steps, at the first round end after each."""
 
     def __init__(self, asked: ImageRequest) -> None:
         self._wanted = asked.partial_images
         self.shown = 0
 
     def due(self, finished: int, steps: int) -> bool:
-        """Whether to show one now; the finished picture is none."""
+        """Whether to show one now; the finished image is none."""
         next_one = steps * (self.shown + 1) / (self._wanted + 1)
         if finished >= steps or self.shown == self._wanted or finished < next_one:
             return False
@@ -60,7 +60,7 @@ def make_whole(service: Service, asked: ImageRequest, job: Job) -> bytes:
 
 
 def make_stream(service: Service, asked: ImageRequest, job: Job, send: Callable[[bytes], None]) -> None:
-    """Events for partial pictures and the finished one, sent from the engine's thread."""
+    """Events for partial images and the finished one, sent from the engine's thread."""
     previews, created = Previews(asked), int(time.time())
 
     def event(kind: str, image: Any, **more: Any) -> None:
@@ -81,11 +81,11 @@ def make_stream(service: Service, asked: ImageRequest, job: Job, send: Callable[
 async def whole(service: Service, asked: ImageRequest, request: Request) -> bytes:
     """The answer, unless the client goes away first, which ends the work before its next round."""
     job = service.submit(lambda job: make_whole(service, asked, job))
-    content: bytes = await unless_gone(asyncio.wrap_future(job.future), job, request)
+    content: bytes = await wait_or_cancel(asyncio.wrap_future(job.future), job, request)
     return content
 
 
-async def unless_gone(wanted: asyncio.Future[Any], job: Job, request: Request) -> Any:
+async def wait_or_cancel(wanted: asyncio.Future[Any], job: Job, request: Request) -> Any:
     """What is waited for, unless the client goes away first, or the deadline comes.
 
     Then the job is cancelled, and nobody waits for the round that it may be in.
@@ -115,7 +115,7 @@ async def stream(service: Service, asked: ImageRequest, request: Request) -> Str
 
     job = service.submit(lambda job: make_stream(service, asked, job, send))
     job.future.add_done_callback(lambda _: send(None))
-    first = await unless_gone(asyncio.ensure_future(events.get()), job, request)
+    first = await wait_or_cancel(asyncio.ensure_future(events.get()), job, request)
     if first is None:
         await asyncio.wrap_future(job.future)
 
@@ -136,7 +136,7 @@ async def stream(service: Service, asked: ImageRequest, request: Request) -> Str
             await asyncio.wrap_future(job.future)
             outcome = 200
         except Exception as error:  # noqa: BLE001 - this is the only place where it can be told
-            outcome, content = told(translated(error))
+            outcome, content = error_response(to_api_error(error))
             yield f"event: error\ndata: {json.dumps({'type': 'error'} | content)}\n\n".encode()
         finally:
             request.scope["state"]["outcome"] = outcome

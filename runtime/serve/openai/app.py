@@ -14,8 +14,8 @@ from runtime.pipeline import MODES
 from runtime.serve.openai.answers import stream, whole
 from runtime.serve.openai.body import Bodies, read_form, read_json
 from runtime.serve.openai.document import described, operation
-from runtime.serve.openai.errors import ApiError, answer_error, translated
-from runtime.serve.openai.middleware import Known
+from runtime.serve.openai.errors import ApiError, answer_error, to_api_error
+from runtime.serve.openai.middleware import AccessMiddleware
 from runtime.serve.openai.schema import EditRequest, ImageRequest, limited
 from runtime.serve.service import Service
 
@@ -31,15 +31,17 @@ def make_app(service: Service) -> FastAPI:
     """The application around a loaded pipeline."""
     pipeline, limits, bodies = service.pipeline, service.limits, Bodies(service.limits)
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
-    for kind in (HTTPException, EngineError):  # others end in `Known`
+    for kind in (HTTPException, EngineError):  # others end in `AccessMiddleware`
         app.add_exception_handler(kind, answer_error)
 
-    app.add_middleware(Known, keys=limits.keys, count=lambda outcome: service.metrics.requests.labels(outcome).inc())
+    app.add_middleware(
+        AccessMiddleware, keys=limits.keys, count=lambda outcome: service.metrics.requests.labels(outcome).inc()
+    )
 
     defaults = pipeline.manifest.defaults
     model, edit = limited(ImageRequest, limits, defaults), limited(EditRequest, limits, defaults)
 
-    async def pictures(asked: ImageRequest, request: Request) -> Response:
+    async def images(asked: ImageRequest, request: Request) -> Response:
         if asked.model not in (None, pipeline.manifest.model):
             message = f"the model {asked.model!r} does not exist; this server has {pipeline.manifest.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -48,17 +50,17 @@ def make_app(service: Service) -> FastAPI:
                 return await stream(service, asked, request)
             return Response(await whole(service, asked, request), media_type="application/json")
         except Exception as error:
-            raise translated(error) from error
+            raise to_api_error(error) from error
 
     @app.post("/v1/images/generations", **operation("application/json", model))
     async def generations(request: Request) -> Response:
-        """Makes n pictures of a prompt, or with `stream` one picture and previews of it."""
-        return await pictures(await read_json(request, model, bodies), request)
+        """Makes n images of a prompt, or with `stream` one image and previews of it."""
+        return await images(await read_json(request, model, bodies), request)
 
     @app.post("/v1/images/edits", **operation("multipart/form-data", edit))
     async def edits(request: Request) -> Response:
-        """The same, starting from a picture: the last `strength` of the steps are made, with the noise for them."""
-        return await pictures(await read_form(request, edit, bodies), request)
+        """The same, starting from an image: the last `strength` of the steps are made, with the noise for them."""
+        return await images(await read_form(request, edit, bodies), request)
 
     @app.get("/v1/models", responses=described(401))
     async def models() -> dict[str, Any]:
@@ -82,7 +84,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health/ready", responses={503: {"description": "Nothing should be sent here; the body says why."}})
     async def ready() -> JSONResponse:
-        """Whether every lane works: free ones play a tiny round for it. Nobody is answered before a first picture."""
+        """Whether every lane works: free ones play a tiny round for it. Nobody is answered before a first image."""
         trouble = await service.health.trouble()
         return JSONResponse(trouble, 503) if trouble else JSONResponse({"status": "ready"} | service.health.given_up)
 

@@ -31,11 +31,11 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def operation(kind: str, model: type[ImageRequest]) -> dict[str, Any]:
-    """What makes pictures, for the document."""
+    """What makes images, for the document."""
     answered = {"type": "object", "required": ["created", "data"]}
     made = {"application/json": {"schema": answered}, "text/event-stream": {}}
     body = {"required": True, "content": {kind: {"schema": model.model_json_schema()}}}
     return {
         "response_model": None, "openapi_extra": {"requestBody": body},
-        "responses": described(*STATUSES) | {200: {"description": "The pictures, or events.", "content": made}},
+        "responses": described(*STATUSES) | {200: {"description": "The images, or events.", "content": made}},
     }  # fmt: skip

@@ -34,7 +34,7 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def told(error: Exception) -> tuple[int, dict[str, Any]]:
+def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status of any error and what its client is told; a line in the log when it is our fault."""
     if isinstance(error, ApiError):
         return error.status_code, error_body(error.status_code, error.detail, error.param, error.code)
@@ -51,7 +51,7 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
 RETRY_SECONDS = 10  # a supervisor needs about that long to start another process
 
 
-def translated(error: Exception) -> Exception:
+def to_api_error(error: Exception) -> Exception:
     """What the queue says, as an HTTP status."""
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), None, "queue_full", {"Retry-After": str(error.retry_after)})
@@ -70,5 +70,5 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
-    status, content = told(error)
+    status, content = error_response(error)
     return JSONResponse(content, status, headers)

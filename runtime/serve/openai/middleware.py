@@ -20,7 +20,7 @@ from runtime.serve.openai.errors import answer_error, error_body
 log = logging.getLogger(__name__)
 
 
-class Known:
+class AccessMiddleware:
     """Gives every request an id, refuses those without a key or on too many connections, counts and logs answers.
 
     Unexpected errors are answered here: what Starlette has for them lies outside, where nothing is counted.

@@ -97,14 +97,14 @@ class ImageRequest(BaseModel):
         }  # fmt: skip
 
     def encode(self, image: Image.Image) -> str:
-        """A picture in the format that was asked for, as base64."""
+        """An image in the format that was asked for, as base64."""
         buffer = io.BytesIO()
         options = {} if self.output_format == "png" else {"quality": self.output_compression}
         image.save(buffer, self.output_format.upper(), **options)
         return base64.b64encode(buffer.getvalue()).decode()
 
     def facts(self, image: Image.Image) -> dict[str, str]:
-        """What OpenAI's answers and events say of a picture beside its bytes."""
+        """What OpenAI's answers and events say of an image beside its bytes."""
         size = f"{image.width}x{image.height}"
         return {"output_format": self.output_format, "size": size, "quality": "standard", "background": "opaque"}
 
@@ -113,28 +113,28 @@ Asked = TypeVar("Asked", bound=ImageRequest)
 
 
 class EditRequest(ImageRequest):
-    """A picture to start from beside that. It comes as a form, whose fields are texts."""
+    """An image to start from beside that. It comes as a form, whose fields are texts."""
 
     image: bytes = Field(min_length=1, json_schema_extra={"format": "binary"})
     strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     event: ClassVar[str] = "image_edit"
-    _picture: Image.Image
+    _decoded: Image.Image
 
     def open(self, side: int) -> None:
-        """Decodes the picture; ApiError when it is none, or larger than `side` pixels, which is looked at first."""
+        """Decodes the image; ApiError when it is none, or larger than `side` pixels, which is looked at first."""
         try:
-            with Image.open(io.BytesIO(self.image), formats=("PNG", "JPEG", "WEBP")) as picture:
-                if max(picture.size) > side:
-                    message = f"image: width and height end at {side} pixels here, this has {picture.size}"
+            with Image.open(io.BytesIO(self.image), formats=("PNG", "JPEG", "WEBP")) as opened:
+                if max(opened.size) > side:
+                    message = f"image: width and height end at {side} pixels here, this has {opened.size}"
                     raise ApiError(400, message, "image", "invalid_value")
-                self._picture = picture.convert("RGB")
+                self._decoded = opened.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
             message = f"image: this is no readable PNG, JPEG or WebP file ({error})"
             raise ApiError(400, message, "image", "invalid_value") from None
 
     def arguments(self) -> dict[str, Any]:
         """See ImageRequest."""
-        return super().arguments() | {"image": self._picture, "strength": self.strength}
+        return super().arguments() | {"image": self._decoded, "strength": self.strength}
 
 
 def limited(base: type[Asked], limits: Limits, defaults: Defaults) -> type[Asked]:
@@ -164,7 +164,7 @@ def checked(validate: Callable[[], Asked], limits: Limits) -> Asked:
         message = f"{'the body' if param is None else param}: {first['msg']}"
         raise ApiError(400, message, param, CODES.get(first["type"], "invalid_value")) from None
     if asked.stream and asked.n > 1:
-        raise ApiError(400, "n: streaming makes one picture; send n=1, or stream=false", "n", "invalid_value")
+        raise ApiError(400, "n: streaming makes one image; send n=1, or stream=false", "n", "invalid_value")
     if asked.partial_images and not asked.stream:
         raise ApiError(400, "partial_images: only with stream=true", "partial_images", "invalid_value")
     side = max(size for size in parse_size(asked.size) if size is not None) if asked.size != "auto" else 0

@@ -19,7 +19,7 @@ from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
 from runtime.sampling.operations import STATE, Options
 from runtime.sampling.place import place
-from runtime.sampling.plan import Combination, Round, plan
+from runtime.sampling.program import GuidedCombine, Round, program
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import schedule_from_config
 from tests.fake_cuda import Event, FakeCuda, Stream
@@ -41,7 +41,7 @@ def _code_is_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @np.errstate(invalid="ignore")
 def model(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
-    """Not linear, different for every step and half, and of every row by itself."""
+    """Not linear, different for every step and branch, and of every row by itself."""
     shift = conditioning["encoder_hidden_states"].mean(axis=(1, 2)).reshape(-1, 1, 1, 1)
     phase = (timestep / 300).reshape(-1, 1, 1, 1).astype(np.float32)
     return np.asarray(np.sin(sample * 1.3 + phase) + shift * np.cos(sample), np.float32)
@@ -182,7 +182,7 @@ def ignore(kind: str, backend: CudaBackend) -> Callable[[Stream, Event], bool]:
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "streams"])
 @pytest.mark.parametrize("kind", ["upload", "fork", "join"])
 def test_a_removed_wait_is_caught(kind: str, graphs: bool) -> None:
-    """Every kind of wait between streams is needed: without it some order gives another picture, or a capture fails."""
+    """Every kind of wait between streams is needed: without it some order gives another image, or a capture fails."""
     plan, options = schedule(7), Options(k=2)
     wanted = reference("aggressive", options, plan)
     caught = 0
@@ -364,7 +364,7 @@ def test_host_waits_only_where_an_answer_is_needed() -> None:
     assert queries == [0] * len(queries)
 
 
-# --- several pictures at once ------------------------------------------------------------------------------------
+# --- several images at once ------------------------------------------------------------------------------------
 
 
 class ScratchNetwork(FakeNetwork):
@@ -390,13 +390,13 @@ class ScratchNetwork(FakeNetwork):
 
 @pytest.mark.parametrize("devices", [[0, 0], [0, 1], [0, 1, 2], [0, 0, 1, 1]])
 @pytest.mark.parametrize("seed", range(6))
-def test_two_pictures_take_turns_on_the_same_lanes(devices: list[int], seed: int) -> None:
+def test_two_images_take_turns_on_the_same_lanes(devices: list[int], seed: int) -> None:
     """Each on half of the lanes, which they change in the middle, and each with its latents on another device."""
     cuda = FakeCuda(max(devices) + 1, seed, seed % 4)
     networks = [ScratchNetwork(cuda, device) for device in devices]
     driver = Driver(cuda)
     first = CudaBackend(driver, networks, "float32", Path("unused"))
-    second = CudaBackend(driver, networks, "float32", Path("unused"), home=len(devices) - 1, beside=first)
+    second = CudaBackend(driver, networks, "float32", Path("unused"), home=len(devices) - 1, sibling_of=first)
     whole, options = schedule(24), Options(k=2)
     half = len(devices) // 2
     shares = [tuple(range(half)), tuple(range(half, len(devices)))]
@@ -408,7 +408,7 @@ def test_two_pictures_take_turns_on_the_same_lanes(devices: list[int], seed: int
         backend.bind(noise.shape, whole.timesteps, conditioning)
         backend.write(STATE, noise * np.float32(whole.init_noise_sigma))
         rounds = 0
-        for operation in plan("aggressive", whole, options, 1, 3.0):
+        for operation in program("aggressive", whole, options, 1, 3.0):
             if isinstance(operation, Round):
                 mine = shares[(home + (rounds >= 6)) % 2]
                 calls: list[Any] = [()] * len(devices)
@@ -419,7 +419,7 @@ def test_two_pictures_take_turns_on_the_same_lanes(devices: list[int], seed: int
                 if rounds == 6:
                     backend.settle()
                 yield None
-            elif isinstance(operation, Combination):
+            elif isinstance(operation, GuidedCombine):
                 backend.combine(operation.sources, operation.rows, operation.targets)
         yield backend.read(STATE)
 

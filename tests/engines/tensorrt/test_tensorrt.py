@@ -1,4 +1,4 @@
-"""TensorRT: real plans where there is no GPU, every call against the real bindings, pictures on imaginary GPUs."""
+"""TensorRT: real plans where there is no GPU, every call against the real bindings, images on imaginary GPUs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RTX_MEMBERS = {
 
 
 @pytest.fixture(scope="module")
-def half() -> Bundle:
+def fp16_bundle() -> Bundle:
     """The embedded model in fp16."""
     command = [sys.executable, "-m", "export", "shapes", "--devices", "cuda:0"]
     subprocess.run(command, check=True, cwd=ROOT)
@@ -70,29 +70,29 @@ def half() -> Bundle:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("capability", [(8, 9), (12, 0)], ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_real_plans_are_built_without_a_gpu(half: Bundle, network: str, capability: tuple[int, int]) -> None:
+def test_real_plans_are_built_without_a_gpu(fp16_bundle: Bundle, network: str, capability: tuple[int, int]) -> None:
     phases: list[tuple[str, int, int]] = []
-    plan = build.build(half, network, Gpu("some", capability, "580"), lambda *step: phases.append(step))
+    plan = build.build(fp16_bundle, network, Gpu("some", capability, "580"), lambda *step: phases.append(step))
     assert len(plan) > 1e6
     assert any(done == steps > 1 for _, done, steps in phases), "no progress was shown"
 
 
-def test_a_card_that_the_package_does_not_build_for(half: Bundle) -> None:
+def test_a_card_that_the_package_does_not_build_for(fp16_bundle: Bundle) -> None:
     with pytest.raises(DeviceError, match=r"builds no plans for NVIDIA H200 \(9\.0\): install tensorrt instead"):
-        build.build(half, "denoiser", H200)
+        build.build(fp16_bundle, "denoiser", H200)
 
 
-def test_too_little_memory_says_how_much(half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_says_how_much(fp16_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "HOST_BYTES", 10**15)
     with pytest.raises(DeviceError, match=r"needs about 1000000\.0 GB of memory and .* GB are free"):
-        build.build(half, "denoiser", RTX)
+        build.build(fp16_bundle, "denoiser", RTX)
 
 
-def test_a_file_that_is_no_network(half: Bundle, tmp_path: Path) -> None:
+def test_a_file_that_is_no_network(fp16_bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "denoiser.onnx"
     path.write_bytes(b"no network")
-    broken = half.manifest.networks["denoiser"].model_copy(update={"file": File.of(path)})
-    bundle = Bundle(tmp_path, half.manifest.model_copy(update={"networks": {"denoiser": broken}}))
+    broken = fp16_bundle.manifest.networks["denoiser"].model_copy(update={"file": File.of(path)})
+    bundle = Bundle(tmp_path, fp16_bundle.manifest.model_copy(update={"networks": {"denoiser": broken}}))
     with pytest.raises(DeviceError, match="TensorRT cannot read"):
         build.build(bundle, "denoiser", RTX)
 
@@ -166,9 +166,9 @@ class Imaginary:
 
 
 @pytest.fixture
-def imaginary(half: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Imaginary]:
+def imaginary(fp16_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Imaginary]:
     folder = tmp_path / "shapes-fp16"
-    shutil.copytree(half.folder, folder, ignore=shutil.ignore_patterns("plans"))
+    shutil.copytree(fp16_bundle.folder, folder, ignore=shutil.ignore_patterns("plans"))
     machine = Imaginary(Bundle.open(str(folder)))
     for module in (build, run):
         monkeypatch.setattr(module, "package", lambda: machine.tensorrt)
@@ -206,7 +206,7 @@ def test_a_plan_for_another_gpu_is_refused_with_the_repair(
 
 @pytest.mark.parametrize("devices", ["cuda:0", "cuda:0*3", "cuda:0,cuda:1"])
 @pytest.mark.parametrize("mode", ["sequential", "aggressive"])
-def test_pictures_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devices: str, mode: str) -> None:
+def test_images_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devices: str, mode: str) -> None:
     load.build_missing(imaginary.bundle, parse_devices(devices))
     wanted = _generate(Pipeline.load("shapes", "cpu"), mode)
     pipeline = Pipeline.load(str(imaginary.bundle.folder), devices)
@@ -242,7 +242,7 @@ def test_auto_measures_and_chooses_on_gpus(imaginary: Imaginary) -> None:
     load.build_missing(imaginary.bundle, parse_devices("cuda:0*2"))
     model = str(imaginary.bundle.folder)
     for said in ("calibrated", "calibration is up to date"):
-        assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, budget=600.0, pictures=1, again=False) == said
+        assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, budget=600.0, images=1, again=False) == said
     pipeline = Pipeline.load(model, "cuda:0*2")
     report = pipeline.generate("a large red star at the left on blue background", num_inference_steps=6).report
     pipeline.close()
@@ -274,8 +274,8 @@ def test_devices_that_cannot_be(imaginary: Imaginary, devices: str, message: str
 @pytest.mark.parametrize("devices", ["cuda:0,cuda:1", "cuda:1,cuda:0"])
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("when", [0.0, 0.3, 1.0], ids=["text", "rounds", "pixels"])
-def test_a_gpu_that_is_lost_costs_no_picture(imaginary: Imaginary, devices: str, lost: int, when: float) -> None:
-    """The picture is made again on the other GPU, the report says so, and later pictures go on there.
+def test_a_gpu_that_is_lost_costs_no_image(imaginary: Imaginary, devices: str, lost: int, when: float) -> None:
+    """The image is made again on the other GPU, the report says so, and later images go on there.
 
     The first GPU has the text encoder and the VAE, too.
     """

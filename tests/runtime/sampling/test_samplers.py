@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import Array, Half
+from engines.base import Array, Branch
 from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
@@ -18,7 +18,7 @@ from engines.null import CallCosts, NullBackend
 from runtime.sampling.execute import Counts, execute
 from runtime.sampling.operations import STATE, Combine, Options, Predict, fresh
 from runtime.sampling.place import place
-from runtime.sampling.plan import plan
+from runtime.sampling.program import program
 from runtime.sampling.samplers import SAMPLERS, check
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import make_schedule
@@ -40,10 +40,10 @@ def predictor(sample: Array, timestep: Array, conditioning: Mapping[str, Array])
 
 def guided(x: transcription.Array, t: float) -> transcription.Array:
     """What the transcription calls the model: ε after guidance, batch of one, float64."""
-    halves = [
+    branches = [
         predictor(x.astype(np.float32), np.array([t], np.float32), {"c": np.array([c], np.float32)}) for c in (0.0, 0.5)
     ]
-    return (1 - GUIDANCE) * halves[0].astype(np.float64) + GUIDANCE * halves[1]
+    return (1 - GUIDANCE) * branches[0].astype(np.float64) + GUIDANCE * branches[1]
 
 
 def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidance: float = GUIDANCE) -> Array:
@@ -51,7 +51,7 @@ def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidan
     try:
         backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
         backend.write(STATE, noise)
-        execute(plan(mode, schedule, Options(k), lanes, guidance), backend, lambda finished: None)
+        execute(program(mode, schedule, Options(k), lanes, guidance), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
@@ -144,12 +144,12 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
             backend.bind(SHAPE, schedule.timesteps, ())
             backend.write(STATE, np.zeros(SHAPE, np.float32))
             finished: list[int] = []
-            counts = execute(plan(mode, schedule, Options(k), lanes, GUIDANCE), backend, finished.append)
+            counts = execute(program(mode, schedule, Options(k), lanes, GUIDANCE), backend, finished.append)
             assert (counts.rounds, counts.evaluations) == (rounds(k), steps)
-            assert backend.rounds == counts.rounds and backend.halves == 2 * steps and backend.calls == counts.calls
+            assert backend.rounds == counts.rounds and backend.branches == 2 * steps and backend.calls == counts.calls
             assert finished == sorted(set(finished)) and finished[-1] == steps
             if lanes == 1:
-                assert backend.seconds == 2 * steps, "one lane works through every half, whatever the sampler"
+                assert backend.seconds == 2 * steps, "one lane works through every branch, whatever the sampler"
 
 
 def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> None:
@@ -161,9 +161,9 @@ def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> 
 @pytest.mark.parametrize("lanes", range(1, 9))
 @pytest.mark.parametrize("count", range(1, 20))
 def test_placement_is_even_complete_and_ordered(count: int, lanes: int) -> None:
-    halves = [Half("x", n, f"noise {n}", n % 2) for n in range(count)]
-    calls = place(halves, lanes)
-    assert [half for call in calls for half in call] == halves
+    branches = [Branch("x", n, f"noise {n}", n % 2) for n in range(count)]
+    calls = place(branches, lanes)
+    assert [branch for call in calls for branch in call] == branches
     sizes = [len(call) for call in calls]
     assert len(calls) == lanes and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
@@ -238,20 +238,20 @@ def test_a_plan_that_reads_an_unwritten_slot_is_caught(manifest: Manifest) -> No
     backend = NullBackend(2)
     backend.bind(SHAPE, schedule.timesteps, ())
     with pytest.raises(AssertionError, match="'x' is read but was never written"):
-        execute(plan("sequential", schedule, Options(), 2, GUIDANCE), backend, lambda finished: None)
+        execute(program("sequential", schedule, Options(), 2, GUIDANCE), backend, lambda finished: None)
 
 
 def test_two_halves_in_one_slot_are_caught() -> None:
     backend = NullBackend(1)
     backend.bind(SHAPE, (1.0,), ())
     backend.write("x", np.zeros(SHAPE, np.float32))
-    half = Half("x", 0, "noise/0", 0)
+    branch = Branch("x", 0, "noise/0", 0)
     with pytest.raises(AssertionError, match="write the same slot"):
-        backend.predict([[half, replace_conditioning(half)]])
+        backend.predict([[branch, replace_conditioning(branch)]])
 
 
-def replace_conditioning(half: Half) -> Half:
-    return half._replace(conditioning=1)
+def replace_conditioning(branch: Branch) -> Branch:
+    return branch._replace(conditioning=1)
 
 
 def test_schedules_are_values(manifest: Manifest) -> None:
@@ -267,7 +267,7 @@ def play_any(schedule: Schedule, mode: str, options: Options, noise: Array, lane
         backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
         for step in schedule.stochastic_steps:
             backend.write(fresh(step), np.random.default_rng(step).standard_normal(noise.shape, np.float32))
-        counts = execute(plan(mode, schedule, options, lanes, GUIDANCE), backend, lambda finished: None)
+        counts = execute(program(mode, schedule, options, lanes, GUIDANCE), backend, lambda finished: None)
         return backend.read(STATE), counts
     finally:
         backend.close()
@@ -281,7 +281,7 @@ SINGLE_STEP = [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("euler", 0.0), ("eu
 def test_srds_to_the_end_is_sequential_to_the_bit(
     name: str, eta: float, pipelined: bool, manifest: Manifest, rng: np.random.Generator
 ) -> None:
-    """Every number of blocks that fits, for odd lengths too; the placement is one half per call for both."""
+    """Every number of blocks that fits, for odd lengths too; the placement is one branch per call for both."""
     for steps in (1, 2, 3, 7, 10, 13, 25):
         schedule = make_schedule(manifest, name, steps, eta=eta)
         noise = rng.standard_normal(SHAPE, np.float32)

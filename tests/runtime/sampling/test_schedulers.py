@@ -17,7 +17,7 @@ from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import execute
 from runtime.sampling.operations import STATE, Options, fresh
-from runtime.sampling.plan import plan
+from runtime.sampling.program import program
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import RULES, schedule_from_config
 
@@ -47,7 +47,7 @@ def play(schedule: Schedule, noise: Array, z: dict[int, Array], mode: str = "seq
         backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
         for i in schedule.stochastic_steps:
             backend.write(fresh(i), z[i])
-        execute(plan(mode, schedule, Options(**options), 1, 1.0), backend, lambda finished: None)
+        execute(program(mode, schedule, Options(**options), 1, 1.0), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()

@@ -48,7 +48,7 @@ def opened(client: httpx.Client) -> socket.socket:
 # --- ready -----------------------------------------------------------------------------------------------------------
 
 
-def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_pictures(pipeline: Pipeline) -> None:
+def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_images(pipeline: Pipeline) -> None:
     with serving(pipeline) as client:
         before = values(client)
         time.sleep(1.1)  # what was found out before is forgotten
@@ -67,7 +67,7 @@ def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_pictures(pi
             assert asked > 3
 
 
-def test_a_lane_that_dies_makes_it_unready_before_any_picture(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_that_dies_makes_it_unready_before_any_image(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*2")
     with serving(pipeline) as client:
         assert client.get("/health/ready").status_code == 200
@@ -166,7 +166,7 @@ def test_a_probe_that_fails_is_told_and_tried_again(
         assert client.get("/health/ready").status_code == 200
 
 
-@pytest.mark.parametrize("by", ["probe", "picture"])
+@pytest.mark.parametrize("by", ["probe", "image"])
 def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
     by: str, shapes: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +271,7 @@ def test_what_cannot_be_finished_in_time_is_given_up_and_told(stream: bool, shap
         body["partial_images"] = 3
     with process(shapes, log, "--drain", "1") as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
         made = pool.submit(client.post, GENERATE, json=body)
-        while values(client)["driffusion_pictures_seated"] < 1:
+        while values(client)["driffusion_images_seated"] < 1:
             time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
         response = made.result()
@@ -377,7 +377,7 @@ def unsent(server: Server) -> int:
 
 
 def whole(answer: bytes) -> bool:
-    """Whether all ten pictures have arrived."""
+    """Whether all ten images have arrived."""
     return len(json.loads(answer.split(b"\r\n\r\n", 1)[1])["data"]) == 10
 
 

@@ -61,7 +61,7 @@ def depth(client: httpx.Client) -> float:
 
 @pytest.mark.parametrize("partial", [0, 1, 3])
 @pytest.mark.parametrize("mode", ["sequential", "aggressive", "srds"])
-def test_a_stream_shows_the_picture_as_it_becomes(client: httpx.Client, mode: str, partial: int) -> None:
+def test_a_stream_shows_the_image_as_it_becomes(client: httpx.Client, mode: str, partial: int) -> None:
     body = {"prompt": PROMPT, "mode": mode, "k": 2, "num_inference_steps": 12, "seed": 4}
     response = client.post(GENERATE, json={**body, "stream": True, "partial_images": partial})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -253,7 +253,7 @@ def test_a_full_queue_is_429_and_a_deadline_504(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_is_not_worked_for(client: httpx.Client, stream: bool) -> None:
-    """The engine is free again within a round, and the next picture is what it would have been."""
+    """The engine is free again within a round, and the next image is what it would have been."""
     wanted = ask(client, seed=11)["data"]
     body = {"prompt": PROMPT, "num_inference_steps": 500, "mode": "sequential", "stream": stream}
     for _ in range(3):
@@ -325,7 +325,7 @@ def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> No
 
 
 @pytest.mark.usefixtures("usual_costs")
-def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> None:
+def test_every_request_gets_its_own_image_under_load(client: httpx.Client) -> None:
     alone = {
         (seed, lanes): ask(client, seed=seed, mode="aggressive", k=2, lanes=lanes)
         for seed in range(6)
@@ -339,7 +339,7 @@ def test_every_request_gets_its_own_picture_under_load(client: httpx.Client) -> 
         assert np.abs(a - b).max() <= 2
         if (lanes := answer["report"]["lanes_per_round"]) in (1, 2):
             assert files(answer) == files(alone[seed, lanes]), "equal bytes for equal placement"
-    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load pictures share the lanes"
+    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load images share the lanes"
 
 
 # --- who asks, and what is told --------------------------------------------------------------------------------------

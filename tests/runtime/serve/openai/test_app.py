@@ -1,4 +1,4 @@
-"""The server over HTTP: the pipeline's pictures, OpenAI's error shape for everything else, a clean start and end."""
+"""The server over HTTP: the pipeline's images, OpenAI's error shape for everything else, a clean start and end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def refused(response: httpx.Response, status: int, param: str | None = None, cod
     return str(error["message"])
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_a_png_holds_the_pipelines_pixels(client: httpx.Client, pipeline: Pipeli
     assert same(received(ask(client, **options)), expected(pipeline, **options))
 
 
-def test_several_pictures_are_different(client: httpx.Client, pipeline: Pipeline) -> None:
-    pictures = received(ask(client, n=3))
-    assert same(pictures, expected(pipeline, num_images_per_prompt=3))
-    assert len({picture.tobytes() for picture in pictures}) == 3
+def test_several_images_are_different(client: httpx.Client, pipeline: Pipeline) -> None:
+    images = received(ask(client, n=3))
+    assert same(images, expected(pipeline, num_images_per_prompt=3))
+    assert len({image.tobytes() for image in images}) == 3
 
 
 def test_seed_zero_is_a_seed(client: httpx.Client) -> None:
@@ -100,10 +100,10 @@ def test_seed_zero_is_a_seed(client: httpx.Client) -> None:
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_formats(client: httpx.Client, pipeline: Pipeline, output_format: str) -> None:
     answer = ask(client, output_format=output_format)
-    picture = Image.open(io.BytesIO(files(answer)[0]))
-    picture.load()
+    image = Image.open(io.BytesIO(files(answer)[0]))
+    image.load()
     size = (pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
-    assert (picture.format, picture.size, picture.mode) == (output_format.upper(), size, "RGB")
+    assert (image.format, image.size, image.mode) == (output_format.upper(), size, "RGB")
     assert (answer["output_format"], answer["size"]) == (output_format, f"{size[0]}x{size[1]}")
 
 
@@ -300,7 +300,7 @@ def test_a_body_that_cannot_be_used_is_refused(
 @pytest.mark.parametrize(
     "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}]
 )
-def test_other_sites_cannot_have_pictures_made(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_other_sites_cannot_have_images_made(client: httpx.Client, headers: dict[str, str]) -> None:
     """A browser sends these content types anywhere without asking."""
     response = client.post(GENERATE, content=b'{"prompt": "a star"}', headers=headers)
     assert "application/json" in refused(response, 415, None, "unsupported_media_type")
@@ -355,7 +355,7 @@ def failing(pipeline: Pipeline, error: Exception, after: int = 0) -> Iterator[No
 
 
 def outcomes(client: httpx.Client) -> dict[str, float]:
-    """How many requests for pictures ended how."""
+    """How many requests for images ended how."""
     lines = client.get("/metrics").text.splitlines()
     counted = (line.rsplit(" ", 1) for line in lines if line.startswith("driffusion_requests_total"))
     return {name.split('"')[1]: float(number) for name, number in counted}
@@ -468,16 +468,16 @@ def test_requests_in_flight_do_not_mix(client: httpx.Client, pipeline: Pipeline)
         assert same(received(answer), expected(pipeline, **choice), within=2)
 
 
-def test_the_server_answers_while_a_picture_is_made(client: httpx.Client) -> None:
+def test_the_server_answers_while_a_image_is_made(client: httpx.Client) -> None:
     with ThreadPoolExecutor(1) as thread:
-        picture = thread.submit(ask, client, num_inference_steps=200, guidance_scale=1)
+        image = thread.submit(ask, client, num_inference_steps=200, guidance_scale=1)
         seconds = []
-        while not picture.done():
+        while not image.done():
             started = time.perf_counter()
             assert client.get("/health/live").status_code == 200
             seconds.append(time.perf_counter() - started)
             time.sleep(0.05)
-    assert picture.result()["report"]["steps"] == 200
+    assert image.result()["report"]["steps"] == 200
     assert len(seconds) > 5
     assert sorted(seconds)[len(seconds) // 2] < 0.5
 
@@ -516,14 +516,14 @@ def wait_for(pattern: str, log: Path, server: subprocess.Popen[bytes]) -> re.Mat
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_when_the_picture_is_finished(shapes: Bundle, tmp_path: Path, stop: signal.Signals) -> None:
+def test_a_signal_ends_it_when_the_image_is_finished(shapes: Bundle, tmp_path: Path, stop: signal.Signals) -> None:
     log = tmp_path / "log"
     with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as thread:
         assert client.get("/health/ready").status_code == 200
-        picture = thread.submit(ask, client, num_inference_steps=60)
+        image = thread.submit(ask, client, num_inference_steps=60)
         time.sleep(0.5)
         server.send_signal(stop)
-        assert len(received(picture.result())) == 1
+        assert len(received(image.result())) == 1
         assert server.wait(30) == 0
     lines = log.read_text().splitlines()
     assert not [line for line in lines if "Traceback" in line or "ERROR" in line]
@@ -535,13 +535,13 @@ def test_a_signal_ends_it_when_the_picture_is_finished(shapes: Bundle, tmp_path:
 def test_a_second_interrupt_does_not_wait(shapes: Bundle, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as thread:
-        picture = thread.submit(ask, client, num_inference_steps=999, n=4)
+        image = thread.submit(ask, client, num_inference_steps=999, n=4)
         time.sleep(0.5)
         server.send_signal(signal.SIGINT)
         wait_for("Shutting down", log, server)
         server.send_signal(signal.SIGINT)
         assert server.wait(10) == 1
-        assert picture.exception()
+        assert image.exception()
 
 
 def start(*options: str) -> subprocess.CompletedProcess[str]:

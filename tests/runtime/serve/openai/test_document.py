@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
-    """A server whose pictures are quick."""
+    """A server whose images are quick."""
     with serving(pipeline, Limits(steps=2, n=2, prompt=200, body=20_000)) as connected:
         yield connected
 
@@ -37,7 +37,7 @@ def a_png() -> bytes:
     return buffer.getvalue()
 
 
-# files that are pictures, among files that are anything
+# files that are images, among files that are anything
 schemathesis.openapi.format("binary", strategies.one_of(strategies.just(a_png()), strategies.binary()))
 
 

@@ -48,7 +48,7 @@ CONTRASTS = """() => {
   pair("on-accent", "accent", 4.5);
   pair("ink", "bad-bg", 4.5);
   for (const part of ["edge", "text", "denoise", "decode", "callback", "warn"]) pair(part, "card", 3);
-  document.querySelectorAll(".call .half").forEach((bar, number) => {
+  document.querySelectorAll(".call .branch").forEach((bar, number) => {
     found[`bar ${number}`] = ratio(getComputedStyle(bar).fill, colour("bg")) / 3;
   });
   return found;
@@ -140,13 +140,13 @@ def done(page: Page) -> None:
 
 
 def shown(page: Page, number: int = 0) -> NDArray[np.int64]:
-    """The pixels of a finished picture."""
-    source = page.locator("img.picture:not(.preview)").nth(number).get_attribute("src") or ""
+    """The pixels of a finished image."""
+    source = page.locator("img.image:not(.preview)").nth(number).get_attribute("src") or ""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))), int)
 
 
 def requests(page: Page) -> list[dict[str, Any]]:
-    """Fills up with the bodies of the requests for pictures."""
+    """Fills up with the bodies of the requests for images."""
     bodies: list[dict[str, Any]] = []
 
     def note(request: Request) -> None:
@@ -157,7 +157,7 @@ def requests(page: Page) -> list[dict[str, Any]]:
     return bodies
 
 
-def test_a_picture_its_facts_and_its_timeline(page: Page) -> None:
+def test_a_image_its_facts_and_its_timeline(page: Page) -> None:
     choose(page, "conservative", "12", "3")
     generate(page)
     done(page)
@@ -169,12 +169,12 @@ def test_a_picture_its_facts_and_its_timeline(page: Page) -> None:
     assert page.locator(".timeline .track").count() == 3
     boxes = [page.locator(f'.timeline .call[data-row="{lane}"]').all() for lane in (0, 1)]
     assert [len(row) for row in boxes] == [6, 6]
-    assert [bar.locator(".half").count() for bar in boxes[0]] == [1, 3] * 3, "one stripe per half"
+    assert [bar.locator(".branch").count() for bar in boxes[0]] == [1, 3] * 3, "one stripe per branch"
     second = boxes[1][1]
     second.hover()
     tip = page.locator(".tip")
     expect(tip).to_be_visible()
-    assert re.fullmatch(r"Round 2 · cpu/1 · steps 2–4 · 3 halves · [\d.]+ m?s", tip.inner_text()), tip.inner_text()
+    assert re.fullmatch(r"Round 2 · cpu/1 · steps 2–4 · 3 branches · [\d.]+ m?s", tip.inner_text()), tip.inner_text()
     assert page.locator(".call.hot").count() == 2, "the drafts of one round are shown together"
     download = page.get_by_role("link", name="Download PNG")
     assert (
@@ -214,7 +214,7 @@ def test_lanes_without_times_show_the_order_of_calls(page: Page) -> None:
     assert page.locator(".timeline .call").count() == 8
     assert [text.strip() for text in page.locator(".axis").all_text_contents()] == ["round 1", "2", "3", "4"]
     page.locator(".timeline .call").last.hover()
-    assert page.locator(".tip").inner_text() == "Round 4 · cpu/1 · steps 6–7 · 2 halves"
+    assert page.locator(".tip").inner_text() == "Round 4 · cpu/1 · steps 6–7 · 2 branches"
 
 
 def test_lanes_are_offered_where_the_server_lets_requests_choose(browser: Browser, address: str) -> None:
@@ -237,12 +237,12 @@ def test_lanes_are_offered_where_the_server_lets_requests_choose(browser: Browse
         assert "lanes" not in bodies[0]
 
 
-def test_previews_come_before_the_picture(page: Page) -> None:
+def test_previews_come_before_the_image(page: Page) -> None:
     page.evaluate(
         """() => {
           window.seen = [];
           new MutationObserver(() => {
-            const image = document.querySelector("img.picture");
+            const image = document.querySelector("img.image");
             if (!image || window.seen.at(-1)?.[1] === image.src) return;
             window.seen.push([image.classList.contains("preview"), image.src]);
           }).observe(document.querySelector("#view"), { childList: true, subtree: true });
@@ -335,13 +335,13 @@ def test_compare_makes_both_and_shows_the_difference(page: Page) -> None:
     assert [row.locator(".call").count() for row in page.locator(".timeline").all()] == [32, 10]
 
 
-def test_pictures_that_are_equal_are_called_equal(page: Page) -> None:
+def test_images_that_are_equal_are_called_equal(page: Page) -> None:
     choose(page, "adaptive", "6")  # at tolerance 0 it takes no draft
     page.get_by_label("Caption", exact=True).fill(PROMPT)
     page.get_by_role("button", name="Compare").click()
     done(page)
     expect(page.locator(".verdict")).to_contain_text(
-        re.compile("No difference: the same picture|Largest difference 1 of")
+        re.compile("No difference: the same image|Largest difference 1 of")
     )
 
 
@@ -362,7 +362,7 @@ def test_cancelling(page: Page, how: str) -> None:
     done(page)
 
 
-def test_from_prompt_to_picture_by_keyboard_alone(page: Page) -> None:
+def test_from_prompt_to_image_by_keyboard_alone(page: Page) -> None:
     reached = []
     while "prompt" not in reached:
         page.keyboard.press("Tab")
@@ -428,11 +428,11 @@ def test_contrast(browser: Browser, address: str, scheme: str) -> None:
     assert {name: value for name, value in ratios.items() if value < 1} == {}
 
 
-def test_the_picture_of_the_readme(
+def test_the_image_of_the_readme(
     browser: Browser, address: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """`pytest tests/test_page.py -k readme --page-picture bench/results/page.png` makes it again."""
-    path = request.config.getoption("--page-picture") or tmp_path / "page.png"
+    """`pytest tests/test_page.py -k readme --page-image bench/results/page.png` makes it again."""
+    path = request.config.getoption("--page-image") or tmp_path / "page.png"
     with opened(browser, address) as page:
         choose(page, "conservative", "50", "4")
         generate(page, "a large white cross at the left and a small orange triangle at the right on purple background")
@@ -448,7 +448,7 @@ def test_the_picture_of_the_readme(
     assert path.stat().st_size < 300_000
 
 
-def test_history_restores_picture_and_settings(page: Page) -> None:
+def test_history_restores_image_and_settings(page: Page) -> None:
     choose(page, "conservative", "8", "3")
     generate(page)
     done(page)
@@ -465,10 +465,10 @@ def test_history_restores_picture_and_settings(page: Page) -> None:
     assert page.locator("[name=mode]:checked").get_attribute("value") == "conservative"
     page.get_by_role("button", name="Generate").click()
     done(page)
-    assert np.array_equal(shown(page), first), "the same settings make the same picture again"
+    assert np.array_equal(shown(page), first), "the same settings make the same image again"
 
 
-def test_the_curl_command_makes_the_same_picture(page: Page, tmp_path: Path) -> None:
+def test_the_curl_command_makes_the_same_image(page: Page, tmp_path: Path) -> None:
     choose(page, "aggressive", "6", "3")
     page.get_by_label("Lanes").select_option("1")
     prompt = "a 'large' red star; $HOME \\ \"at\" the left"
@@ -483,7 +483,7 @@ def test_the_curl_command_makes_the_same_picture(page: Page, tmp_path: Path) -> 
     assert '"lanes":1' in command and command == page.locator("#curl").text_content()
     environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
-    with Image.open(tmp_path / "picture.png") as made:
+    with Image.open(tmp_path / "image.png") as made:
         assert np.array_equal(np.asarray(made, int), shown(page))
     page.get_by_label("Steps", exact=True).fill("")
     assert page.locator("#curl").inner_text().startswith("Steps must be")
@@ -494,16 +494,16 @@ def test_two_tabs_do_not_disturb_each_other(browser: Browser, address: str) -> N
         for page, prompt in ((one, PROMPT), (other, "a small green ring at the top right on white background")):
             choose(page, "sequential", "60")
             generate(page, prompt)
-        pictures = []
+        images = []
         for page in (one, other):
             done(page)
-            pictures.append(shown(page))
-        assert not np.array_equal(pictures[0], pictures[1])
+            images.append(shown(page))
+        assert not np.array_equal(images[0], images[1])
         page.locator("#lock").click()
         page.get_by_label("Seed", exact=True).fill("0")
         generate(page, PROMPT)
         done(page)
-        assert np.array_equal(shown(page), pictures[0])
+        assert np.array_equal(shown(page), images[0])
 
 
 def test_a_server_that_stops_and_one_that_asks_for_a_key(browser: Browser, shapes: Bundle, tmp_path: Path) -> None:
