@@ -121,7 +121,7 @@ def test_names_of_tensorrt_11(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     code = """
         import tensorrt_bindings
-        from tests.test_trt import _check_names
+        from tests.engines.tensorrt.test_tensorrt import _check_names
         _check_names(tensorrt_bindings)
         assert not hasattr(tensorrt_bindings, "ComputeCapability")
     """
@@ -147,7 +147,7 @@ def test_the_names_are_those_that_are_used() -> None:
     )
     used = set(re.findall(objects + r"\.([a-z][a-z_0-9]+)", text[: text.index("class EngineSession")]))
     known = {member for table in (MEMBERS, RTX_MEMBERS) for members in table.values() for member in members.split()}
-    ours = {"pointer", "dtype", "is_file", "scratch_bytes", "bind", "device", "driver", "engine", "manifest", "inputs"}
+    ours = {"pointer", "dtype", "is_file", "startswith", "scratch_bytes", "bind", "device", "driver", "engine", "manifest", "inputs"}
     assert used - known - ours == set()
     for member in known - set(RTX_MEMBERS["ComputeCapability"].split()):
         assert re.search(rf"\b{member}\b", text), f"{member} is not used any more"
