@@ -16,7 +16,7 @@ from tqdm import tqdm
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
 from runtime.pipeline import MODES, Pipeline
-from runtime.provenance import result_file
+from runtime.provenance import engine_version, result_file
 from runtime.sampling.drafts import DRAFTS
 from runtime.sampling.schedulers import SCHEDULERS
 
@@ -25,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line; `Pipeline.generate` has the checks."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     parser.add_argument("prompt")
+    parser.add_argument("--version", action="version", version=f"driffusion-engine {engine_version()}")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--mode", default="auto", help=", ".join(MODES))
