@@ -17,13 +17,14 @@ from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options
 from runtime.pipeline import Pipeline
-from runtime.provenance import result_file
+from runtime.provenance import engine_version, result_file
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line; `Call` checks the values."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
     add_options(parser)
+    parser.add_argument("--version", action="version", version=f"driffusion-engine {engine_version()}")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--save-latents", type=Path, help=".npy for the finished latents")

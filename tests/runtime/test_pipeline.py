@@ -13,7 +13,7 @@ from engines.base import Array, Call
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.store import Bundle
-from export.__main__ import EMBEDDED
+from export.spec import EMBEDDED
 from runtime import Pipeline, Result
 from runtime.sampling.drafts import DRAFTS, resolve
 from runtime.sampling.noise import gaussian
