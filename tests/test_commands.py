@@ -166,7 +166,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "drafts of few long steps": (["--mode", "aggressive", "--scheduler", "lcm", "--steps", "4"], ["lcm", "too long"]),
     "flow matching": (["--scheduler", "flow_euler"], ["flow_euler", "trained by flow matching"]),
-    "large eta": (["--eta", "1.5"], ["eta", "between 0 and 1", "1.5"]),
+    "large eta": (["--eta", "1.5"], ["eta", "from 0 to 1", "1.5"]),
     "eta of another scheduler": (["--eta", "0.5", "--scheduler", "euler"], ["eta belongs to ddim"]),
     "k of auto": (["--mode", "auto", "--k", "2"], ["auto chooses k"]),
     "no drafts": (["--mode", "aggressive", "--k", "0"], ["k must be", "1 to 1000", "0"]),
