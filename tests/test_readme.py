@@ -111,7 +111,9 @@ def test_the_python_example_makes_a_image(shapes: Bundle, tmp_path: Path) -> Non
 
 
 def test_the_library_example_runs() -> None:
-    run = subprocess.run([sys.executable, "-c", block("runtime.sampling.function")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", block("runtime.sampling.function")], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and run.stdout.strip().endswith("8 rounds, 20 evaluations"), run.stderr
 
 

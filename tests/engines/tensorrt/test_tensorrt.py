@@ -147,7 +147,19 @@ def test_the_names_are_those_that_are_used() -> None:
     )
     used = set(re.findall(objects + r"\.([a-z][a-z_0-9]+)", text[: text.index("class EngineSession")]))
     known = {member for table in (MEMBERS, RTX_MEMBERS) for members in table.values() for member in members.split()}
-    ours = {"pointer", "dtype", "is_file", "startswith", "scratch_bytes", "bind", "device", "driver", "engine", "manifest", "inputs"}
+    ours = {
+        "pointer",
+        "dtype",
+        "is_file",
+        "startswith",
+        "scratch_bytes",
+        "bind",
+        "device",
+        "driver",
+        "engine",
+        "manifest",
+        "inputs",
+    }
     assert used - known - ours == set()
     for member in known - set(RTX_MEMBERS["ComputeCapability"].split()):
         assert re.search(rf"\b{member}\b", text), f"{member} is not used any more"

@@ -372,7 +372,11 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 def failures(log: pytest.LogCaptureFixture, number: str) -> list[str]:
     """Lines of a request that failed."""
-    return [line for line in log.text.splitlines() if f"ERROR runtime.serve.openai.errors: request={number} request failed" in line]
+    return [
+        line
+        for line in log.text.splitlines()
+        if f"ERROR runtime.serve.openai.errors: request={number} request failed" in line
+    ]
 
 
 ERRORS = [
