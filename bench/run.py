@@ -33,7 +33,8 @@ from engines.errors import ParameterError
 from engines.host import HostBackend
 from engines.runtimes import RUNTIMES
 from runtime.calibrate import calibrate
-from runtime.pipeline import MODES, Pipeline, Result
+from runtime.call import MODES
+from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
 

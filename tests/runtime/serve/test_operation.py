@@ -91,7 +91,7 @@ def test_a_lane_that_dies_makes_it_unready_before_any_image(shapes: Bundle, monk
 def test_lost_lanes_are_tried_again_and_given_up_at_last(
     tries: int, shapes: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.health.RETRIES", (0.2, 0.2, 0.2))
+    monkeypatch.setattr("runtime.serve.health.RETRIES", (0.2, 0.2, 0.2))
     pipeline, tried = Pipeline(shapes, "cpu*2"), []
 
     def reopened(bundle: Bundle, lanes: Any) -> Any:
@@ -122,7 +122,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
 
 
 def test_a_lane_that_is_lost_after_another_was_given_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.health.RETRIES", (0.0,))
+    monkeypatch.setattr("runtime.serve.health.RETRIES", (0.0,))
     tried: list[tuple[str, ...]] = []
     lanes = SimpleNamespace(seated=1, overdue=lambda seconds: ())
     pipeline = SimpleNamespace(lost=("a",), lanes=lanes, devices=())
@@ -393,7 +393,7 @@ def test_a_client_that_reads_slowly_holds_up_nobody(pipeline: Pipeline) -> None:
 def test_draining_gives_slow_clients_what_is_left_of_its_time(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.serve.LATE_SECONDS", 0.3)
+    monkeypatch.setattr("runtime.serve.__main__.LATE_SECONDS", 0.3)
     server = Server(Service(pipeline, Limits(drain=20)))
     with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest:
         server.handle_exit(signal.SIGTERM, None)

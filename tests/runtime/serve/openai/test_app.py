@@ -28,7 +28,8 @@ from PIL import Image
 from engines.errors import DeviceError
 from engines.host import HostBackend
 from engines.store import Bundle
-from runtime.pipeline import MAX_SEED, Pipeline
+from runtime.call import MAX_SEED
+from runtime.pipeline import Pipeline
 from runtime.report import Report
 from runtime.serve.__main__ import listen
 from runtime.serve.limits import Limits
@@ -127,7 +128,7 @@ def test_lanes_and_their_timeline_can_be_asked_for(client: httpx.Client) -> None
     report = ask(client, lanes=1, timeline=True)["report"]
     assert report["lanes"] == 1
     spans = [span for span in report["timeline"] if span["kind"] == "call"]
-    assert [(span["round"], span["lane"], span["steps"], span["halves"]) for span in spans] == [
+    assert [(span["round"], span["lane"], span["steps"], span["branches"]) for span in spans] == [
         (n + 1, 0, [n], 2) for n in range(3)
     ]
 
@@ -371,7 +372,11 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 def failures(log: pytest.LogCaptureFixture, number: str) -> list[str]:
     """Lines of a request that failed."""
-    return [line for line in log.text.splitlines() if f"ERROR runtime.request: request={number} request failed" in line]
+    return [
+        line
+        for line in log.text.splitlines()
+        if f"ERROR runtime.serve.openai.errors: request={number} request failed" in line
+    ]
 
 
 ERRORS = [
@@ -422,7 +427,7 @@ def test_an_error_outside_the_engine_is_answered_too(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     with serving(pipeline) as client:
-        monkeypatch.setattr("runtime.service.Metrics.text", lambda self: 1 / 0)
+        monkeypatch.setattr("runtime.serve.service.Metrics.text", lambda self: 1 / 0)
         response = client.get("/metrics", headers={"x-request-id": "mine-3"})
     assert "division" not in refused(response, 500)
     assert response.headers["x-request-id"] == "mine-3"
