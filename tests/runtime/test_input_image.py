@@ -25,6 +25,9 @@ TURNS = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a[:, ::-1].transpose(1, 0, 2),
 }
+BEST: dict[str, dict[str, Any]] = {
+    "PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True},
+}  # fmt: skip
 MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "La")
 DEEP = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I": "<i4"}
 
@@ -44,7 +47,7 @@ def test_every_orientation(rng: np.random.Generator, kind: str, orientation: int
     options: dict[str, Any] = (
         {} if kind == "PNG" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
     )
-    stored = reopened(Image.fromarray(blocks), kind, exif=exif, **options)
+    stored = reopened(Image.fromarray(blocks), kind, exif=exif, **BEST[kind])
     expected = TURNS[orientation](np.asarray(stored.convert("RGB")))
     np.testing.assert_array_equal(np.asarray(to_srgb(stored)), expected)
     assert to_srgb(to_srgb(stored)).size == to_srgb(stored).size, "turned once, not again"
@@ -137,8 +140,7 @@ def linear_profile() -> bytes:
 def test_a_profile_is_converted(kind: str) -> None:
     levels = np.arange(0, 256, 17, dtype=np.uint8)
     pixels = levels[:, None, None].repeat(16, 0).repeat(16, 1).repeat(3, 2)
-    options: dict[str, Any] = {"PNG": {}, "JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}[kind]
-    stored = reopened(Image.fromarray(pixels), kind, icc_profile=linear_profile(), **options)
+    stored = reopened(Image.fromarray(pixels), kind, icc_profile=linear_profile(), **BEST[kind])
     light = levels / 255
     encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
     found = np.asarray(to_srgb(stored), int)[8::16, 8]
