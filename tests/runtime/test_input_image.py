@@ -44,9 +44,6 @@ def test_every_orientation(rng: np.random.Generator, kind: str, orientation: int
     blocks = rng.integers(0, 256, (3, 5, 3), np.uint8).repeat(16, 0).repeat(16, 1)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options: dict[str, Any] = (
-        {} if kind == "PNG" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
-    )
     stored = reopened(Image.fromarray(blocks), kind, exif=exif, **BEST[kind])
     expected = TURNS[orientation](np.asarray(stored.convert("RGB")))
     np.testing.assert_array_equal(np.asarray(to_srgb(stored)), expected)
