@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from engines.manifest import Defaults
 from runtime.call import MAX_SEED, MODES
+from runtime.input_image import to_srgb
 from runtime.sampling.drafts import DRAFTS
 from runtime.sampling.schedulers import SCHEDULERS
 from runtime.serve.limits import Limits
@@ -127,7 +128,7 @@ class EditRequest(ImageRequest):
                 if max(opened.size) > side:
                     message = f"image: width and height end at {side} pixels here, this has {opened.size}"
                     raise ApiError(400, message, "image", "invalid_value")
-                self._decoded = opened.convert("RGB")
+                self._decoded = to_srgb(opened)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
             message = f"image: this is no readable PNG, JPEG or WebP file ({error})"
             raise ApiError(400, message, "image", "invalid_value") from None
