@@ -6,7 +6,6 @@ Each part ends as passed, failed, or not possible here and why. `make gpu-check`
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +18,11 @@ import numpy as np
 
 from bench.torch_lane import TorchNetwork
 from engines.base import Array, Backend
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow, widen
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver, available
 from engines.cuda.kernels import BLOCK, BYTES, CACHE, Combination, Kernels, combination
+from engines.cuda.memory import Tensor, narrow, pinned, widen
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.errors import EngineError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
@@ -153,6 +154,7 @@ class Bench:
         self.stream = driver.stream()
         self.started, self.ended = driver.event(timing=True), driver.event(timing=True)
         self.allocated: list[int] = []
+        self.word, self.free_word = pinned(driver, 4)
         self.table, self.small = self.allocate(1 << 16), self.allocate(256)
         self.driver("cuMemsetD32Async", self.small, 0, 64, self.stream)
 
@@ -166,6 +168,8 @@ class Bench:
         self.settle()
         for pointer in self.allocated:
             self.driver("cuMemFree", pointer)
+        self.kernels.close()
+        self.free_word()
         self.driver("cuStreamDestroy", self.stream)
 
     def settle(self) -> None:
@@ -201,8 +205,7 @@ class Bench:
 
     def empty(self) -> None:
         """The smallest kernel that there is."""
-        parameters = [ctypes.c_void_p(self.small), ctypes.c_uint(1)]
-        self.driver.launch(self.kernels.function("advance"), 1, 1, self.stream, parameters)
+        self.kernels.advance(self.stream, self.small + 8, 1, self.word.ctypes.data)
 
     def seconds(self, work: Callable[..., None], *arguments: Any, repeats: int = 20) -> float:
         """Median device seconds of a piece of work, between two events around a graph with many of it.
@@ -293,7 +296,7 @@ def _pairs(driver: Driver, cache: Path) -> Iterator[dict[str, Any]]:
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-class CopyNetwork:
+class CopyNetwork(Stateless):
     """Predicts its input: a model that costs one small copy, so that what is left is this engine."""
 
     capturable = True

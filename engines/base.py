@@ -79,6 +79,13 @@ class Backend(Protocol):
     def staged(self) -> tuple[tuple[int, int], ...]:
         """Ordered pairs of devices whose direct copies failed their test, so that latents go through host memory."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What is kept for rounds that come again, by kind; empty where nothing is."""
+
+    def stalled(self) -> float:
+        """Seconds since anything that was asked for ended, while something runs: any thread may ask."""
+
     def settle(self) -> None:
         """Waits until nothing runs any more of what was asked for: then another backend may use the lanes."""
 

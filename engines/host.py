@@ -193,6 +193,15 @@ class HostBackend:
         """None: there is one memory."""
         return ()
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """None: what is bound to memory is small."""
+        return {}
+
+    def stalled(self) -> float:
+        """See Backend.stalled: nothing runs when `predict` has returned."""
+        return 0.0
+
     def dead(self) -> list[int]:
         """See Backend.dead: lanes whose runtime raised."""
         return sorted(self._dead)

@@ -140,6 +140,15 @@ class NullBackend:
         """None: nothing is copied."""
         return ()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """None: nothing is kept."""
+        return {}
+
+    def stalled(self) -> float:
+        """Nothing runs."""
+        return 0.0
+
     def settle(self) -> None:
         """Nothing runs."""
 

@@ -67,6 +67,15 @@ class Seat:
         """See Backend.copied."""
         return self._backend.copied
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """See Backend.counts."""
+        return self._backend.counts
+
+    def stalled(self) -> float:
+        """See Backend.stalled."""
+        return self._backend.stalled()
+
     def predict(self, calls: Sequence[Call]) -> None:
         """See Backend.predict. Asks first whether the image is still wanted."""
         self.check()

@@ -272,6 +272,8 @@ class FakeCuda:
     def _cuStreamQuery(self, stream: Stream) -> Any:
         if stream.device in self.lost:
             return (real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
+        if stream.queue and not self.advance() and "hang" not in self.fault:
+            raise AssertionError("deadlock: the host waits for a stream and none can go on")
         return (real.CUresult.CUDA_ERROR_NOT_READY if stream.queue else OK,)
 
     def _cuStreamDestroy(self, stream: Stream) -> Any:
@@ -361,6 +363,10 @@ class FakeCuda:
     def _cuModuleLoadData(self, code: bytes) -> Any:
         return OK, json.loads(code)
 
+    def _cuModuleUnload(self, module: dict[str, Any]) -> Any:
+        assert not any(stream.queue for stream in self.streams) or self.lost, "unloaded while work is queued"
+        return (OK,)
+
     def _cuModuleGetFunction(self, module: dict[str, Any], name: bytes) -> Any:
         return OK, (module, name.decode())
 
@@ -383,8 +389,10 @@ class FakeCuda:
             self.submit(stream, lambda: kernel.combine(combined, module["outputs"], module["width"], gx, bx))
         elif name == "advance":
             pointer, blocks = argument(0, ctypes.c_void_p).value, argument(1, ctypes.c_uint).value
-            self.view(pointer, 4, stream.device)
-            self.submit(stream, lambda: kernel.advance(pointer, blocks))
+            seen = argument(2, ctypes.c_void_p).value
+            self.view(pointer, 8, stream.device)
+            self.view(seen, 4, -1)
+            self.submit(stream, lambda: kernel.advance(pointer, blocks, seen))
         else:
             a, b = (argument(n, ctypes.c_void_p).value for n in (0, 1))
             elements, partial = argument(2, ctypes.c_ulonglong).value, argument(3, ctypes.c_void_p).value

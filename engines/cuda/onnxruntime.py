@@ -14,9 +14,11 @@ import onnxruntime
 
 from engines.base import Array, Progress
 from engines.cuda import driver as cuda
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import CACHE
+from engines.cuda.memory import Tensor
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.manifest import DENOISER
@@ -65,7 +67,7 @@ def open_session(model: str, name: str, device: int, stream: Any = None) -> onnx
     return session
 
 
-class ProviderNetwork:
+class ProviderNetwork(Stateless):
     """The noise predictor of one lane."""
 
     capturable = False

@@ -12,10 +12,11 @@ import numpy as np
 
 from engines.base import Array
 from engines.cuda import driver as cuda
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow, pinned, widen
-from engines.cuda.backend import Network as LaneNetwork
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Device, Driver, release
 from engines.cuda.kernels import BYTES, CACHE
+from engines.cuda.memory import Tensor, narrow, pinned, widen
+from engines.cuda.rounds import Enqueue, LaneNetwork
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.manifest import DENOISER, axes_of

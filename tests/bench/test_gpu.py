@@ -69,7 +69,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(
         "engines.cuda.kernels.machine_code", lambda variant, arch, cache: json.dumps(variant.__dict__).encode()
     )
-    monkeypatch.setattr("engines.cuda.backend.PAIR_BYTES", (64,))
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
     monkeypatch.setattr(gpu, "SIZES", (1 << 10, 1 << 12))
     monkeypatch.setattr(gpu, "REPEATS", 1)
     monkeypatch.setattr(gpu, "STEPS", 6)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from engines.base import Array
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import BYTES, Variant
+from engines.cuda.memory import Tensor
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
@@ -47,7 +49,7 @@ def model(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> 
     return np.asarray(np.sin(sample * 1.3 + phase) + shift * np.cos(sample), np.float32)
 
 
-class FakeNetwork:
+class FakeNetwork(Stateless):
     """The model on a stream of the imaginary machine."""
 
     def __init__(self, cuda: FakeCuda, device: int, *, capturable: bool = True) -> None:
@@ -150,7 +152,7 @@ def test_equal_to_the_cpu(case: tuple[str, Options, int, str], places: tuple[int
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(10))
 def test_ten_thousand_orders(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.cuda.backend.PAIR_BYTES", (64,))
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
     chance = np.random.default_rng(part)
     wanted = [reference(mode, options, schedule(steps, name)) for mode, options, steps, name in CASES]
     for number in range(1000):
@@ -315,12 +317,11 @@ def test_a_lost_device_is_an_error() -> None:
     backend.close()
 
 
-def test_a_hanging_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.cuda.driver.Driver.wait.__defaults__", (0.2,))
+def test_a_hanging_device_is_an_error() -> None:
     plan, options = schedule(20), Options(k=2)
-    cuda, backend = open_cuda((0,), seed=12)
+    cuda, backend = open_cuda((0,), seed=12, lane_timeout=0.2)
     cuda.fault["hang"] = 1
-    with pytest.raises(DeviceError, match=r"did not end within 0\.2 s"):
+    with pytest.raises(DeviceError, match=r"did not end within 0\.2 s: lane 0 \(cuda:0\) hangs"):
         run(backend, "aggressive", options, plan)
 
 

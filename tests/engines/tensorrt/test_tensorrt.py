@@ -191,7 +191,7 @@ def imaginary(fp16_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "visible_gpus", lambda: [H200, H200])
     monkeypatch.setattr(build, "build", lambda bundle, network, *_: str(bundle.onnx(network)).encode())
     monkeypatch.setattr(driver, "_load", lambda: machine.cuda)
-    monkeypatch.setattr("engines.cuda.backend.PAIR_BYTES", (64,))
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
     monkeypatch.setattr(
         "engines.cuda.kernels.machine_code", lambda variant, arch, cache: json.dumps(variant.__dict__).encode()
     )
