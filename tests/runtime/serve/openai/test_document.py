@@ -98,3 +98,11 @@ def test_thousands_of_generated_requests(client: httpx.Client) -> None:
     print(seen)
     assert sum(seen.values()) >= 2000 and not [status for _, status in seen if status >= 500]
     assert ask(client, num_inference_steps=2)["data"]
+
+
+def test_the_openapi_document_describes_the_request(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["paths"][GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(ImageBody.model_fields)
+    assert body["additionalProperties"] is False
+    assert set(document["paths"]) >= {GENERATE, "/v1/models", "/health/live", "/health/ready", "/metrics"}
