@@ -288,7 +288,8 @@ def read_arguments(*prompt: Any, **given: Any) -> tuple[Call, Callbacks]:
 # what other tools call these options
 ALIASES = {
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "guidance": "guidance_scale", "negative": "negative_prompt",
-    "num_images": "num_images_per_prompt", "batch_size": "num_images_per_prompt", "n": "num_images_per_prompt",
+    "num_images": "num_images_per_prompt", "n_images": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt", "n": "num_images_per_prompt",
     "n_iter": "num_images_per_prompt", "sampler": "scheduler", "sampler_name": "scheduler",
     "sample_method": "scheduler", "steps": "num_inference_steps", "num_steps": "num_inference_steps",
     "sample_steps": "num_inference_steps", "denoising_strength": "strength", "init_image": "image",
@@ -308,7 +309,7 @@ def meant(name: str, known: Collection[str], *, http: bool = False) -> str | Non
         found = OPTIONS[own].http if http and own in OPTIONS else own
         return found if found in known else None
 
-    near = get_close_matches(plain, [*known, *ALIASES], 1)
+    near = get_close_matches(plain, [*known, *ALIASES], 1, cutoff=0.75)
     return resolved(plain) or (resolved(near[0]) if near else None)
 
 

@@ -61,6 +61,11 @@ class Start:
         if self.images:
             wide, high = (side // sizes.multiple * sizes.multiple for side in self.images[0].size)
             own = wide, high  # rounded down, as diffusers does
+            taken = [side for side, given in zip(own, (width, height), strict=True) if given is None]
+            if not all(sizes.allows(side) for side in taken):
+                high_by_wide = "×".join(map(str, self.images[0].size))
+                message = f"image is {high_by_wide} pixels: each side may be {sizes}; resize it, or name another size"
+                raise ParameterError("image", message)
         found = own[0] if width is None else width, own[1] if height is None else height
         for name, side in zip(("width", "height"), found, strict=True):
             if isinstance(side, bool) or not isinstance(side, int) or not sizes.allows(side):

@@ -24,18 +24,20 @@ from PIL import Image
 from engines.store import Bundle
 from runtime.pipeline import Pipeline
 from runtime.serve.__main__ import Server
+from runtime.serve.access import Access
 from runtime.serve.limits import Limits
 from runtime.serve.service import Service
 
 GENERATE = "/v1/images/generations"
+POST = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"  # on a raw socket
 
 PROMPT = "a large red star at the left on blue background"
 
 
 @contextmanager
-def serving(pipeline: Any, limits: Limits | None = None) -> Iterator[httpx.Client]:
+def serving(pipeline: Any, limits: Limits | None = None, access: Access | None = None) -> Iterator[httpx.Client]:
     """Speaks to the application on a real socket, served by a thread of this process."""
-    with running(Server(Service(pipeline, limits or Limits()))) as port, connect(port) as connected:
+    with running(Server(Service(pipeline, limits or Limits()), access)) as port, connect(port) as connected:
         yield connected
 
 

@@ -20,7 +20,7 @@ from bench import moves
 from bench.report import README, RESULTS, load, rebuilt
 from engines.store import Bundle
 from runtime.serve.__main__ import arguments
-from runtime.serve.openai.schema import UNSUPPORTED, EditRequest
+from runtime.serve.openai.schema import UNSUPPORTED, EditBody
 
 ROOT = README.parent
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
@@ -78,9 +78,9 @@ def test_the_curl_commands_make_images(server: int, tmp_path: Path) -> None:
 
 
 def test_the_readme_has_every_option_and_field_of_the_server() -> None:
-    text = README.read_text().partition("## The server")[2].partition("\n## ")[0]
+    text = (ROOT / "runtime" / "serve" / "README.md").read_text()
     options = {option for action in arguments()._actions for option in action.option_strings if len(option) > 2}
-    fields = {*EditRequest.model_fields, *UNSUPPORTED}
+    fields = {*EditBody.model_fields, *UNSUPPORTED}
     missing = [name for name in (options - {"--help"}) | fields if not re.search(rf"`{name}\b", text)]
     assert not missing
 

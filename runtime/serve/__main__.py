@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -136,7 +137,7 @@ def arguments() -> argparse.ArgumentParser:
         help="names by commas that clients may use for this server, * for any; loopback names always may",
     )  # fmt: skip
     parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        "--allow-origin", type=site, action="append", default=[], metavar="ORIGIN",
         help="another site whose pages may use this server, as https://example.com, or *; may be given several times",
     )  # fmt: skip
     for option, name, text in (
@@ -161,6 +162,16 @@ def arguments() -> argparse.ArgumentParser:
 def by_comma(text: str) -> tuple[str, ...]:
     """The host names of a list; without ports, which the check ignores."""
     return tuple(name if name == ANY else host_name(name) for name in text.replace(" ", "").split(",") if name)
+
+
+def site(text: str) -> str:
+    """An origin as browsers send it, or `*`."""
+    parts = urlsplit(text)
+    if text != ANY and (
+        parts.scheme not in ("http", "https") or not parts.netloc or f"{parts.scheme}://{parts.netloc}" != text
+    ):
+        raise argparse.ArgumentTypeError(f"{text} is no origin: write https://HOST or https://HOST:PORT, or *")
+    return text
 
 
 def at_least_zero(kind: type[float]) -> Callable[[str], float]:

@@ -62,8 +62,10 @@ class Access:
 def host_name(header: str) -> str:
     """The name of a Host header without its port, in lower case; IPv6 addresses without brackets."""
     name = header.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    return name.removesuffix(".")
+    if name.startswith("["):
+        address, closed, _ = name[1:].partition("]")
+        return address if closed else name
+    return name.partition(":")[0].removesuffix(".")
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -193,7 +193,9 @@ def refusal(error: ValidationError, model: type[Body]) -> ApiError:
         message = f"{param}: this server does not support it: leave it out"
         return ApiError(400, message, param, "unsupported_parameter")
     message = f"{'the body' if param is None else param}: {first['msg']}"
-    if first["type"] == "extra_forbidden" and param is not None:
+    if first["type"] == "extra_forbidden" and param in EDIT_FIELDS:
+        message = f"{param}: only /v1/images/edits takes it"
+    elif first["type"] == "extra_forbidden" and param is not None:
         near = meant(param, model.model_fields, http=True)
         message = f"{param}: there is no such field" + (f": did you mean {near}?" if near else "")
     return ApiError(400, message, param, CODES.get(first["type"], "invalid_value"))

@@ -65,7 +65,7 @@ def test_a_lane_that_dies_makes_it_unready_before_any_image(shapes: Bundle, monk
 def test_lost_lanes_are_tried_again_and_given_up_at_last(
     tries: int, shapes: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.health.RETRIES", (0.2, 0.2, 0.2))
+    monkeypatch.setattr("runtime.serve.health.RETRIES", (0.2, 0.2, 0.2))
     pipeline, tried = Pipeline(shapes, "cpu*2"), []
 
     def reopened(bundle: Bundle, lanes: Any) -> Any:
@@ -96,7 +96,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
 
 
 def test_a_lane_that_is_lost_after_another_was_given_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.health.RETRIES", (0.0,))
+    monkeypatch.setattr("runtime.serve.health.RETRIES", (0.0,))
     tried: list[tuple[str, ...]] = []
     lanes = SimpleNamespace(seated=1, overdue=lambda seconds: ())
     pipeline = SimpleNamespace(lost=("a",), lanes=lanes, devices=())

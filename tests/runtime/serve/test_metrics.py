@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from runtime.pipeline import Pipeline
-from runtime.serve.limits import Limits
+from runtime.serve.access import Access
 from tests.client import GENERATE, PROMPT, ask, serving, values
 
 
@@ -31,7 +31,7 @@ def test_metrics(pipeline: Pipeline) -> None:
 
 
 def test_every_outcome_is_counted_once(pipeline: Pipeline) -> None:
-    with serving(pipeline, Limits(keys=("secret",))) as client:
+    with serving(pipeline, access=Access(keys=("secret",))) as client:
         client.headers["Authorization"] = "Bearer secret"
         body = {"prompt": PROMPT, "num_inference_steps": 6, "mode": "adaptive", "tolerance": 1.0, "k": 3}
         client.post(GENERATE, json=body)

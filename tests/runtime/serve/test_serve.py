@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from engines.store import Bundle
+from runtime.call import OPTIONS, markdown
 from runtime.serve.__main__ import KEYS_VARIABLE, listen, read_keys
 from tests.client import GENERATE, PROMPT, ask, connect, events, process, received, values, wait_for
 
@@ -23,11 +24,11 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "matplotlib
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys"
-    path.write_text("one\n\n two \n")
+    path.write_text("# of the office\none\n\n two \n  #three\n")
     monkeypatch.setenv(KEYS_VARIABLE, "three,, four")
     assert read_keys(path) == ("one", "two", "three", "four")
     assert read_keys(None) == ("three", "four")
-    path.write_text("\n")
+    path.write_text("\n# none yet\n")
     monkeypatch.setenv(KEYS_VARIABLE, "")
     with pytest.raises(Exception, match="holds no API key"):
         read_keys(path)
@@ -70,7 +71,7 @@ def test_what_cannot_be_finished_in_time_is_given_up_and_told(stream: bool, shap
         else:
             assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
         assert server.wait(30) == 0
-    assert "1 requests were given up" in log.read_text() and "Traceback" not in log.read_text()
+    assert "1 requests were cancelled" in log.read_text() and "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -118,13 +119,18 @@ def test_a_port_in_use_is_one_message() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--port", "65536"), ("--port", "0", "--model", "nothing"), ("--port", "0", "--max-side", "63")],
+    [
+        ("--port", "65536"),
+        ("--port", "0", "--model", "nothing"),
+        ("--port", "0", "--max-side", "63"),
+        ("--port", "0", "--scheduler", "heun"),
+    ],
     ids=lambda options: options[-2],
 )
 def test_what_cannot_be_served_is_one_message(options: tuple[str, ...]) -> None:
     done = start(*options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*: (choose|make).*\n", done.stderr)
+    assert re.fullmatch(r"error: .*(: choose|: make|; name one of).*\n", done.stderr)
 
 
 def test_the_end_of_an_answer_does_not_wait_until_its_beginning_is_confirmed() -> None:
@@ -134,3 +140,41 @@ def test_the_end_of_an_answer_does_not_wait_until_its_beginning_is_confirmed() -
         listener.accept()[0] as accepted,
     ):
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_scheduler_of_requests_that_name_none(shapes: Bundle, tmp_path: Path) -> None:
+    with process(shapes, tmp_path / "log", "--scheduler", "euler") as (_, port), connect(port) as client:
+        assert ask(client)["report"]["scheduler"] == "euler"
+        assert ask(client, scheduler="ddim")["report"]["scheduler"] == "ddim"
+        assert client.get("/v1/models/shapes").json()["defaults"]["scheduler"] == "euler"
+        body = client.get("/openapi.json").json()["paths"][GENERATE]["post"]["requestBody"]["content"]
+        assert body["application/json"]["schema"]["properties"]["scheduler"]["default"] == "euler"
+        assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_names_and_origins_are_options(shapes: Bundle, tmp_path: Path) -> None:
+    options = ["--allowed-hosts", "Images.example.com:443, other.example", "--allow-origin", "https://a.example"]
+    options += ["--allow-origin", "http://b.example:3000"]
+    with process(shapes, tmp_path / "log", *options) as (_, port), connect(port) as client:
+        for host in ("images.example.com", "other.example:8000", "localhost"):
+            assert client.get("/health/live", headers={"Host": host}).status_code == 200
+        assert client.get("/health/live", headers={"Host": "evil.example"}).status_code == 403
+        for origin in ("https://a.example", "http://b.example:3000"):
+            answer = client.get("/v1/models", headers={"Origin": origin})
+            assert answer.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("origin", ["example.com", "https://example.com/", "https://example.com/page", "ftp://a", ""])
+def test_what_is_no_origin_is_one_message(origin: str) -> None:
+    done = start("--port", "0", "--allow-origin", origin)
+    assert done.returncode == 2 and "write https://HOST" in done.stderr
+
+
+def test_the_readme_has_the_table_of_options() -> None:
+    """`runtime.call.markdown` makes it: paste what this prints."""
+    names = [one.name for one in OPTIONS.values() if one.http and one.http not in ("prompt", "size", "n")]
+    table = markdown(names, http=True)
+    print(table)
+    readme = Path(__file__).parents[3] / "runtime" / "serve" / "README.md"
+    written = readme.read_text().partition("<!-- options -->\n")[2].partition("\n<!-- /options -->")[0]
+    assert written == table

@@ -7,32 +7,58 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
-from runtime.pipeline import Pipeline
+from runtime.call import Call, Callbacks
+from runtime.pipeline import Pipeline, Result
 from runtime.serve.limits import Limits
 from runtime.serve.service import Previews
-from tests.client import GENERATE, PROMPT, ask, decoded, depth, events, expected, files, received, same, serving, until
+from tests.client import (
+    GENERATE,
+    POST,
+    PROMPT,
+    ask,
+    decoded,
+    depth,
+    events,
+    expected,
+    files,
+    received,
+    same,
+    serving,
+    until,
+)
 
 
 def test_previews_are_spread_over_the_steps() -> None:
-    asked = ImageBody.model_validate({"prompt": "a", "stream": True, "partial_images": 3})
-    previews = Previews(asked)
-    assert [finished for finished in range(1, 21) if previews.due(finished, 20)] == [5, 10, 15]
-    late = Previews(asked)
-    assert [finished for finished in (17, 18, 19, 20) if late.due(finished, 20)] == [17, 18, 19]
+    shown = list[int]()
+
+    def finish(count: int, steps: list[int]) -> list[int]:
+        previews = Previews(count, lambda index, image: shown.append(index))
+        due = []
+        for finished in steps:
+            if previews.due(finished, 20):
+                due.append(finished)
+                previews.show(Image.new("RGB", (1, 1)))
+        return due
+
+    assert finish(3, [*range(1, 21)]) == [5, 10, 15]
+    assert finish(3, [17, 18, 19, 20]) == [17, 18, 19]
+    assert shown == [0, 1, 2] * 2
+    assert finish(0, [*range(1, 21)]) == []
 
 
 def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """While every thread of the engine is in something long."""
-    made, held = pipeline.generate, threading.Event()
-    monkeypatch.setattr(pipeline, "generate", lambda *args, **more: (held.wait(20), made(*args, **more))[1])
+    made, held = pipeline.run, threading.Event()
+    monkeypatch.setattr(pipeline, "run", lambda call, callbacks: (held.wait(20), made(call, callbacks))[1])
     with serving(pipeline, Limits(queue=5)) as client, ThreadPoolExecutor(8) as pool:
         try:
             at_work = [pool.submit(ask, client, seed=seed) for seed in range(4)]
@@ -55,7 +81,7 @@ def test_the_deadline_does_not_wait_for_a_long_round(
 ) -> None:
     held = threading.Event()
     with serving(pipeline, Limits(seconds=0.5)) as client:
-        monkeypatch.setattr(pipeline, "generate", lambda *_, before_round, **__: (held.wait(20), before_round()))
+        monkeypatch.setattr(pipeline, "run", lambda call, callbacks: (held.wait(20), callbacks.before_round()))
         try:
             start = time.monotonic()
             response = client.post(GENERATE, json={"prompt": PROMPT, "stream": stream})
@@ -70,18 +96,19 @@ def test_the_deadline_does_not_wait_for_a_long_round(
 def test_the_deadline_ends_a_stream_in_the_middle_of_a_long_round(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, held = pipeline.generate, threading.Event()
+    made, held = pipeline.run, threading.Event()
 
-    def stuck(*args: Any, progress: Callable[[int, int], None], **more: Any) -> Any:
+    def stuck(call: Call, callbacks: Callbacks) -> Result:
         def then_wait(finished: int, steps: int) -> None:
-            progress(finished, steps)
+            assert callbacks.progress is not None
+            callbacks.progress(finished, steps)
             if finished == 2:
                 held.wait(20)
 
-        return made(*args, progress=then_wait, **more)
+        return made(call, replace(callbacks, progress=then_wait))
 
     with serving(pipeline, Limits(seconds=1.0)) as client:
-        monkeypatch.setattr(pipeline, "generate", stuck)
+        monkeypatch.setattr(pipeline, "run", stuck)
         try:
             body = {"prompt": PROMPT, "num_inference_steps": 4, "mode": "sequential", "stream": True}
             start = time.monotonic()
@@ -143,9 +170,8 @@ def test_clients_that_leave_in_the_queue_or_before_the_end_of_their_request(clie
 def posted(client: httpx.Client, body: dict[str, Any]) -> socket.socket:
     """A request on a connection of its own, which ends when it is closed."""
     content = json.dumps(body)
-    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     opened = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
-    opened.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    opened.sendall(f"{POST}Content-Length: {len(content)}\r\n\r\n{content}".encode())
     return opened
 
 

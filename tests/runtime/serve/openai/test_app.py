@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 from dataclasses import fields
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 
-from runtime.call import MAX_SEED
+from runtime.call import MAX_SEED, OPTIONS
 from runtime.pipeline import Pipeline
 from runtime.report import Report
 from runtime.serve.limits import Limits
@@ -74,7 +76,7 @@ def test_lanes_and_their_timeline_can_be_asked_for(client: httpx.Client) -> None
     report = ask(client, lanes=1, timeline=True)["report"]
     assert report["lanes"] == 1
     spans = [span for span in report["timeline"] if span["kind"] == "call"]
-    assert [(span["round"], span["lane"], span["steps"], span["halves"]) for span in spans] == [
+    assert [(span["round"], span["lane"], span["steps"], span["branches"]) for span in spans] == [
         (n + 1, 0, [n], 2) for n in range(3)
     ]
 
@@ -93,12 +95,35 @@ def test_models(client: httpx.Client, pipeline: Pipeline) -> None:
     assert model["modes"] == ["auto", "sequential", "conservative", "aggressive", "srds", "adaptive"]
     assert (model["devices"], model["lanes"]) == (["cpu/0", "cpu/1"], 2)
     assert model["limits"]["n"] == 10 and model["limits"]["body_bytes"] == Limits.body
-    assert model["defaults"] == {"num_inference_steps": 50, "guidance_scale": 4.0, "mode": "auto", "seed": 0}
+    own = {"num_inference_steps": 50, "guidance_scale": 4.0, "scheduler": None}
+    defaults = {name: OPTIONS[name].default for name in ("mode", "seed", "tolerance")}
+    assert model["defaults"] == own | defaults
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
 def test_health(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/models/shapes"])
+def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
+    """As monitors ask, and curl with -I."""
+    got, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    curl = subprocess.run(["curl", "-sSI", str(client.base_url.join(path))], capture_output=True, text=True, check=True)
+    assert curl.stdout.startswith("HTTP/1.1 200 OK")
+
+
+def test_one_model(client: httpx.Client) -> None:
+    made = openai.OpenAI(base_url=f"{str(client.base_url).rstrip('/')}/v1", api_key="any")
+    (listed,) = made.models.list()
+    assert made.models.retrieve("shapes") == listed and listed.id == "shapes"
+    assert client.get("/v1/models/shapes").json() == client.get("/v1/models").json()["data"][0]
+    with pytest.raises(openai.NotFoundError, match="dall-e-3"):
+        made.models.retrieve("dall-e-3")
+    for name in ("some/other", "shapes/"):
+        refused(client.get(f"/v1/models/{name}"), 404, "model", "model_not_found")
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:

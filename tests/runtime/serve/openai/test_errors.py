@@ -6,9 +6,9 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,7 +16,8 @@ import pytest
 from engines.errors import DeviceError
 from engines.host import HostBackend
 from engines.store import Bundle
-from runtime.pipeline import Pipeline
+from runtime.call import Call, Callbacks
+from runtime.pipeline import Pipeline, Result
 from runtime.serve.logs import Formatter
 from tests.client import GENERATE, PROMPT, ask, received, refused, serving
 
@@ -24,20 +25,21 @@ from tests.client import GENERATE, PROMPT, ask, received, refused, serving
 @contextmanager
 def failing(pipeline: Pipeline, error: Exception, after: int = 0) -> Iterator[None]:
     """A pipeline that fails, after so many steps."""
-    made = pipeline.generate
+    made = pipeline.run
 
-    def broken(*args: Any, progress: Callable[[int, int], None], **more: Any) -> Any:
+    def broken(call: Call, callbacks: Callbacks) -> Result:
         def until_then(finished: int, steps: int) -> None:
-            progress(finished, steps)
+            assert callbacks.progress is not None
+            callbacks.progress(finished, steps)
             if finished == after:
                 raise error
 
         if not after:
             raise error
-        return made(*args, progress=until_then, **more)
+        return made(call, replace(callbacks, progress=until_then))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "generate", broken)
+        patch.setattr(pipeline, "run", broken)
         yield
 
 
@@ -58,7 +60,11 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 def failures(log: pytest.LogCaptureFixture, number: str) -> list[str]:
     """Lines of a request that failed."""
-    return [line for line in log.text.splitlines() if f"ERROR runtime.request: request={number} request failed" in line]
+    return [
+        line
+        for line in log.text.splitlines()
+        if f"ERROR runtime.serve.openai.errors: request={number} request failed" in line
+    ]
 
 
 ERRORS = [
@@ -109,7 +115,7 @@ def test_an_error_outside_the_engine_is_answered_too(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     with serving(pipeline) as client:
-        monkeypatch.setattr("runtime.service.Metrics.text", lambda self: 1 / 0)
+        monkeypatch.setattr("runtime.serve.metrics.Metrics.text", lambda self: 1 / 0)
         response = client.get("/metrics", headers={"x-request-id": "mine-3"})
     assert "division" not in refused(response, 500)
     assert response.headers["x-request-id"] == "mine-3"
@@ -131,7 +137,9 @@ def test_a_lane_that_dies_is_logged_with_the_request(shapes: Bundle, log: pytest
 
 
 def test_a_client_that_leaves_is_no_error(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
-    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    head = (
+        f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    )
     with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as leaving:
         leaving.sendall(head.encode() + b'{"prompt')
     time.sleep(0.3)
