@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options
+from runtime.input_image import to_srgb
 from runtime.pipeline import Pipeline
 from runtime.provenance import engine_version, result_file
 
@@ -57,7 +58,7 @@ def load_image(path: Path | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_srgb(image)
     except (OSError, ValueError) as error:
         raise ParameterError("image", f"{path} cannot be read as an image: {error}") from error
 

@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 
 from bench import moves
-from bench.report import README, RESULTS, load, rebuilt
+from bench.page.tables import RESULTS, load, rebuilt
 from engines.store import Bundle
 from runtime.serve.__main__ import arguments
 from runtime.serve.openai.schema import UNSUPPORTED, EditBody
+from tests import ROOT
 
-ROOT = README.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
 
 
@@ -110,7 +111,9 @@ def test_the_python_example_makes_a_image(shapes: Bundle, tmp_path: Path) -> Non
 
 
 def test_the_library_example_runs() -> None:
-    run = subprocess.run([sys.executable, "-c", block("runtime.sample")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", block("runtime.sampling.function")], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and run.stdout.strip().endswith("8 rounds, 20 evaluations"), run.stderr
 
 

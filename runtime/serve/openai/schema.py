@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
 from runtime.call import OPTIONS, Call, Option, meant
+from runtime.input_image import to_srgb
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
 
@@ -120,7 +121,7 @@ class Edit(Body):
                 if max(opened.size) > side:
                     message = f"image: width and height end at {side} pixels here, this has {opened.size}"
                     raise ApiError(400, message, "image", "invalid_value")
-                self._decoded = opened.convert("RGB")
+                self._decoded = to_srgb(opened)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
             # Pillow's message for files that it does not know holds the address of a buffer
             why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
