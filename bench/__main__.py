@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from engines.errors import EngineError
+from engines.files import written_whole
 from runtime.provenance import result_file
 
 COMMANDS = ("run", "scenario", "simulate", "quality", "drafts", "kernel", "serve", "export", "gpu", "moves", "report")
@@ -64,7 +65,8 @@ def main() -> int:
         print(module.table(rows))
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(dumped(result_file(rows)))
+            with written_whole(target) as partial:
+                partial.write_text(dumped(result_file(rows)))
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engines.errors import EngineError, ParameterError
+from engines.files import written_whole
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options
 from runtime.input_image import to_srgb
@@ -92,12 +93,15 @@ def run(options: dict[str, Any]) -> None:
         result = pipeline.run(call, Callbacks(progress=progress))
     pipeline.close()
     for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
-        image.save(path)
+        with written_whole(path) as partial:
+            image.save(partial)
         print(path)
     if save_latents:
-        np.save(save_latents, result.latents)
+        with written_whole(save_latents) as partial:
+            np.save(partial, result.latents)
     if report:
-        report.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
+        with written_whole(report) as partial:
+            partial.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
     done = result.report
     print(
         f"{done.mode}, k={done.k}: {done.steps} steps in {done.rounds} rounds on {done.lanes} lanes, "
