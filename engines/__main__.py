@@ -13,9 +13,8 @@ from engines.devices import parse_devices, precision
 from engines.errors import BundleError, EngineError
 from engines.load import build_missing, check, wanted
 from engines.manifest import MANIFEST
+from engines.runtimes import PRECISIONS
 from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
-
-PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Bars:
