@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from engines.errors import EngineError, ParameterError
+from engines.command import exit_code
+from engines.errors import ParameterError
 from engines.files import written_whole
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options
@@ -112,18 +113,7 @@ def run(options: dict[str, Any]) -> None:
 def main() -> int:
     """Exit code 1 with one message on any error."""
     options = vars(arguments().parse_args())
-    try:
-        run(options)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":
