@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import moves
-from bench.gpu import schedule as stable_diffusion
+from bench.gpu.engine import schedule as stable_diffusion
 from bench.models import lane_names, model_arguments, one_lane, prompts
 from bench.moves import Link
 from bench.plots import colour, drawing, png
