@@ -113,31 +113,37 @@ def samplers(settings: Settings) -> Iterator[Row]:
 
 
 class Baseline:
-    """PyTorch alone: both branches as one batch, guidance and the step of DDIM as one CUDA graph per step."""
+    """PyTorch alone: both branches as one batch, guidance and the step of DDIM; on a GPU as one CUDA graph per step."""
 
     def __init__(
-        self, unet: UNet, words: Array, plan: Schedule, shape: tuple[int, ...], dtype: str, *, graph: bool
+        self, unet: UNet, words: Array, plan: Schedule, shape: tuple[int, ...], dtype: str, device: str
     ) -> None:
         import torch
 
-        self.torch, kind, device = torch, getattr(torch, dtype), "cuda:0"
+        self.torch, kind, self.device = torch, getattr(torch, dtype), device
         self.x = torch.zeros(shape, dtype=kind, device=device)
         self.words = torch.from_numpy(words).to(device, kind)
         rows = [(r.timestep, r.data / r.alpha, r.noise - r.data * r.sigma / r.alpha) for r in plan.rows]
         self.rows = torch.tensor(rows, dtype=torch.float32, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
-        self.plan, self.unet, self.graph = plan, unet, None
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self.stream), torch.no_grad():
-            for _ in range(3):
+        self.plan, self.unet = plan, unet
+        self.step: Callable[[], None] = self._step
+
+    def capture(self) -> Baseline:
+        """The same, with its step as a CUDA graph."""
+        torch = self.torch
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their algorithms outside of a capture
                 self.at.zero_()
                 self._step()
         torch.cuda.synchronize()
-        if graph:
-            self.at.zero_()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), torch.cuda.graph(self.graph, stream=self.stream):
-                self._step()
+        graph = torch.cuda.CUDAGraph()
+        self.at.zero_()
+        with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+            self._step()
+        self.step = graph.replay
+        return self
 
     def _step(self) -> None:
         t, a, b = self.rows.index_select(0, self.at)[0]
@@ -148,16 +154,12 @@ class Baseline:
 
     def image(self, noise: Array) -> tuple[Array, float]:
         """The latents, and the seconds from host memory to host memory."""
-        torch = self.torch
         start = time.perf_counter()
-        with torch.cuda.stream(self.stream), torch.no_grad():
-            self.x.copy_(torch.from_numpy(noise).to("cuda:0"))
+        with self.torch.no_grad():
+            self.x.copy_(self.torch.from_numpy(noise).to(self.device))
             self.at.zero_()
             for _ in self.plan.rows:
-                if self.graph is not None:
-                    self.graph.replay()
-                else:
-                    self._step()
+                self.step()
             latents = self.x.float().cpu().numpy()
         return latents, time.perf_counter() - start
 
@@ -189,8 +191,8 @@ def _speed(
     plan = schedule(settings.steps)
     noise = np.random.default_rng(1).standard_normal(shape, np.float32) * np.float32(plan.init_noise_sigma)
     baselines = {
-        "torch, eager": Baseline(unet, words, plan, shape, dtype, graph=False),
-        "torch, CUDA graph": Baseline(unet, words, plan, shape, dtype, graph=True),
+        "torch, eager": Baseline(unet, words, plan, shape, dtype, "cuda:0"),
+        "torch, CUDA graph": Baseline(unet, words, plan, shape, dtype, "cuda:0").capture(),
     }
     one_lane: list[float] = []
     for lanes in settings.lanes:
