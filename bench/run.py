@@ -32,7 +32,8 @@ from engines.base import Array, Call
 from engines.errors import ParameterError
 from engines.host import HostBackend
 from runtime.calibrate import calibrate
-from runtime.pipeline import MODES, Pipeline, Result
+from runtime.call import MODES
+from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,20 @@ from PIL import Image
 
 from engines.base import Array, Backend, Branch
 from engines.devices import parse_devices, precision
-from engines.errors import DeviceError, EngineError, NonFiniteError, ParameterError
+from engines.errors import DeviceError, EngineError, NonFiniteError
 from engines.load import check as check_lanes
 from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, played_seconds
+from runtime.call import Arguments, Call, Callbacks, read_arguments
 from runtime.conditioning import Conditioner, Conditioning, Texts
 from runtime.initial_state import Start, initial_noise
 from runtime.lanes import Lanes
 from runtime.report import Report, quantiles
-from runtime.sampling.drafts import DRAFTS, resolve
+from runtime.sampling.drafts import resolve
 from runtime.sampling.execute import denoise
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.samplers import SAMPLERS, check
+from runtime.sampling.samplers import check
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import make_schedule, substituted
 from runtime.sampling.timeline import Timeline
@@ -37,10 +39,9 @@ from runtime.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", *SAMPLERS)
-MAX_SEED = 2**64 - 1
 Made = TypeVar("Made")
-StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
+P = ParamSpec("P")
+NO_CALLBACKS = Callbacks()
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ class Result:
     images: list[Image.Image]
     latents: Array
     report: Report
+
+
+def _with_arguments(
+    arguments: Callable[P, object],
+) -> Callable[[Callable[..., Result]], Callable[Concatenate[Pipeline, P], Result]]:
+    """Gives a method the keywords of a class, for type checkers, `help`, and completion in editors and notebooks."""
+
+    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Pipeline, P], Result]:
+        own, taken = inspect.signature(method), inspect.signature(arguments)
+        parameters = [own.parameters["self"], *taken.parameters.values()]
+        vars(method)["__signature__"] = own.replace(parameters=parameters)
+        return method
+
+    return decorate
 
 
 class Pipeline:
@@ -126,126 +141,47 @@ class Pipeline:
         with self.lanes.alone(wait=True):
             self._engines.close()
 
-    def generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | None = None,
-        mode: str = "auto",
-        k: int | None = None,
-        drafts: str = "auto",
-        tolerance: float = 0.0,
-        blocks: int | None = None,
-        iterations: int | None = None,
-        first_blocks: Sequence[int] = (),
-        pipelined: bool = True,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        scheduler: str | None = None,
-        eta: float = 0.0,
-        width: int | None = None,
-        height: int | None = None,
-        num_images_per_prompt: int = 1,
-        lanes: int | None = None,
-        latents: Array | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        strength: float | None = None,
-        prompt_embeds: Array | None = None,
-        negative_prompt_embeds: Array | None = None,
-        pooled_prompt_embeds: Array | None = None,
-        negative_pooled_prompt_embeds: Array | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        timeline: bool = False,
-        before_round: Callable[[], None] = lambda: None,
-    ) -> Result:
+    @_with_arguments(Arguments)
+    def generate(self, *prompt: Any, **options: Any) -> Result:
         """Makes images. Arguments that diffusers also has mean what they mean there, and default to what they do in
-        the model's own pipeline.
+        the model's own pipeline. `runtime.call` says what each of them is; `run` is the same for a `Call`.
 
-        mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
-        k, first_blocks, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the
-        number of lanes that were loaded, however many of them are free.
-        seed: 0 … 2⁶⁴−1; image i of a call draws its noise from (seed, i, step).
-        width, height: `manifest.sizes` says which; with `image`, by default those of the image.
-        lanes: how many of the lanes work on this call, all by default. It changes neither k nor what `auto` chooses, so
-        that the image is the same to rounding.
-        latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
-        width), in place of `prompt`, with pooled_prompt_embeds where the model has them. Latents come back as the model
-        sees them, so that of the Euler schedulers those before the last step are diffusers' divided by √(1 + σ²).
-        image: starts from an image, or one per prompt, instead of from noise; the last `strength` of the steps are
-        made, on the image with the noise that belongs there.
-        callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
-        after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
-        shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
-        so that none depends on its neighbours, and the steps begin anew with each.
-
-        progress(finished, steps) is called at the same times with numbers of steps, costs nothing, and may raise to
-        cancel; while it runs, `preview` shows the image so far. before_round() is called before every round and while
-        the image waits for lanes, and may raise to cancel.
-
-        timeline: whether the report says what each lane did when.
+        Latents come back as the model sees them, so that of the Euler schedulers those before the last step are
+        diffusers' divided by √(1 + σ²).
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
-        _check_choice("mode", mode, MODES)
-        _check_choice("drafts", drafts, ("auto", *DRAFTS))
-        given = {
-            "k": k,
-            "blocks": blocks,
-            "iterations": iterations,
-            "first_blocks": first_blocks or None,
-            "drafts": None if drafts == "auto" else drafts,
-        }
-        for name, value in given.items():
-            if mode == "auto" and value is not None:
-                raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
-        manifest = self.manifest
-        defaults = manifest.defaults
-        trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
-        num_inference_steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        _check_whole("num_inference_steps", num_inference_steps, 1, trained)
-        _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
-        seed = _check_whole("seed", seed, 0, MAX_SEED)
-        k = self._default_k if k is None else _check_whole("k", k, 1, 1000)
-        lanes = len(self.devices) if lanes is None else _check_whole("lanes", lanes, 1, len(self.devices))
-        for name, number, low in (
-            ("guidance_scale", guidance_scale, -np.inf), ("tolerance", tolerance, 0.0), ("eta", eta, 0.0),
-        ):  # fmt: skip
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not np.isfinite(number)
-                or number < low
-            ):
-                least = " of at least 0" if low == 0 else ""
-                raise ParameterError(name, f"{name} must be a finite number{least}, not {number!r}")
-        for name, count in (("blocks", blocks), ("iterations", iterations)):
-            if count is not None:
-                _check_whole(name, count, 1, num_inference_steps)
+        return self.run(*read_arguments(*prompt, **options))
+
+    def run(self, call: Call, callbacks: Callbacks = NO_CALLBACKS) -> Result:
+        """Makes the images of a call. ParameterError, NonFiniteError and DeviceError as `generate`."""
+        manifest, asked = self.manifest, call.checked(self.manifest, len(self.devices), self._default_k)
+        num_inference_steps, guidance_scale = asked.num_inference_steps, asked.guidance_scale
+        mode, seed, lanes, num_images_per_prompt = asked.mode, asked.seed, asked.lanes, asked.num_images_per_prompt
         texts = Texts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
-            negative_pooled_prompt_embeds, clip_skip,
+            asked.prompt, asked.negative_prompt, asked.prompt_embeds, asked.negative_prompt_embeds,
+            asked.pooled_prompt_embeds, asked.negative_pooled_prompt_embeds, asked.clip_skip,
         )  # fmt: skip
-        start = Start.of(manifest, image, strength)
-        size = start.size(manifest, width, height)
+        start = Start.of(manifest, asked.image, asked.strength)
+        size = start.size(manifest, asked.width, asked.height)
         first = start.first_step(num_inference_steps)
-        schedule = make_schedule(manifest, scheduler, num_inference_steps, size, eta=eta, first=first)
+        schedule = make_schedule(manifest, asked.scheduler, num_inference_steps, size, eta=asked.eta, first=first)
         # a second pass is what guidance means to a sampler: a model that is told the scale, or knows none, needs none
         passes = float(guidance_scale) if manifest.guidance == "classifier_free" else 1.0
-        options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations, tuple(first_blocks))
+        options = Options(
+            asked.k, resolve(asked.drafts), asked.tolerance, asked.blocks, asked.pipelined, asked.iterations,
+            tuple(asked.first_blocks),
+        )  # fmt: skip
         choice: Choice | None = None
-        warnings = [substitute] if (substitute := substituted(manifest, scheduler)) else []
+        warnings = [substitute] if (substitute := substituted(manifest, asked.scheduler)) else []
         if mode == "auto":
             setting = Setting(
-                scheduler=schedule.name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale
+                scheduler=schedule.name, eta=asked.eta, steps=num_inference_steps, guidance_scale=guidance_scale
             )
             known, count = Calibration.read(self.calibration_path), num_images_per_prompt * texts.count
             guided = manifest.guidance == "classifier_free"
             choice, said = choose(
-                known, self.calibration_key, len(self.devices), schedule, setting, tolerance, count, guided=guided
+                known, self.calibration_key, len(self.devices), schedule, setting, asked.tolerance, count, guided=guided
             )
             warnings += said
             mode, options = choice.candidate.mode, choice.candidate.options
@@ -255,12 +191,12 @@ class Pipeline:
 
         def encode() -> tuple[Conditioning, Sequence[str], Array]:
             conditioning, cut = self._conditioner(texts, float(guidance_scale), size, num_images_per_prompt)
-            noise = initial_noise(seed, images, self._latent_shape(size), latents)
+            noise = initial_noise(seed, images, self._latent_shape(size), asked.latents)
             return conditioning, cut, start.state(schedule, noise, seed, size, self._engines.runners.get("vae_encoder"))
 
         conditioning, cut, state = self._beside_lanes(encode, warnings)
         encoded = time.perf_counter()
-        notify = self._notifier(callback_on_step_end, progress, schedule)
+        notify = self._notifier(callbacks, schedule)
 
         @cache
         def seconds(number: int) -> float:
@@ -269,10 +205,10 @@ class Pipeline:
         again = False
         while True:
             try:
-                with self.lanes.seat(seconds, before_round, first=again, most=lanes) as seat:
+                with self.lanes.seat(seconds, callbacks.before_round, first=again, most=lanes) as seat:
                     seated = time.perf_counter()
                     self._here.seat, before = seat, seat.critical_path_seconds
-                    recorded = Timeline(seat, lambda: seat.dealt) if timeline else None
+                    recorded = Timeline(seat, lambda: seat.dealt) if asked.timeline else None
                     finished, counts = denoise(
                         seat, state, conditioning, schedule, mode, options, passes, seed, notify, timeline=recorded
                     )
@@ -410,16 +346,15 @@ class Pipeline:
         """The image so far, for `progress`: the noisy latents as the VAE decoder sees them."""
         return self._decode(self._here.seat.read(STATE))
 
-    def _notifier(
-        self, callback: StepCallback | None, progress: Callable[[int, int], None] | None, schedule: Schedule
-    ) -> Callable[[int], None]:
+    def _notifier(self, callbacks: Callbacks, schedule: Schedule) -> Callable[[int], None]:
         def notify(finished: int) -> None:
-            if progress is not None:
-                progress(finished, schedule.steps)
-            if callback is None:
+            if callbacks.progress is not None:
+                callbacks.progress(finished, schedule.steps)
+            if callbacks.callback_on_step_end is None:
                 return
             latents = self._here.seat.read(STATE)
-            callback(self, finished - 1, schedule.timesteps[finished - 1], {"latents": latents})
+            timestep = schedule.timesteps[finished - 1]
+            callbacks.callback_on_step_end(self, finished - 1, timestep, {"latents": latents})
 
         return notify
 
@@ -436,14 +371,3 @@ def to_uint8(pixels: Array) -> NDArray[np.uint8]:
     """(n, 3, h, w) in [−1, 1] to (n, h, w, 3) in 0 … 255, rounded as diffusers rounds."""
     scaled = (pixels / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
     return (scaled * 255).round().astype(np.uint8)
-
-
-def _check_choice(param: str, value: object, choices: Mapping[str, object] | Sequence[str]) -> None:
-    if value not in choices:
-        raise ParameterError(param, f"unknown {param} {value!r}: use one of {', '.join(choices)}")
-
-
-def _check_whole(param: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ParameterError(param, f"{param} must be a whole number from {low} to {high}, not {value!r}")
-    return int(value)

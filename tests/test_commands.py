@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from engines.manifest import MANIFEST
 from engines.store import PARTIAL, Bundle, plan_key
 from runtime import __main__ as runtime_command
 from runtime.sampling.noise import gaussian
+from tests import ROOT
 from tests.copies import NETWORK, NETWORKS, contents, cut_in_half, small_copy
 
 PROMPT = "a large red star at the left on blue background"
@@ -73,6 +75,16 @@ def initial_noise(shapes: Bundle, seed: int, images: int = 1) -> np.ndarray:
 
 
 # runtime
+
+
+def test_the_version_is_that_of_the_project(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["runtime", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runtime_command.main()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"{project['name']} {project['version']}\n"
 
 
 def test_a_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
@@ -154,7 +166,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "drafts of few long steps": (["--mode", "aggressive", "--scheduler", "lcm", "--steps", "4"], ["lcm", "too long"]),
     "flow matching": (["--scheduler", "flow_euler"], ["flow_euler", "trained by flow matching"]),
-    "large eta": (["--eta", "1.5"], ["eta", "between 0 and 1", "1.5"]),
+    "large eta": (["--eta", "1.5"], ["eta", "from 0 to 1", "1.5"]),
     "eta of another scheduler": (["--eta", "0.5", "--scheduler", "euler"], ["eta belongs to ddim"]),
     "k of auto": (["--mode", "auto", "--k", "2"], ["auto chooses k"]),
     "no drafts": (["--mode", "aggressive", "--k", "0"], ["k must be", "1 to 1000", "0"]),

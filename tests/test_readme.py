@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 
 from bench import moves
-from bench.report import README, RESULTS, load, rebuilt
+from bench.page.tables import RESULTS, load, rebuilt
 from engines.store import Bundle
 from runtime.serve.__main__ import arguments
 from runtime.serve.openai.schema import UNSUPPORTED, EditRequest
+from tests import ROOT
 
-ROOT = README.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
 
 

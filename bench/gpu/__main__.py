@@ -30,6 +30,9 @@ def main() -> int:
     except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: run it again, and it goes on from here", file=sys.stderr)
+        return 130
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 

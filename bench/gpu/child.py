@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import math
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ def run(part: Part, settings: Settings, folder: Path) -> Row:
     status, reason, start = "passed", "", time.perf_counter()
     with figures.open("w", encoding="utf-8") as file:
         try:
-            for row in part.load()(settings):
+            for row in map(finite, part.load()(settings)):
                 file.write(json.dumps(row, allow_nan=False) + "\n")
                 file.flush()
                 print("  " + "  ".join(f"{key} {short(value)}" for key, value in row.items()), flush=True)  # noqa: T201
@@ -52,6 +53,15 @@ def read_figures(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity as words: a wrong number must not keep the others from being written."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(value: Any) -> str:

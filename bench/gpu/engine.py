@@ -148,14 +148,12 @@ def distance(a: Array, b: Array) -> float:
 
 
 def wrong(found: Array, wanted: Array, bound: float) -> str | None:
-    """Why an image is not the one it should be: by its norm, and by the numbers that `routed` sets apart."""
-    off = distance(found, wanted)
-    if not off <= bound:
-        return f"{off:.3g} away from the CPU backend's, and {bound:g} is allowed"
-    for n in range(2):
-        a, b = found.reshape(len(found), -1)[:, n], wanted.reshape(len(wanted), -1)[:, n]
-        if not np.abs(a - b).max() <= 10 * bound * (np.abs(b).max() + 1):
-            return f"number {n} of a latent is {a.tolist()} and should be {b.tolist()}"
+    """Why an image is not the one it should be; the two numbers that `routed` sets are large and judged apart."""
+    flat, goal = (one.reshape(len(one), -1) for one in (found, wanted))
+    for name, part in (("timestep's", slice(0, 1)), ("conditioning's", slice(1, 2)), ("latents'", slice(2, None))):
+        off = distance(flat[:, part], goal[:, part])
+        if not off <= bound:
+            return f"the {name} numbers are {off:.3g} away from the CPU backend's, and {bound:g} is allowed"
     return None
 
 
@@ -187,9 +185,8 @@ def samplers(settings: Settings) -> Iterator[Row]:
                         fault = wrong(found.latents, reference.latents, BOUNDS[dtype])
                         row["images"] += 1
                         if alike:
-                            row["largest_distance"] = max(
-                                row["largest_distance"], distance(found.latents, reference.latents)
-                            )
+                            off = distance(found.latents, reference.latents)
+                            row["largest_distance"] = max(row["largest_distance"], off)
                         assert not fault, f"{where}: {fault}"
                     backend.close()
             yield row

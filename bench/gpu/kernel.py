@@ -16,8 +16,8 @@ from engines.cuda.kernels import BYTES, DISTANCE_BLOCK, DISTANCE_GRID, PARTIALS
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}
 # elements, inputs, outputs: sizes around the warp, the block and the widths of loads, and the largest combinations
 ODD = (
-    (1, 1, 1), (1, 2, 1), (31, 3, 4), (33, 5, 2), (127, 9, 8), (257, 11, 5), (1023, 36, 17), (4096, 4, 3),
-    (16384, 36, 17), (16387, 67, 33), (16388, 256, 34),
+    (1, 1, 1), (1, 2, 1), (31, 3, 4), (33, 5, 2), (127, 9, 8), (132, 256, 34), (257, 11, 5), (1023, 36, 17),
+    (4096, 4, 3), (16384, 36, 17), (16387, 67, 33), (16388, 256, 34),
 )  # fmt: skip
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 26)
 SHAPES = ((1, 4), (5, 1), (11, 5))  # inputs, outputs: draft, refine, both with guidance; k = 4
@@ -29,10 +29,12 @@ def correct(settings: Settings) -> Iterator[Row]:
     for ordinal in range(driver.count):
         for dtype in BYTES:
             bench = DeviceBench(driver, settings.cache, dtype, ordinal)
-            rng, worst = np.random.default_rng(), 0.0
-            for elements, inputs, outputs in ODD:
+            rng, errors = np.random.default_rng(), []
+            sizes = [size for size in ODD if size[0] < 1000 or not settings.rehearsal]
+            for elements, inputs, outputs in sizes:
                 for shift, in_place in ((0, False), (BYTES[dtype], False), (0, True)):
-                    worst = max(worst, _error_over_bound(bench, rng, elements, inputs, outputs, shift, in_place))
+                    errors.append(_error_over_bound(bench, rng, elements, inputs, outputs, shift, in_place))
+            worst = float(np.max(errors))  # unlike max(), it keeps a NaN
             flag = _flag(bench)
             bench.to_device(bench.table, np.array([1, np.inf], np.float32))
             value = bench.allocate(256)
@@ -41,7 +43,7 @@ def correct(settings: Settings) -> Iterator[Row]:
             noticed, advanced = _flag(bench), _advanced(bench)
             distance = _distance_error(bench, rng)
             yield {
-                "gpu": ordinal, "dtype": dtype, "combinations": 3 * len(ODD), "error_over_bound": worst, "flag": flag,
+                "gpu": ordinal, "dtype": dtype, "combinations": 3 * len(sizes), "error_over_bound": worst, "flag": flag,
                 "infinity_noticed": noticed, "round_advanced": advanced, "distance_error": distance,
             }  # fmt: skip
             assert worst <= 1, f"{dtype}: the kernel is wrong by {worst:.3g} times what rounding explains"
@@ -94,8 +96,8 @@ def _advanced(bench: DeviceBench) -> bool:
 
 def _distance_error(bench: DeviceBench, rng: np.random.Generator) -> float:
     """The largest relative error of ‖a − b‖/‖b‖ over odd sizes."""
-    worst, function = 0.0, bench.kernels.function("distance")
-    for elements in (1, 31, 4096, 16387):
+    errors, function = [], bench.kernels.function("distance")
+    for elements in (1, 31, 4099):
         size = elements * BYTES[bench.dtype]
         pair = [narrow(rng.standard_normal(elements, np.float32), bench.dtype) for _ in range(2)]
         pointers, partials = [bench.allocate(size) for _ in range(2)], bench.allocate(4 * PARTIALS)
@@ -106,15 +108,15 @@ def _distance_error(bench: DeviceBench, rng: np.random.Generator) -> float:
         sums = bench.to_host(partials, 4 * PARTIALS).view(np.float32).reshape(2, -1).sum(1, dtype=np.float64)
         a, b = (widen(one.view(np.uint8), bench.dtype).astype(np.float64) for one in pair)
         wanted = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-        worst = max(worst, abs(float(np.sqrt(sums[0] / sums[1])) / wanted - 1))
+        errors.append(abs(np.sqrt(sums[0] / sums[1]) / wanted - 1))
         bench.free([*pointers, partials])
-    return worst
+    return float(np.max(errors))
 
 
 def bandwidth(settings: Settings) -> Iterator[Row]:
     """Bytes per second on the first GPU, beside a copy of as many elements and the smallest launch."""
     driver = open_driver()
-    sizes = SIZES[:2] if settings.rehearsal else SIZES
+    sizes = SIZES[:1] if settings.rehearsal else SIZES
     for dtype in ("float16", "float32"):
         bench, size = DeviceBench(driver, settings.cache, dtype), BYTES[dtype]
         for elements in sizes:

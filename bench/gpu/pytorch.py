@@ -132,7 +132,7 @@ class Baseline:
     def capture(self) -> Baseline:
         """The same, with its step as a CUDA graph."""
         torch = self.torch
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         with torch.no_grad(), torch.cuda.stream(stream):
             for _ in range(3):  # libraries choose their algorithms outside of a capture
                 self.at.zero_()

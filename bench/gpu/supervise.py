@@ -28,6 +28,7 @@ SOURCES = ("bench/gpu", "bench/torch_lane.py", "engines", "runtime", "kernels")
 NOTE_SECONDS, END_SECONDS = 3.0, 10.0  # for the stacks of a part that is too late; for a killed process to go
 LOG_TAIL = 1500
 SCHEMA_VERSION = 1
+NO_FRAME: Row = {"commit": None, "host": {"processor": "", "cores": 0, "system": "", "gpus": []}, "versions": {}}
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Supervisor:
     def merge(self, parts: Sequence[Part], key: str, skipped: dict[str, str] | None = None) -> list[Row]:
         """Writes `gpu.json` from the results of all parts, with what was cut off or never begun."""
         rows = [self._row(part, key, (skipped or {}).get(part.name)) for part in parts]
-        frame: Row = next((figure for row in rows for figure in row["figures"] if "commit" in figure), {})
+        frame = next((figure for row in rows for figure in row["figures"] if "commit" in figure), NO_FRAME)
         result = {"schema_version": SCHEMA_VERSION, **frame, "rows": rows}
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
         head = json.dumps(result | {"rows": []}, indent=1, allow_nan=False)
@@ -99,11 +100,11 @@ class Supervisor:
 
     def _run(self, part: Part, seconds: float) -> Row:
         """One part, to its end or to its limit."""
-        self.show(f"{part.name}: {part.question}")
         for suffix in ("ended", "figures", "partial"):
             self._path(part, suffix).unlink(missing_ok=True)
         running, log = self._path(part, "running"), self._path(part, "log")
         running.touch()
+        self.show(f"{part.name}: {part.question}")
         asked = {
             "part": asdict(part), "folder": str(self.folder.resolve()), "lanes": self.settings.lanes,
             "rehearsal": self.settings.rehearsal, "cache": str(self.settings.cache.resolve()),

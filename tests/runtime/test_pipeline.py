@@ -13,7 +13,7 @@ from engines.base import Array, Call
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.store import Bundle
-from export.__main__ import EMBEDDED
+from export.spec import EMBEDDED
 from runtime import Pipeline, Result
 from runtime.sampling.drafts import DRAFTS, resolve
 from runtime.sampling.noise import gaussian
@@ -278,7 +278,7 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"mode": "aggressive", "k": 0}, "k", "from 1"),
         ({"k": 2}, "k", "auto chooses k itself"),
         ({"tolerance": -0.1}, "tolerance", "at least 0"),
-        ({"eta": 2.0}, "eta", "between 0 and 1"),
+        ({"eta": 2.0}, "eta", "from 0 to 1"),
         ({"mode": "srds", "blocks": 0}, "blocks", "from 1"),
         ({"mode": "srds", "scheduler": "dpm++2m", "num_inference_steps": 9}, "mode", "loses its history"),
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),

@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from engines.errors import EngineError
-from runtime.pipeline import MODES
+from runtime.call import MODES
 from runtime.serve.openai.answers import stream, whole
 from runtime.serve.openai.body import Bodies, read_form, read_json
 from runtime.serve.openai.document import described, operation

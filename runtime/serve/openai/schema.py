@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
 from engines.manifest import Defaults
-from runtime.pipeline import MAX_SEED, MODES
+from runtime.call import MAX_SEED, MODES
 from runtime.sampling.drafts import DRAFTS
 from runtime.sampling.schedulers import SCHEDULERS
 from runtime.serve.limits import Limits

@@ -28,7 +28,8 @@ from PIL import Image
 from engines.errors import DeviceError
 from engines.host import HostBackend
 from engines.store import Bundle
-from runtime.pipeline import MAX_SEED, Pipeline
+from runtime.call import MAX_SEED
+from runtime.pipeline import Pipeline
 from runtime.report import Report
 from runtime.serve.__main__ import listen
 from runtime.serve.limits import Limits
