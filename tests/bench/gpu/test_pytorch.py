@@ -14,10 +14,12 @@ from bench.gpu.engine import FASTEST, distance, make_image, schedule
 from bench.gpu.parts import NotPossibleError
 from bench.gpu.pytorch import Baseline, on_cpu
 from bench.gpu.unet import UNet, shapes_unet
+from engines.base import Array
 from engines.cuda.backend import Enqueue, Tensor
 from engines.cuda.driver import Driver
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.operations import Options
+from runtime.sampling.schedule import Schedule
 from tests.bench.gpu.conftest import TimedCuda
 
 Play = Callable[..., list[dict[str, Any]]]
@@ -59,8 +61,10 @@ def on_imaginary_gpus(cuda: TimedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Baseline, "capture", lambda self: self)
 
     class OnCpu(Baseline):
-        def __init__(self, *asked: Any) -> None:
-            super().__init__(*asked[:-1], "cpu")
+        def __init__(
+            self, unet: UNet, words: Array, plan: Schedule, shape: tuple[int, ...], dtype: str, _: str
+        ) -> None:
+            super().__init__(unet, words, plan, shape, dtype, "cpu")
 
     monkeypatch.setattr(pytorch, "Baseline", OnCpu)
 
