@@ -290,7 +290,9 @@ def test_kernels_is_no_package() -> None:
     assert not list((ROOT / "kernels").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", ["Makefile", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", ".ci/run"]
+)
 def test_the_top_level_is_there(name: str) -> None:
     assert (ROOT / name).is_file()
 
