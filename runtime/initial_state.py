@@ -13,6 +13,7 @@ from engines.base import Array
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import Runner
 from engines.manifest import Manifest
+from runtime.input_image import to_srgb
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedule import Schedule
 
@@ -52,7 +53,7 @@ class Start:
         strength = manifest.defaults.strength if strength is None else strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
-        return cls(images, float(strength), manifest.strength_up)
+        return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
         """(width, height) of the images to make; ParameterError lists what the engine can do."""
@@ -61,6 +62,11 @@ class Start:
         if self.images:
             wide, high = (side // sizes.multiple * sizes.multiple for side in self.images[0].size)
             own = wide, high  # rounded down, as diffusers does
+            taken = [side for side, given in zip(own, (width, height), strict=True) if given is None]
+            if not all(sizes.allows(side) for side in taken):
+                high_by_wide = "×".join(map(str, self.images[0].size))
+                message = f"image is {high_by_wide} pixels: each side may be {sizes}; resize it, or name another size"
+                raise ParameterError("image", message)
         found = own[0] if width is None else width, own[1] if height is None else height
         for name, side in zip(("width", "height"), found, strict=True):
             if isinstance(side, bool) or not isinstance(side, int) or not sizes.allows(side):
@@ -104,8 +110,6 @@ class Start:
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Array:
     """(3, height, width) in [−1, 1], resized as diffusers does."""
-    fitted = image.convert("RGB")
-    if fitted.size != size:
-        fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+    fitted = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
     pixels: Array = np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(255) * 2 - 1
     return pixels
