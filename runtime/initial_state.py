@@ -14,6 +14,7 @@ from engines.errors import NonFiniteError, ParameterError
 from engines.load import Runner
 from engines.manifest import Manifest
 from runtime.call import OPTIONS
+from runtime.input_image import to_srgb
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedule import Schedule
 
@@ -53,7 +54,7 @@ class InitialState:
         if not images or not all(isinstance(one, Image.Image) for one in images):
             raise ParameterError("image", "image must be a PIL image, or a list of them")
         strength = manifest.defaults.strength if strength is None else OPTIONS["strength"].check(strength)
-        return cls(images, float(strength), manifest.strength_up)
+        return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
         """(width, height) of the images to make; ParameterError lists what the engine can do."""
@@ -62,6 +63,11 @@ class InitialState:
         if self.images:
             wide, high = (side // sizes.multiple * sizes.multiple for side in self.images[0].size)
             own = wide, high  # rounded down, as diffusers does
+            taken = [side for side, given in zip(own, (width, height), strict=True) if given is None]
+            if not all(sizes.allows(side) for side in taken):
+                high_by_wide = "×".join(map(str, self.images[0].size))
+                message = f"image is {high_by_wide} pixels: each side may be {sizes}; resize it, or name another size"
+                raise ParameterError("image", message)
         found = own[0] if width is None else width, own[1] if height is None else height
         for name, side in zip(("width", "height"), found, strict=True):
             if isinstance(side, bool) or not isinstance(side, int) or not sizes.allows(side):
@@ -103,8 +109,6 @@ class InitialState:
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Array:
     """(3, height, width) in [−1, 1], resized as diffusers does."""
-    fitted = image.convert("RGB")
-    if fitted.size != size:
-        fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+    fitted = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
     pixels: Array = np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(255) * 2 - 1
     return pixels

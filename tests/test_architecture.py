@@ -56,18 +56,11 @@ COVERS = re.compile(r"^# covers: (.+)$", re.MULTILINE)
 WHOLE = {"test_architecture", "test_commands", "test_readme", "test_soak"}
 # rules that code breaks until it has moved; an entry that is no longer needed fails
 PENDING: set[tuple[str, str]] = {
-    ("function", "runtime/serve/openai/app.py: make_app"),
     ("file", "engines/cuda/backend.py"),
-    ("function", "bench/formats.py: write"),
     ("file", "bench/gpu.py"),
-    ("file", "bench/report.py"),
-    ("file", "bench/simulate.py"),
     ("file", "tests/export/test_loading.py"),
-    ("file", "tests/runtime/serve/openai/test_app.py"),
     ("file", "tests/runtime/serve/openai/test_page.py"),
-    ("file", "tests/runtime/serve/test_operation.py"),
     ("mirror", "tests/runtime/test_edits.py"),
-    ("mirror", "tests/runtime/serve/test_operation.py"),
 }
 
 

@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 
 from bench import moves
-from bench.report import README, RESULTS, load, rebuilt
+from bench.page.tables import RESULTS, load, rebuilt
 from engines.store import Bundle
 from runtime.serve.__main__ import arguments
-from runtime.serve.openai.schema import UNSUPPORTED, EditRequest
+from runtime.serve.openai.schema import UNSUPPORTED, EditBody
+from tests import ROOT
 
-ROOT = README.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
 
 
@@ -78,9 +79,9 @@ def test_the_curl_commands_make_images(server: int, tmp_path: Path) -> None:
 
 
 def test_the_readme_has_every_option_and_field_of_the_server() -> None:
-    text = README.read_text().partition("## The server")[2].partition("\n## ")[0]
+    text = (ROOT / "runtime" / "serve" / "README.md").read_text()
     options = {option for action in arguments()._actions for option in action.option_strings if len(option) > 2}
-    fields = {*EditRequest.model_fields, *UNSUPPORTED}
+    fields = {*EditBody.model_fields, *UNSUPPORTED}
     missing = [name for name in (options - {"--help"}) | fields if not re.search(rf"`{name}\b", text)]
     assert not missing
 
@@ -110,7 +111,9 @@ def test_the_python_example_makes_a_image(shapes: Bundle, tmp_path: Path) -> Non
 
 
 def test_the_library_example_runs() -> None:
-    run = subprocess.run([sys.executable, "-c", block("runtime.sample")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", block("runtime.sampling.function")], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and run.stdout.strip().endswith("8 rounds, 20 evaluations"), run.stderr
 
 

@@ -316,7 +316,7 @@ def test_a_lost_device_is_an_error() -> None:
 
 
 def test_a_hanging_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.driver.Driver.wait.__defaults__", (0.2,))
+    monkeypatch.setattr("engines.cuda.driver.Driver.wait.__defaults__", (0.2,))
     plan, options = schedule(20), Options(k=2)
     cuda, backend = open_cuda((0,), seed=12)
     cuda.fault["hang"] = 1
