@@ -446,15 +446,16 @@ def onnxruntime_providers() -> Sequence[str]:
 
 def _pipeline(runtime: str, lanes: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The embedded model end to end, from the exported bundle."""
-    from engines.devices import parse_devices, tensorrt_installed
+    from engines.devices import parse_devices
     from engines.load import build_missing
+    from engines.runtimes import RUNTIMES, default_runtime
     from engines.store import BUILD, Bundle
     from runtime.pipeline import Pipeline
 
     suffix = "@onnxruntime" if runtime == "onnxruntime" else ""
     if runtime == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime_providers():
         raise NotPossibleError("ONNX Runtime is not installed with CUDA here")
-    if runtime == "tensorrt" and not tensorrt_installed():
+    if runtime == "tensorrt" and not RUNTIMES[default_runtime("cuda")].installed:
         raise NotPossibleError("TensorRT is not installed")
     try:
         bundle = Bundle.open("shapes", BUILD, "fp16")

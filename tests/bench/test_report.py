@@ -11,9 +11,9 @@ import pytest
 
 from bench import __main__ as command
 from bench import plots
-from bench.report import MADE_BY, README, RESULTS, Page, Plot, block, made_by, rebuilt
-
-ROOT = README.parent
+from bench.page.document import Page, Plot
+from bench.page.tables import MADE_BY, RESULTS, block, made_by, rebuilt
+from tests import ROOT
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_folder_with_some_results_makes_a_page_of_those(
     monkeypatch.setattr("sys.argv", ["bench", "report", "--results", str(folder), "--readme", str(readme)])
     assert command.main() == 0 and "written" in capsys.readouterr().out
     text = (folder / "report.md").read_text()
-    assert "One sum instead of many" in text and "No GPU run has been committed yet" in text and "![" not in text
+    assert "The fused kernel beside" in text and "No GPU run has been committed yet" in text and "![" not in text
     assert readme.read_text() == f"before\n{block('kernel', folder)}\nafter\n" == rebuilt(readme.read_text(), folder)
     monkeypatch.setattr("sys.argv", ["bench", "report", "--results", str(folder / "none"), "--readme", str(readme)])
     assert command.main() == 1 and "error:" in capsys.readouterr().err
