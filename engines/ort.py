@@ -75,8 +75,20 @@ def build_plan(bundle: Bundle, network: str) -> Plan:
         return bundle.add_plan(network, plan_fields(bundle, network), files, time.perf_counter() - start)
 
 
-def build_missing(bundle: Bundle, progress: Progress | None = None) -> dict[str, Plan | None]:
-    """Builds every plan that is missing or damaged; per network the new plan, or None where it was there."""
+def trouble() -> str | None:
+    """See load.RuntimeModule: there always is a processor."""
+    return None
+
+
+def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
+    """See load.RuntimeModule."""
+    return {network: [plan_fields(bundle, network)] for network in bundle.manifest.networks}
+
+
+def build_missing(
+    bundle: Bundle, lanes: Sequence[LaneSpec] = (), progress: Progress | None = None
+) -> dict[str, Plan | None]:
+    """See load.RuntimeModule. A plan serves any number of lanes."""
     networks = bundle.manifest.networks
     found: dict[str, Plan | None] = {}
     with locked(bundle.folder):

@@ -79,6 +79,7 @@ PARTS = (
     Part("peer copies", "bench.gpu.copies:peers", 120, "Which pairs of GPUs copy directly, and correctly?"),
     Part("samplers on copies", "bench.gpu.engine:samplers", 300, "Is every sampler's image the CPU lanes' image?"),
     Part("shapes on TensorRT", "bench.gpu.runtimes:shapes_on_tensorrt", 400, "Prompts to pixels on TensorRT plans?"),
+    Part("shapes on TensorRT-RTX", "bench.gpu.runtimes:shapes_on_tensorrt_rtx", 400, "The same on TensorRT-RTX?"),
     Part("samplers on shapes", "bench.gpu.pytorch:samplers", 300, "The same with the trained network behind lanes?"),
     Part("engine overhead", "bench.gpu.engine:overhead", 300, "What does a round cost beside the model?"),
     Part("copies", "bench.gpu.copies:rates", 120, "How fast are copies of one latent, and of many bytes?"),

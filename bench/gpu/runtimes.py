@@ -181,12 +181,21 @@ def _bundle(precision: str) -> Any:
 
 def shapes_on_tensorrt(settings: Settings) -> Iterator[Row]:
     """Plans are built for this card if need be."""
-    from engines.devices import tensorrt_installed
+    return _on_plans("tensorrt", settings)
+
+
+def shapes_on_tensorrt_rtx(settings: Settings) -> Iterator[Row]:
+    """The same on the package for RTX cards."""
+    return _on_plans("tensorrt_rtx", settings)
+
+
+def _on_plans(runtime: str, settings: Settings) -> Iterator[Row]:
+    from engines.runtimes import RUNTIMES
 
     driver = open_driver()
-    if not tensorrt_installed():
-        raise NotPossibleError("TensorRT is not installed")
-    return _pipelines("", settings, driver)
+    if not RUNTIMES[runtime].installed:
+        raise NotPossibleError(f"{runtime} is not installed")
+    return _pipelines(f"@{runtime}", settings, driver)
 
 
 def shapes_on_onnxruntime(settings: Settings) -> Iterator[Row]:

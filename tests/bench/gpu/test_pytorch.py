@@ -62,8 +62,9 @@ def on_imaginary_gpus(cuda: TimedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class OnCpu(Baseline):
         def __init__(
-            self, unet: UNet, words: Array, plan: Schedule, shape: tuple[int, ...], dtype: str, _: str
+            self, unet: UNet, words: Array, plan: Schedule, shape: tuple[int, ...], dtype: str, device: str
         ) -> None:
+            assert device == "cuda:0"
             super().__init__(unet, words, plan, shape, dtype, "cpu")
 
     monkeypatch.setattr(pytorch, "Baseline", OnCpu)

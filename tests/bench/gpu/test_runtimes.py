@@ -83,7 +83,8 @@ def test_what_is_not_installed(play: Play, monkeypatch: pytest.MonkeyPatch) -> N
         ("tensorrt-loads", "tensorrt is not installed"),
         ("tensorrt-rtx-loads", "tensorrt_rtx is not installed"),
         ("onnx-runtime-loads", "onnxruntime is not installed"),
-        ("shapes-on-tensorrt", "TensorRT is not installed"),
+        ("shapes-on-tensorrt", "tensorrt is not installed"),
+        ("shapes-on-tensorrt-rtx", "tensorrt_rtx is not installed"),
     ):
         with pytest.raises(NotPossibleError, match=message):
             play(slug)
