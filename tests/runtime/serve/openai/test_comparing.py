@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.runtime.serve.openai.browser import CHROMIUM, PROMPT, choose, done, generate, opened, requests, shown, unfold
 

@@ -267,9 +267,12 @@ def test_the_first_click_makes_an_image(page: Page, button: str) -> None:
 
 def test_what_was_typed_is_not_replaced_by_the_example(browser: Browser, address: str) -> None:
     with opened(browser, address) as page:
-        page.route(
-            "**/v1/models", lambda route: (page.get_by_label("Caption", exact=True).fill("mine"), route.continue_())
-        )
+
+        def typed_meanwhile(route: Route) -> None:
+            page.get_by_label("Caption", exact=True).fill("mine")
+            route.continue_()
+
+        page.route("**/v1/models", typed_meanwhile)
         page.reload()
         expect(page.locator("#about")).to_contain_text("Model shapes")
         assert page.get_by_label("Caption", exact=True).input_value() == "mine"
