@@ -10,19 +10,17 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engines.base import Array, Call, Rows
-from engines.cuda.driver import LANE_TIMEOUT, SERIAL, SPIN_SECONDS, Device, Driver, abandon, release
+from engines.cuda.cache import RoundCache
+from engines.cuda.driver import LANE_TIMEOUT, SPIN_SECONDS, Device, Driver, abandon
 from engines.cuda.kernels import DISTANCE_BLOCK, DISTANCE_GRID, MAX_OUTPUTS, PARTIALS, Kernels
-from engines.cuda.memory import Memory, ShapeMemory, Staging, Tensor, narrow, shapes_of, widen
+from engines.cuda.memory import Memory, Staging, Tensor, narrow, shapes_of, widen
 from engines.cuda.peers import staged_pairs
 from engines.cuda.progress import Progress
 from engines.cuda.rounds import TABLE_FLOATS, TABLE_ROUNDS, Key, Lane, LaneNetwork, RoundGraph, Rounds, Table
@@ -31,21 +29,6 @@ from engines.trace import span
 
 log = logging.getLogger(__name__)
 PAIRS_AT_ONCE = 16  # distances that the host waits for together
-SHAPES = 3  # of latents whose memory and rounds are kept
-SLOT_BYTES = 1 << 28  # of slots that keep their names from image to image
-ROUNDS, GRAPHS = 512, 96  # of all backends on the same lanes together
-STALE = 256  # rounds without use, after which a graph makes room for another
-PLANNED_BYTES, PLANS = 1 << 20, 16  # data of rounds that is kept ready to send; sequences of timesteps that it is for
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A round that was asked for by the same objects before, and its data in pinned memory; `asked` keeps their ids."""
-
-    round: RoundGraph
-    source: int
-    bytes: int
-    asked: object
 
 
 class Family:
@@ -99,7 +82,6 @@ class CudaBackend:
         self._partials = memory.allocate(self._home, 4 * PARTIALS * PAIRS_AT_ONCE)
         self._pinned_partials = memory.pinned(4 * PARTIALS * PAIRS_AT_ONCE).view(np.float32)
         self._pinned_table = memory.pinned(4 * TABLE_ROUNDS * TABLE_FLOATS).view(np.float32).reshape(TABLE_ROUNDS, -1)
-        self._planned_data, self._planned_used = memory.pinned(PLANNED_BYTES), 0
         away = {ordinal: one for ordinal, one in self._queries.items() if ordinal != self._home.ordinal}
         self._transfers = Staging(memory, self._main, away, self._settle)
         kernels = self._kernels[self._home.ordinal]
@@ -112,15 +94,11 @@ class CudaBackend:
         self._set_current, self._upload_now = api.cuCtxSetCurrent, api.cuMemcpyHtoDAsync
         self._record, self._wait_for, self._launch = api.cuEventRecord, api.cuStreamWaitEvent, api.cuGraphLaunch
         self._copied = {"peer": 0, "staged": 0}
-        self._compiled: OrderedDict[tuple[int, Key], RoundGraph] = OrderedDict()
-        self._captured: OrderedDict[RoundGraph, None] = OrderedDict()
-        self._retired: list[RoundGraph] = []
-        self._shapes: OrderedDict[object, ShapeMemory] = OrderedDict()
-        self._stray: Sequence[Lane] = ()  # with work of a round that was not enqueued to its end
+        self._cache = RoundCache(self._rounds, memory, len(self._lanes), self._settle)
+        self._stray: Sequence[Lane] = self._lanes  # with work that home does not wait for
         self._pending: list[tuple[Sequence[str], Array, Sequence[str]]] = []
         self._ids: list[int] = []
         self._pending_floats = self._clock = 0
-        self._planned: dict[tuple[int, ...], Planned] = {}
 
     # --- the verbs of a backend ----------------------------------------------------------------------------------
 
@@ -138,18 +116,8 @@ class CudaBackend:
         self._clear(self._table.state, 1)  # the next round is the first of the table
         self._clear(self._table.flag, 1)
         self._progress.restart()
-        key = (tuple(shape), shapes_of(conditioning))
-        if key in self._shapes and len(self._shapes[key].index) * self._shapes[key].bytes > SLOT_BYTES:
-            self._drop(key)
-        while key not in self._shapes and len(self._shapes) >= SHAPES:
-            self._drop(next(iter(self._shapes)))
-        if key not in self._shapes:
-            memory = Memory(self._driver, self._home)
-            self._shapes[key] = ShapeMemory(tuple(shape), self._dtype, key[1], memory)
-        self._shapes.move_to_end(key)
-        self._shape = self._shapes[key]
         self._timesteps = tuple(float(t) for t in timesteps)
-        self._plan_for(self._timesteps)
+        self._shape = self._cache.bind(tuple(shape), self._dtype, shapes_of(conditioning), self._timesteps)
         self._conditioning = [dict(one) for one in conditioning]
         by_ordinal = {device.ordinal: device for device in self._devices}
         for (ordinal, branches), tensors in self._shape.shared.items():
@@ -243,7 +211,7 @@ class CudaBackend:
     def counts(self) -> Mapping[str, int]:
         """See Backend.counts. Contexts are those of its home's lane, so that backends on the same lanes add up."""
         contexts = next(lane.network.contexts for lane in self._lanes if lane.stream is self._main)
-        return {"rounds": len(self._compiled), "graphs": len(self._captured), "contexts": contexts}
+        return self._cache.counts | {"contexts": contexts}
 
     def stalled(self) -> float:
         """See Backend.stalled: by what the device itself counts."""
@@ -269,9 +237,7 @@ class CudaBackend:
             log.error("a lane hangs: the memory of its model stays taken until this process ends")
             abandon(self)
             return
-        for key in list(self._shapes):
-            self._drop(key)
-        self._retire()
+        self._cache.close()
         for kernels in self._kernels.values():
             kernels.close()
         self._memory.close()
@@ -297,7 +263,7 @@ class CudaBackend:
         pending = self._pending
         if not pending and not calls:
             return
-        planned = self._planned.get((id(calls), *self._ids))
+        planned = self._cache.planned.get((id(calls), *self._ids))
         self._pending, self._ids, self._pending_floats = [], [], 0
         if planned is not None:
             self._play(planned.round, planned.source, planned.bytes)
@@ -318,32 +284,20 @@ class CudaBackend:
                 for call in calls
             ),
         )
-        one = self._compiled.get((id(shape), key)) or self._compile(key)
-        self._compiled.move_to_end((id(shape), key))
+        one = self._cache.round(shape, key, self._fill)
         images = shape.shape[0]
         times = [np.repeat([self._timesteps[branch.step] for branch in call], images) for call in calls if call]
         parts = [rows.T.ravel() for _, rows, _ in pending] + one.identities + times
         data = np.concatenate(parts, dtype=np.float32)
         if calls and type(calls) is tuple and all(_lasting(asked) for asked in pending):
-            planned = self._remember(one, data, pending, calls)
+            known = (id(calls), *(id(part) for asked in pending for part in asked))
+            planned = self._cache.remember(one, data, known, (pending, calls))
             self._play(one, planned.source, planned.bytes)
             return
         self._keep_pace()
         entry = self._pinned_table[self._progress.issued % TABLE_ROUNDS]
         entry[: data.size] = data
         self._play(one, entry.ctypes.data, data.nbytes)
-
-    def _remember(self, one: RoundGraph, data: Array, pending: list[Any], calls: Sequence[Call]) -> Planned:
-        size = -(-data.nbytes // 256) * 256
-        if self._planned_used + size > PLANNED_BYTES:
-            self._settle()  # no copy reads what is overwritten
-            self._forget_plans()
-        at = self._planned_used
-        self._planned_used += size
-        self._planned_data[at : at + data.nbytes] = data.view(np.uint8)
-        planned = Planned(one, self._planned_data.ctypes.data + at, data.nbytes, (pending, calls))
-        self._planned[(id(calls), *(id(part) for asked in pending for part in asked))] = planned
-        return planned
 
     def _play(self, one: RoundGraph, source: int, size: int) -> None:
         """Sends the round's numbers ahead on a stream of their own, then the round: at most six driver calls."""
@@ -364,7 +318,7 @@ class CudaBackend:
         if failed:
             raise self._driver.error("sending a round's numbers", failed)
         if one.graph is None and one.runs and self._graphs and one.capturable:
-            self._capture(one)
+            self._cache.capture(one, self._clock)
         with span(one.name):
             if one.graph is None:
                 self._rounds.enqueue(one)
@@ -391,71 +345,6 @@ class CudaBackend:
             if time.perf_counter() - start > SPIN_SECONDS:
                 time.sleep(0.0001)
 
-    def _compile(self, key: Key) -> RoundGraph:
-        try:
-            one = self._rounds.compile(key, self._shape, self._fill)
-        except DeviceError:
-            if len(self._shapes) == 1:
-                raise
-            self._settle()  # memory may be all that is missing, and other shapes have some
-            for other in [other for other, shape in self._shapes.items() if shape is not self._shape]:
-                self._drop(other)
-            one = self._rounds.compile(key, self._shape, self._fill)
-        self._compiled[id(self._shape), key] = one
-        if len(self._compiled) > max(ROUNDS // len(self._lanes), 32):
-            _, oldest = self._compiled.popitem(last=False)
-            self._retired.append(oldest)
-            self._forget_plans()
-        return one
-
-    def _capture(self, one: RoundGraph) -> None:
-        """Makes a graph of a round that came again, if there is room, or some graph has not been used for long."""
-        if len(self._captured) >= max(GRAPHS // len(self._lanes), 8):
-            oldest = min(self._captured, key=lambda other: other.last)
-            if oldest.last > self._clock - STALE:
-                return
-            self._captured.pop(oldest)
-            gone = RoundGraph("", [], [], (), [], [], {}, graph=oldest.graph, held=oldest.held)
-            self._retired.append(gone)
-            oldest.graph, oldest.held = None, []
-        self._rounds.capture(one)
-        if one.graph is not None:
-            self._captured[one] = None
-
-    def _plan_for(self, timesteps: tuple[float, ...]) -> None:
-        plans = self._shape.planned
-        self._planned = plans.setdefault(timesteps, {})
-        plans.move_to_end(timesteps)
-        if len(plans) > PLANS:
-            plans.popitem(last=False)
-
-    def _forget_plans(self) -> None:
-        """The data of all rounds is made anew."""
-        for shape in self._shapes.values():
-            shape.planned.clear()
-        self._planned_used = 0
-        self._plan_for(self._timesteps)
-
-    def _drop(self, key: object) -> None:
-        """Frees what depends on a shape, of which nothing may run any more."""
-        shape = self._shapes.pop(key)
-        for known in [known for known in self._compiled if known[0] == id(shape)]:
-            self._retired.append(self._compiled.pop(known))
-        self._retire()
-        shape.memory.close()
-
-    def _retire(self) -> None:
-        """Destroys graphs that are not used any more, while nothing runs, and what they held."""
-        gone, self._retired = self._retired, []
-        for one in gone:
-            self._captured.pop(one, None)
-        graphs = [one.graph for one in gone if one.graph is not None]
-        with self._memory.on(self._home):
-            release([partial(self._driver, "cuGraphExecDestroy", graph) for graph in graphs])
-        with SERIAL:
-            for one in gone:
-                one.graph, one.held, one.calls = None, [], []
-
     # --- waiting -------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
@@ -465,15 +354,15 @@ class CudaBackend:
         that was not enqueued to its end, home waits for no lane, so that the host does.
         """
         errors: list[DeviceError] = []
-        for lane in self._stray:
-            for stream, event, device in (
-                (lane.stream, lane.done, lane.device), (lane.carrier, lane.arrived, self._home),
-            ):  # fmt: skip
-                if stream is not None:
-                    try:
-                        self._wait(stream, event, device, f"lane {lane.number}")
-                    except DeviceError as error:
-                        errors.append(error)
+        stray = [(lane.stream, lane.done, lane.device, f"lane {lane.number}") for lane in self._stray]
+        stray += [(lane.carrier, lane.arrived, self._home, "copies") for lane in self._stray if lane.carrier]
+        if stray:
+            stray.append((self._rounds.side, self._rounds.turned, self._home, "counting"))
+        for one in stray:
+            try:
+                self._wait(*one)
+            except DeviceError as error:  # the others are waited for all the same
+                errors.append(error)
         self._stray = ()
         self._wait(self._main, self._idle, self._home, f"the work on {self._home.name}")
         for device in self._devices:
@@ -483,8 +372,7 @@ class CudaBackend:
         if errors:
             raise errors[0]
         self._transfers.used = 0
-        if self._retired:
-            self._retire()
+        self._cache.retire()
         for lane in self._lanes:
             if lane.stream is self._main:
                 lane.network.trim()

@@ -108,6 +108,13 @@ class RoundGraph:
     graph: Any = None
     held: list[object] = field(default_factory=list)
 
+    @classmethod
+    def of_graph(cls, other: RoundGraph) -> RoundGraph:
+        """Takes the graph of another one, which goes on through streams."""
+        gone = cls("", [], [], (), [], [], {}, graph=other.graph, held=other.held)
+        other.graph, other.held = None, []
+        return gone
+
     @property
     def capturable(self) -> bool:
         """Whether it may become a graph; after a capture that failed it is tried once more."""
@@ -134,8 +141,8 @@ class Rounds:
         self._driver: Driver = memory.driver
         self._memory, self._lanes, self._main, self._kernels, self._table = memory, lanes, main, kernels, table
         self._home, pairs = memory.home, set(staged)
-        self._fork, self._turned = memory.event(self._home), memory.event(self._home)
-        self._side = memory.stream(self._home)  # counts beside the models
+        self._fork, self.turned = memory.event(self._home), memory.event(self._home)
+        self.side = memory.stream(self._home)  # counts beside the models
         for lane in lanes:
             ordinals = (self._home.ordinal, lane.device.ordinal)
             if pairs & {ordinals, ordinals[::-1]}:
@@ -152,14 +159,14 @@ class Rounds:
             self._kernels.advance(main, self._table.state, TABLE_ROUNDS, seen)
             return
         driver("cuEventRecord", self._fork, main)
-        driver("cuStreamWaitEvent", self._side, self._fork, 0)
-        self._kernels.advance(self._side, self._table.state, TABLE_ROUNDS, seen)
-        driver("cuEventRecord", self._turned, self._side)
+        driver("cuStreamWaitEvent", self.side, self._fork, 0)
+        self._kernels.advance(self.side, self._table.state, TABLE_ROUNDS, seen)
+        driver("cuEventRecord", self.turned, self.side)
         for call in one.calls:
             call()
         for join in one.joins:
             join()
-        driver("cuStreamWaitEvent", main, self._turned, 0)
+        driver("cuStreamWaitEvent", main, self.turned, 0)
 
     def capture(self, one: RoundGraph) -> None:
         """Makes a graph of a round, unless something in it cannot be captured."""
