@@ -436,6 +436,9 @@ class FakeCuda:
     def _cuDevicePrimaryCtxRelease(self, device: int) -> Any:
         return (OK,)
 
+    def _cuDevicePrimaryCtxReset(self, device: int) -> Any:
+        return (OK,)
+
     def _cuCtxSetCurrent(self, context: int) -> Any:
         self.current = context
         return (OK,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ class FakeTensorRT:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.contexts = 0
+        self.alive: weakref.WeakSet[FakeContext] = weakref.WeakSet()
+        self.scratch: Callable[[str, dict[str, tuple[int, ...]]], int] = lambda network, shapes: SCRATCH
         self.loaded: list[str] = []
 
     def Runtime(self, logger: Any) -> Any:
@@ -42,10 +46,8 @@ class FakeTensorRT:
 
 
 class FakeEngine:
-    device_memory_size_v2 = SCRATCH
-
     def __init__(self, module: FakeTensorRT, path: str) -> None:
-        self.module = module
+        self.module, self.name = module, Path(path).stem
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
@@ -62,12 +64,16 @@ class FakeEngine:
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
+        engine.module.alive.add(self)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = 0
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.engine.module.scratch(self.engine.name, dict(self.shapes))
+
     def set_device_memory(self, pointer: int, size: int) -> None:
-        assert size >= SCRATCH and pointer % 256 == 0
+        assert size >= self.update_device_memory_size_for_shapes() and pointer % 256 == 0
         self.engine.module.cuda.view(pointer, size, self.engine.device)
         self.scratch = pointer
 
@@ -91,12 +97,14 @@ class FakeContext:
             raw = cuda.view(self.addresses[one.name], size, self.engine.device)
             views[one.name] = raw.view(dtype).reshape(self.shapes[one.name])
         names = [one.name for one in session.get_outputs()]
-        goals = {name: cuda.view(self.addresses[name], 1, self.engine.device) for name in names}
+        goals = {name: self.addresses[name] for name in names}  # as they are when the run is enqueued
+        for pointer in goals.values():
+            cuda.view(pointer, 1, self.engine.device)
 
         def work() -> None:
             results = session.run(None, {name: view.copy() for name, view in views.items()})
-            for name, result in zip(goals, results, strict=True):
-                into = cuda.view(self.addresses[name], result.nbytes, self.engine.device)
+            for pointer, result in zip(goals.values(), results, strict=True):
+                into = cuda.view(pointer, result.nbytes, self.engine.device)
                 into[:] = np.ascontiguousarray(result).view(np.uint8).reshape(-1)
 
         cuda.submit(stream, work)

@@ -316,7 +316,7 @@ class CudaBackend:
         failed = failed or self._record(self._uploaded[entry], self._uploads)[0]
         failed = failed or self._wait_for(main, self._uploaded[entry], 0)[0]
         if failed:
-            raise self._driver.error("sending a round's numbers", failed)
+            raise self._driver.error("cuMemcpyHtoDAsync", failed)
         if one.graph is None and one.runs and self._graphs and one.capturable:
             self._cache.capture(one, self._clock)
         with span(one.name):
