@@ -31,11 +31,15 @@ def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array
 
 @dataclass(frozen=True)
 class Start:
-    """The images to start from, none for noise, and the share of the steps that is made."""
+    """The images to start from, none for noise, and the share of the steps that is made.
+
+    `draws` is whether the VAE encoder takes noise, to draw latents from the distribution that it finds.
+    """
 
     images: tuple[Image.Image, ...]
     strength: float
     round_up: bool = False
+    draws: bool = True
 
     @classmethod
     def of(cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None) -> Start:
@@ -52,7 +56,8 @@ class Start:
         strength = manifest.defaults.strength if strength is None else strength
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
-        return cls(images, float(strength), manifest.strength_up)
+        draws = any(one.name == "noise" for one in manifest.networks["vae_encoder"].inputs)
+        return cls(images, float(strength), manifest.strength_up, draws)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
         """(width, height) of the images to make; ParameterError lists what the engine can do."""
@@ -91,8 +96,8 @@ class Start:
         if len(noise) % len(self.images):
             raise ParameterError("image", f"{len(self.images)} input images cannot be dealt to {len(noise)} images")
         pixels = np.stack([_pixels(one, size) for one in self.images])
-        drawn = [gaussian(seed, image, ENCODER, noise.shape[1:]) for image in range(len(pixels))]
-        latents = encoder.run(image=pixels, noise=np.stack(drawn))["latent_sample"]
+        drawn = [gaussian(seed, image, ENCODER, noise.shape[1:]) for image in range(len(pixels))] if self.draws else []
+        latents = encoder.run(image=pixels, **({"noise": np.stack(drawn)} if drawn else {}))["latent_sample"]
         if not np.isfinite(latents).all():
             raise NonFiniteError("the VAE encoder gave NaN or infinity: no image can be made of it")
         row = schedule.rows[0]

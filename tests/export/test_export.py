@@ -95,9 +95,7 @@ def test_an_unknown_model_is_refused_with_those_that_exist(
     assert export(monkeypatch, model, tmp_path / "build") == 1
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert f"unknown model {model!r}: use shapes, the folder of a diffusers model, or owner/name on the hub" in message(
-        printed.err
-    )
+    assert f"unknown model {model!r}: use shapes, the folder of a diffusers model, a checkpoint" in message(printed.err)
     assert contents(tmp_path) == {}
 
 
