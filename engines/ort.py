@@ -17,6 +17,7 @@ from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend, Run
 from engines.manifest import DENOISER
+from engines.memory import give_back
 from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
 
@@ -190,3 +191,4 @@ class Engines:
             backend.close()
         for session in (*self.runners.values(), *self._sessions):
             session.close()
+        give_back()

@@ -219,12 +219,43 @@ class Call:
                 if getattr(self, name) != OPTIONS[name].default:
                     raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
 
+    def prompts(self) -> list[str]:
+        """The prompts; none where there are embeddings in their place. ParameterError where there is neither."""
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ParameterError("prompt", "give either prompt or prompt_embeds")
+        listed = self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
+        prompts = [one for one in listed if isinstance(one, str)]
+        if self.prompt_embeds is None and (not prompts or len(prompts) < len(listed)):
+            raise ParameterError("prompt", "prompt must be a string or a list of strings")
+        return prompts
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts or embeddings there are."""
+        if self.prompt_embeds is not None:
+            return len(self.prompt_embeds)
+        return 1 if isinstance(self.prompt, str) else len(self.prompt or ())
+
+    @property
+    def images(self) -> int:
+        """How many images are made."""
+        return self.prompt_count * self.num_images_per_prompt
+
     def checked(self, manifest: Manifest, lanes: int, k: int) -> CheckedCall:
         """The call for a model on so many lanes, its defaults filled in; `k` is that of modes that need one.
 
-        ParameterError for what the model or the lanes cannot do. Sizes, images and texts are checked by
-        `initial_state` and `conditioning`, which need more than one argument for it.
+        ParameterError for what the model or the lanes cannot do. Sizes and images are checked by `initial_state`,
+        embeddings by `conditioning`: they need more than one argument for it.
         """
+        self.prompts()
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ParameterError("negative_prompt", "negative_prompt must be a string")
+        if manifest.guidance != "classifier_free" and self.negative_prompt:
+            raise ParameterError("negative_prompt", f"{manifest.model} makes no second pass that it could be used in")
+        most = manifest.clip_skip
+        if self.clip_skip is not None and (isinstance(self.clip_skip, bool) or self.clip_skip not in range(most + 1)):
+            can = f"a whole number from 0 to {most}" if most else "left out: this model's text encoder cannot skip"
+            raise ParameterError("clip_skip", f"clip_skip must be {can}, not {self.clip_skip!r}")
         trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
         steps = manifest.defaults.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
         steps = OPTIONS["num_inference_steps"].check(steps, high=trained)

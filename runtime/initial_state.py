@@ -1,4 +1,4 @@
-"""Where the denoising loop starts: from noise, or from an image with the noise that belongs to a later step."""
+"""The state before the first step: noise, or an image with the noise of the step at which it is entered."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from engines.base import Array
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import Runner
 from engines.manifest import Manifest
+from runtime.call import OPTIONS
 from runtime.input_image import to_srgb
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedule import Schedule
@@ -31,7 +32,7 @@ def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """The images to start from, none for noise, and the share of the steps that is made."""
 
     images: tuple[Image.Image, ...]
@@ -39,7 +40,9 @@ class Start:
     round_up: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None) -> Start:
+    def of(
+        cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None
+    ) -> InitialState:
         """Checks what was given; ParameterError where the model was exported without the network for it."""
         if image is None:
             if strength is not None:
@@ -50,9 +53,7 @@ class Start:
         images = tuple(image) if isinstance(image, list | tuple) else (image,)
         if not images or not all(isinstance(one, Image.Image) for one in images):
             raise ParameterError("image", "image must be a PIL image, or a list of them")
-        strength = manifest.defaults.strength if strength is None else strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-            raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
+        strength = manifest.defaults.strength if strength is None else OPTIONS["strength"].check(strength)
         return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
@@ -87,9 +88,7 @@ class Start:
             )
         return first
 
-    def state(
-        self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None
-    ) -> Array:
+    def draw(self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None) -> Array:
         """The state before the first step, as the schedule has it: α·x_0 + σ·noise for an image's latents x_0."""
         if not self.images:
             return noise * np.float32(schedule.init_noise_sigma)

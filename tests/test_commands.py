@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +74,23 @@ def initial_noise(shapes: Bundle, seed: int, images: int = 1) -> np.ndarray:
     manifest = shapes.manifest
     side = manifest.sizes.height // manifest.vae_scale_factor, manifest.sizes.width // manifest.vae_scale_factor
     return np.stack([gaussian(seed, image, 0, (manifest.latent_channels, *side)) for image in range(images)])
+
+
+# the checkout
+
+
+def test_the_hooks_are_valid_and_need_no_network(tmp_path: Path) -> None:
+    config = ROOT / ".pre-commit-config.yaml"
+    assert python(ROOT, "pre_commit", "validate-config", str(config)).returncode == 0
+    assert re.findall(r"repo: (\S+)", config.read_text()) == ["local"]
+    entries = [shlex.split(entry) for entry in re.findall(r"entry: (.+)", config.read_text())]
+    assert len(entries) == 4 and all(words[0].startswith(".venv/bin/") for words in entries)
+    untidy = tmp_path / "untidy.py"
+    untidy.write_text("import os\nx = [1,2]\n")
+    check, tidy = ([sys.executable, "-m", "ruff", *words[1:], str(untidy)] for words in entries[:2])
+    assert subprocess.run(check, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    subprocess.run(tidy, cwd=tmp_path, capture_output=True, check=True)
+    assert untidy.read_text() == "x = [1, 2]\n", "an unused import goes, and the rest is formatted"
 
 
 # runtime
@@ -176,7 +195,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "another height": (["--height", "16"], ["height=16", SIZES]),
     "guidance nan": (["--guidance", "nan"], ["guidance_scale", "finite", "nan"]),
     "guidance inf": (["--guidance", "inf"], ["guidance_scale", "finite", "inf"]),
-    "negative seed": (["--seed", "-1"], ["seed", "from 0", "-1"]),
+    "negative seed": (["--seed", "-2"], ["seed", "from 0", "-1"]),
     "large seed": (["--seed", str(2**64)], ["seed", str(2**64 - 1)]),
     "no images": (["--num-images-per-prompt", "0"], ["num_images_per_prompt", "1 to 64"]),
     "image's folder": (["--out", "nowhere/image.png"], ["nowhere/image.png", "create it first"]),

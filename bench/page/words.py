@@ -15,7 +15,8 @@ and in what they accept:
   1 + ⌈(N−1)/k⌉ rounds.
 - `srds`: Parareal iterations over blocks of steps until the image changes by less than a tolerance.
 - `adaptive`: accepts only drafts within a tolerance of the refined state.
-- `auto`: the fastest of these whose drift, calibrated once per model, is within a tolerance.
+- `auto`: the fastest of `sequential`, `conservative` and `aggressive` with several k whose drift, calibrated once per
+  model, is within a tolerance.
 
 Terms:
 

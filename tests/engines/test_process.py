@@ -10,6 +10,7 @@ import sys
 import textwrap
 import weakref
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from engines.process import Owner
 from engines.store import Bundle
 from runtime import Pipeline
 from tests import ROOT
+
+TASKS = Path("/proc/self/task")
 
 
 def test_the_owner_itself_is_no_other_process() -> None:
@@ -91,14 +94,14 @@ def test_networks_are_freed_when_they_are_closed(shapes: Bundle) -> None:
     """At once: nothing waits for the garbage collector, which is off."""
     pipeline = Pipeline(shapes, "cpu*2")
     pipeline.generate("a large red star", num_inference_steps=2)
-    threads = len(os.listdir("/proc/self/task"))
-    engines: Any = pipeline._engines
+    threads = len(list(TASKS.iterdir()))
+    engines: Any = pipeline.machine.engines
     sessions = [weakref.ref(one._session) for one in (*engines.runners.values(), *engines._sessions)]
     assert len(sessions) == 5 and all(session() is not None for session in sessions)
     gc.disable()
     try:
         pipeline.close()
         assert [session() for session in sessions] == [None] * 5
-        assert len(os.listdir("/proc/self/task")) < threads
+        assert len(list(TASKS.iterdir())) < threads
     finally:
         gc.enable()

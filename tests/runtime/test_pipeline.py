@@ -101,7 +101,7 @@ def test_each_prompt_of_a_list_is_its_own(pipeline: Pipeline) -> None:
 
 def test_embeddings_stand_in_for_prompts(pipeline: Pipeline, shapes: Bundle) -> None:
     ids, _ = pipeline._tokenizer([PROMPT, ""])
-    run = pipeline._engines.runners["text_encoder"].run
+    run = pipeline.machine.engines.runners["text_encoder"].run
     embeds = run(**ids, clip_skip=np.zeros(2, np.int64))["encoder_hidden_states"]
     given = pipeline.generate(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], num_inference_steps=6)
     assert same(given, draw(pipeline)) or np.allclose(given.latents, draw(pipeline).latents, atol=1e-4)

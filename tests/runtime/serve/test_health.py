@@ -19,7 +19,7 @@ from runtime.pipeline import Pipeline
 from runtime.serve.health import Health
 from runtime.serve.limits import Limits
 from tests.client import GENERATE, PROMPT, ask, serving, until, values
-from tests.runtime.test_lanes import Broken
+from tests.runtime.test_machine import Broken
 
 
 def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_images(pipeline: Pipeline) -> None:
@@ -49,9 +49,9 @@ def test_a_lane_that_dies_makes_it_unready_before_any_image(shapes: Bundle, monk
         def broken() -> None:
             raise DeviceError("burnt out")
 
-        assert isinstance(pipeline._prober, HostBackend)
-        monkeypatch.setattr(pipeline._prober._lanes[1], "bind", lambda inputs, output: broken, raising=False)
-        pipeline._prober._bound.clear()
+        assert isinstance(pipeline.machine.prober, HostBackend)
+        monkeypatch.setattr(pipeline.machine.prober._lanes[1], "bind", lambda inputs, output: broken, raising=False)
+        pipeline.machine.prober._bound.clear()
         time.sleep(1.1)
         for _ in range(2):
             response = client.get("/health/ready")
@@ -75,10 +75,10 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
                 raise DeviceError("it is still broken")
         return load(bundle, lanes)
 
-    monkeypatch.setattr("runtime.pipeline.load", reopened)
+    monkeypatch.setattr("runtime.machine.load", reopened)
     with serving(pipeline) as client:
         before = ask(client, seed=3)
-        session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
+        session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
         monkeypatch.setattr(session, "_session", Broken(session.session))
         assert "burnt out" in ask(client)["report"]["warnings"][0]
         found = [client.get("/health/ready") for _ in range(3)]
@@ -148,7 +148,7 @@ def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
     with serving(pipeline, Limits(lane_seconds=0.3, seconds=1.0)) as client:
         ask(client)
         assert client.get("/health/ready").status_code == 200
-        backend = pipeline._prober if by == "probe" else pipeline.backend
+        backend = pipeline.machine.prober if by == "probe" else pipeline.backend
         assert isinstance(backend, HostBackend)
         bind = backend._lanes[1].bind
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from engines.store import Bundle
-from runtime.call import OPTIONS, markdown
 from runtime.serve.__main__ import KEYS_VARIABLE, listen, read_keys
 from tests.client import GENERATE, PROMPT, ask, connect, events, process, received, values, wait_for
 
@@ -168,13 +167,3 @@ def test_names_and_origins_are_options(shapes: Bundle, tmp_path: Path) -> None:
 def test_what_is_no_origin_is_one_message(origin: str) -> None:
     done = start("--port", "0", "--allow-origin", origin)
     assert done.returncode == 2 and "write https://HOST" in done.stderr
-
-
-def test_the_readme_has_the_table_of_options() -> None:
-    """`runtime.call.markdown` makes it: paste what this prints."""
-    names = [one.name for one in OPTIONS.values() if one.http and one.http not in ("prompt", "size", "n")]
-    table = markdown(names, http=True)
-    print(table)
-    readme = Path(__file__).parents[3] / "runtime" / "serve" / "README.md"
-    written = readme.read_text().partition("<!-- options -->\n")[2].partition("\n<!-- /options -->")[0]
-    assert written == table
