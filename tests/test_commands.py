@@ -195,7 +195,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "another height": (["--height", "16"], ["height=16", SIZES]),
     "guidance nan": (["--guidance", "nan"], ["guidance_scale", "finite", "nan"]),
     "guidance inf": (["--guidance", "inf"], ["guidance_scale", "finite", "inf"]),
-    "negative seed": (["--seed", "-2"], ["seed", "from 0", "-1"]),
+    "negative seed": (["--seed", "-2"], ["seed", "from -1", "-2"]),
     "large seed": (["--seed", str(2**64)], ["seed", str(2**64 - 1)]),
     "no images": (["--num-images-per-prompt", "0"], ["num_images_per_prompt", "1 to 64"]),
     "image's folder": (["--out", "nowhere/image.png"], ["nowhere/image.png", "create it first"]),
