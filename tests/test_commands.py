@@ -403,7 +403,15 @@ def test_an_engines_command_in_a_process_ends_with_exit_code_1(bundle: Bundle, c
 
 
 def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "runtime", b"a \xff star", "--quiet", "--out", str(tmp_path / "a.png")]
+    words: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "runtime",
+        b"a \xff star",
+        "--quiet",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
     assert run.returncode == 1 and not list(tmp_path.iterdir())
     assert run.stderr == "error: prompt is no valid Unicode: it holds '\\udcff' at character 2: send UTF-8\n"
