@@ -13,9 +13,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from engines.errors import EngineError, ParameterError
+from engines.command import exit_code
+from engines.errors import ParameterError
+from engines.files import written_whole
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options
+from runtime.input_image import to_srgb
 from runtime.pipeline import Pipeline
 from runtime.provenance import engine_version, result_file
 
@@ -57,7 +60,7 @@ def load_image(path: Path | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_srgb(image)
     except (OSError, ValueError) as error:
         raise ParameterError("image", f"{path} cannot be read as an image: {error}") from error
 
@@ -91,12 +94,15 @@ def run(options: dict[str, Any]) -> None:
         result = pipeline.run(call, Callbacks(progress=progress))
     pipeline.close()
     for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
-        image.save(path)
+        with written_whole(path) as partial:
+            image.save(partial)
         print(path)
     if save_latents:
-        np.save(save_latents, result.latents)
+        with written_whole(save_latents) as partial:
+            np.save(partial, result.latents)
     if report:
-        report.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
+        with written_whole(report) as partial:
+            partial.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
     done = result.report
     print(
         f"{done.mode}, k={done.k}: {done.steps} steps in {done.rounds} rounds on {done.lanes} lanes, "
@@ -107,18 +113,7 @@ def run(options: dict[str, Any]) -> None:
 def main() -> int:
     """Exit code 1 with one message on any error."""
     options = vars(arguments().parse_args())
-    try:
-        run(options)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,8 @@ from runtime.sampling.schedulers import SCHEDULERS
 
 MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
+RANDOM_SEED = -1
+CHOSEN_SEEDS = 2**32  # chosen ones are below: JavaScript's numbers, and the fields of other tools, hold them
 Range = tuple[float | None, float | None]
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]  # pipeline, step, timestep, {"latents": …}
 
@@ -79,7 +82,19 @@ class Option:
             raise ParameterError(self.name, f"unknown {self.name} {value!r}: use one of {', '.join(self.choices)}")
         if self.kind is bool and not isinstance(value, bool):
             raise ParameterError(self.name, f"{self.name} must be True or False, not {value!r}")
+        if self.kind is str:
+            for text in value if self.several and isinstance(value, list | tuple) else (value,):
+                self._text(text)
         return self._number(value, high or self.high) if self.kind in (int, float) else value
+
+    def _text(self, value: Any) -> None:
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            wrong = ascii(value[error.start : error.end])
+            message = f"{self.name} is no valid Unicode: it holds {wrong} at character {error.start}: send UTF-8"
+            raise ParameterError(self.name, message) from None
 
     def _number(self, value: Any, high: float | None) -> float:
         whole, low = self.kind is int, self.low
@@ -167,8 +182,8 @@ class Call:
     eta: float = _option(0.0, "ddim: 0 adds no noise, 1 is ddpm", low=0, high=1, **_both("eta"))
     seed: int = _option(
         0,
-        "starts the generator of all noise; image i draws from (seed, i, step)",
-        low=0,
+        "starts the generator of all noise; image i draws from (seed, i, step); -1 chooses one and reports it",
+        low=RANDOM_SEED,
         high=MAX_SEED,
         **_both("seed"),
     )
@@ -209,17 +224,50 @@ class Call:
         for option in OPTIONS.values():
             if not option.of_model:
                 object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", secrets.randbelow(CHOSEN_SEEDS))
         if self.mode == "auto":
             for name in ("k", "blocks", "iterations", "first_blocks", "drafts"):
                 if getattr(self, name) != OPTIONS[name].default:
                     raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
 
+    def prompts(self) -> list[str]:
+        """The prompts; none where there are embeddings in their place. ParameterError where there is neither."""
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ParameterError("prompt", "give either prompt or prompt_embeds")
+        listed = self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
+        prompts = [one for one in listed if isinstance(one, str)]
+        if self.prompt_embeds is None and (not prompts or len(prompts) < len(listed)):
+            raise ParameterError("prompt", "prompt must be a string or a list of strings")
+        return prompts
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts or embeddings there are."""
+        if self.prompt_embeds is not None:
+            return len(self.prompt_embeds)
+        return 1 if isinstance(self.prompt, str) else len(self.prompt or ())
+
+    @property
+    def images(self) -> int:
+        """How many images are made."""
+        return self.prompt_count * self.num_images_per_prompt
+
     def checked(self, manifest: Manifest, lanes: int, k: int) -> CheckedCall:
         """The call for a model on so many lanes, its defaults filled in; `k` is that of modes that need one.
 
-        ParameterError for what the model or the lanes cannot do. Sizes, images and texts are checked by
-        `initial_state` and `conditioning`, which need more than one argument for it.
+        ParameterError for what the model or the lanes cannot do. Sizes and images are checked by `initial_state`,
+        embeddings by `conditioning`: they need more than one argument for it.
         """
+        self.prompts()
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ParameterError("negative_prompt", "negative_prompt must be a string")
+        if manifest.guidance != "classifier_free" and self.negative_prompt:
+            raise ParameterError("negative_prompt", f"{manifest.model} makes no second pass that it could be used in")
+        most = manifest.clip_skip
+        if self.clip_skip is not None and (isinstance(self.clip_skip, bool) or self.clip_skip not in range(most + 1)):
+            can = f"a whole number from 0 to {most}" if most else "left out: this model's text encoder cannot skip"
+            raise ParameterError("clip_skip", f"clip_skip must be {can}, not {self.clip_skip!r}")
         trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
         steps = manifest.defaults.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
         steps = OPTIONS["num_inference_steps"].check(steps, high=trained)
@@ -273,11 +321,39 @@ def read_arguments(*prompt: Any, **given: Any) -> tuple[Call, Callbacks]:
     known = [*OPTIONS, *CALLBACKS]
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
+            near = meant(name, known)
+            hint = f"did you mean {near}?" if near else f"use {', '.join(known)}"
             raise ParameterError(name, f"generate has no argument {name}: {hint}")
     callbacks = {name: given.pop(name) for name in CALLBACKS if name in given}
     return Call(*prompt, **given), Callbacks(**callbacks)
+
+
+# what other tools call these options
+ALIASES = {
+    "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "guidance": "guidance_scale", "negative": "negative_prompt",
+    "num_images": "num_images_per_prompt", "n_images": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt", "n": "num_images_per_prompt",
+    "n_iter": "num_images_per_prompt", "sampler": "scheduler", "sampler_name": "scheduler",
+    "sample_method": "scheduler", "steps": "num_inference_steps", "num_steps": "num_inference_steps",
+    "sample_steps": "num_inference_steps", "denoising_strength": "strength", "init_image": "image",
+    "generator": "seed", "drafts_per_round": "k",
+}  # fmt: skip
+
+
+def meant(name: str, known: Collection[str], *, http: bool = False) -> str | None:
+    """The known name that was probably meant by an unknown one: its name in other tools, or the nearest spelling.
+
+    `http`: known names are those of the HTTP API.
+    """
+    plain = name.lower().strip("-").replace("-", "_")
+
+    def resolved(candidate: str) -> str | None:
+        own = ALIASES.get(candidate, candidate)
+        found = OPTIONS[own].http if http and own in OPTIONS else own
+        return found if found in known else None
+
+    near = get_close_matches(plain, [*known, *ALIASES], 1, cutoff=0.75)
+    return resolved(plain) or (resolved(near[0]) if near else None)
 
 
 def add_options(

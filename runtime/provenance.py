@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.devices import cores
+from engines.runtimes import RUNTIMES
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+_PACKAGES = ("numpy", "torch", "diffusers")
 
 
 def result_file(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -56,9 +57,9 @@ def _gpus() -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in dict.fromkeys((*(one.package for one in RUNTIMES.values() if one.package), *_PACKAGES)):
         try:
-            found[package] = version(package)
+            found[package] = version(package.replace("_", "-"))
         except PackageNotFoundError:
             continue
     return found

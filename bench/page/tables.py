@@ -1,7 +1,8 @@
 """Result files as tables: who makes each file, how its rows read, and the blocks of READMEs that hold them.
 
-A block of a README that begins with `<!-- bench:NAME -->` and ends with `<!-- /bench -->` holds a table made from
-result files. NAME is a result file's, or one of `SUMMARIES`.
+Blocks of READMEs are made again by `python -m bench report`: one from `<!-- bench:NAME -->` to `<!-- /bench -->` holds
+the table of a result file or one of `SUMMARIES`, one from `<!-- options:NAME -->` to `<!-- /options -->` a table of
+`bench/page/options.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import drafts, export, kernel, quality, run, scenario, serve, simulate
-from bench.page import words
+from bench.page import options, words
 from bench.statistics import interval
 from engines.errors import ParameterError
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "bench" / "results"
-_BLOCK = re.compile(r"<!-- bench:([a-z0-9-]+) -->\n.*?<!-- /bench -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (bench|options):([a-z0-9-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 Rows = Sequence[dict[str, Any]]
 TABLES: dict[str, Callable[[Rows], str]] = {
     "run": run.table, "simulate": simulate.table, "scenario": scenario.table, "quality": quality.table,
@@ -76,8 +77,8 @@ def block(name: str, results: Path = RESULTS) -> str:
 
 
 def rebuilt(text: str, results: Path = RESULTS) -> str:
-    """A README with every block made again from its files."""
-    return _BLOCK.sub(lambda match: block(match[1], results), text)
+    """A README with every block made again from its files, or from the code's options."""
+    return _BLOCK.sub(lambda match: block(match[2], results) if match[1] == "bench" else options.block(match[2]), text)
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_every_mode_runs_on_two_lanes(made: Made) -> None:
 
 @every()
 def test_one_lane_gives_what_two_give(made: Made) -> None:
-    other = Pipeline(made.ours._bundle, "cpu@1")
+    other = Pipeline(made.ours.machine.bundle, "cpu@1")
     a, b = (one.generate(PROMPT, num_inference_steps=STEPS, mode="sequential", seed=2) for one in (made.ours, other))
     other.close()
     near(a.latents, b.latents, 1e-4)

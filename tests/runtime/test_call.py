@@ -16,8 +16,7 @@ from engines.store import Bundle
 from runtime.__main__ import arguments
 from runtime.call import CALLBACKS, OPTIONS, Call, add_options, markdown, read_arguments
 from runtime.pipeline import Pipeline
-from runtime.serve.limits import Limits
-from runtime.serve.openai.schema import EditRequest, limited
+from runtime.serve.openai.schema import EditBody
 
 PROMPT = "a small green ring at the top"
 # of the command line: what a run loads and where it writes, which says nothing about the image
@@ -25,7 +24,7 @@ OWN_FLAGS = {"--help", "--version", "--model", "--devices", "--save-latents", "-
 # of OpenAI's API: the model, how images are sent, and what is accepted without effect
 OWN_FIELDS = {
     "model", "response_format", "output_format", "output_compression", "quality", "background", "stream",
-    "partial_images", "moderation", "user", "safety_identifier",
+    "partial_images", "moderation", "user", "safety_identifier", "style",
 }  # fmt: skip
 
 
@@ -52,8 +51,8 @@ def test_the_command_line_has_every_option_with_a_flag_and_no_other() -> None:
 
 def test_http_has_every_option_with_a_field_and_no_other(shapes: Bundle) -> None:
     wanted = {option.http for option in OPTIONS.values() if option.http}
-    assert set(EditRequest.model_fields) == wanted | OWN_FIELDS
-    schema = limited(EditRequest, Limits(), shapes.manifest.defaults).model_json_schema()["properties"]
+    assert set(EditBody.model_fields) == wanted | OWN_FIELDS
+    schema = EditBody.model_json_schema()["properties"]
     for option in OPTIONS.values():
         if option.http is None or option.http == "size":
             continue
@@ -70,7 +69,7 @@ def test_http_has_every_option_with_a_field_and_no_other(shapes: Bundle) -> None
 def test_the_tables_name_every_option() -> None:
     rows = markdown().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(OPTIONS)
-    assert "| `seed` | whole number, 0 to 2⁶⁴ − 1 | `0` |" in markdown()
+    assert "| `seed` | whole number, -1 to 2⁶⁴ − 1 | `0` |" in markdown()
     served = {row.split("`")[1] for row in markdown(http=True).splitlines()[2:]}
     assert served == {option.http for option in OPTIONS.values() if option.http}
     assert "| `k` | whole number, 1 to 64 |" in markdown(["k"], http=True)

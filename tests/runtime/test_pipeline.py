@@ -101,7 +101,7 @@ def test_each_prompt_of_a_list_is_its_own(pipeline: Pipeline) -> None:
 
 def test_embeddings_stand_in_for_prompts(pipeline: Pipeline, shapes: Bundle) -> None:
     ids, _ = pipeline._tokenizer([PROMPT, ""])
-    run = pipeline._engines.runners["text_encoder"].run
+    run = pipeline.machine.engines.runners["text_encoder"].run
     embeds = run(**ids, clip_skip=np.zeros(2, np.int64))["encoder_hidden_states"]
     given = pipeline.generate(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], num_inference_steps=6)
     assert same(given, draw(pipeline)) or np.allclose(given.latents, draw(pipeline).latents, atol=1e-4)
@@ -348,3 +348,24 @@ def test_an_error_that_is_no_lanes_is_not_hidden(shapes: Bundle, monkeypatch: py
         draw(pipeline)
     assert pipeline.lost == ()
     pipeline.close()
+
+
+def test_a_pipeline_closes_itself_and_says_what_it_is(shapes: Bundle) -> None:
+    with Pipeline.load("shapes", "cpu", str(shapes.folder.parent)) as loaded:
+        assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) on cpu/0>"
+        assert len(draw(loaded).images) == 1
+    assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) closed>"
+    loaded.close()
+    with pytest.raises(DeviceError, match="closed"):
+        draw(loaded)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "a \udcff star"), ("prompt", ["a star", "\ud800"]), ("negative_prompt", "\udfff")]
+)
+def test_text_that_is_no_unicode(pipeline: Pipeline, field: str, value: str | list[str]) -> None:
+    """As a shell passes bytes that are no UTF-8, and JSON a lone surrogate."""
+    options: dict[str, Any] = {"prompt": PROMPT, field: value}
+    with pytest.raises(ParameterError, match=rf"{field} is no valid Unicode: .*ud.* at character \d") as error:
+        pipeline.generate(**options)
+    assert error.value.param == field
