@@ -230,11 +230,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     """What does not fit together in a manifest, in words; nothing for a sound one.
 
     Every input of a network is given by somebody, everything that is made is taken, and shapes agree where networks
-    meet: a name that is no input would otherwise be left out without a word.
+    meet: a name that is no input would otherwise be left out without a word. Absent networks are not asked for.
     """
-    networks = manifest.networks
-    if not {"text_encoder", DENOISER, "vae_decoder"} <= set(networks):
-        return [f"it has the networks {', '.join(networks)}, not text_encoder, {DENOISER} and vae_decoder"]
     return [
         f"{subject}: {says}"
         for subject, says in (
@@ -247,12 +244,22 @@ _Found = Iterator[tuple[str, str]]
 _TOLD = ("sample", "timestep", "time_ids", "guidance")  # the denoiser's inputs that are no text
 
 
+def _inputs(manifest: Manifest, network: str) -> tuple[str, ...]:
+    return tuple(one.name for one in manifest.networks[network].inputs) if network in manifest.networks else ()
+
+
+def _outputs(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    """What the text encoder makes for the denoiser, with its shapes."""
+    encoder = manifest.networks.get("text_encoder")
+    return {one.name: one.shape for one in encoder.outputs} if encoder else {}
+
+
 def _interfaces(manifest: Manifest) -> _Found:
     """Names: each network's inputs and outputs are those that the runtime gives and takes."""
     networks = manifest.networks
     known = {
         "text_encoder": ({one.input for one in manifest.tokenizers}, {"clip_skip"}),
-        DENOISER: ({"sample", "timestep", *manifest.conditioning}, set(_TOLD)),
+        DENOISER: ({"sample", "timestep", *_outputs(manifest)}, set(_TOLD)),
         "vae_decoder": ({"latent_sample"}, set[str]()),
         "vae_encoder": ({"image"}, {"noise"}),
     }
@@ -271,10 +278,10 @@ def _interfaces(manifest: Manifest) -> _Found:
 
 
 def _guidance(manifest: Manifest) -> _Found:
-    told = any(one.name == "guidance" for one in manifest.networks[DENOISER].inputs)
-    if told != (manifest.guidance == "embedded"):
+    told = "guidance" in _inputs(manifest, DENOISER)
+    if DENOISER in manifest.networks and told != (manifest.guidance == "embedded"):
         yield "guidance", f"{manifest.guidance}, and the denoiser has {'an' if told else 'no'} input guidance"
-    skips = any(one.name == "clip_skip" for one in manifest.networks["text_encoder"].inputs)
+    skips = "clip_skip" in _inputs(manifest, "text_encoder")
     if manifest.clip_skip < 0 or (manifest.clip_skip and not skips):
         yield "clip_skip", f"{manifest.clip_skip}, and the text encoder has no input for it"
 
@@ -290,9 +297,9 @@ def _shapes(manifest: Manifest) -> _Found:
         ("vae_encoder", "latent_sample"): latents, (DENOISER, "guidance"): ("batch",),
         (DENOISER, "time_ids"): ("batch", 6), ("text_encoder", "clip_skip"): ("batch",),
     }  # fmt: skip
-    wanted |= {(DENOISER, one.name): one.shape for one in networks["text_encoder"].outputs}
+    wanted |= {(DENOISER, name): shape for name, shape in _outputs(manifest).items()}
     wanted |= {("text_encoder", one.input): ("batch", one.max_length) for one in manifest.tokenizers}
-    if len(networks[DENOISER].outputs) != 1 or networks[DENOISER].outputs[0].shape != latents:
+    if DENOISER in networks and [one.shape for one in networks[DENOISER].outputs] != [latents]:
         yield DENOISER, f"its output must be one of shape {latents}"
     for name, network in networks.items():
         for one in (*network.inputs, *network.outputs):

@@ -151,6 +151,7 @@ def test_a_full_disk_ends_an_export_with_advice_and_the_earlier_one_stays(
     loading: ModuleType,
     source: Path,
     previous: Path,
+    shapes: Bundle,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -158,8 +159,7 @@ def test_a_full_disk_ends_an_export_with_advice_and_the_earlier_one_stays(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = contents(previous.parent)
-    networks = Manifest.read(previous).networks
-    monkeypatch.setattr(bundle, "finished", lambda partial, network: networks["text_encoder"])
+    monkeypatch.setattr(bundle, "finished", lambda partial, network: shapes.manifest.networks[network])
     monkeypatch.setattr(Path, "unlink", lambda path: None)
     monkeypatch.setattr(os, "fsync", full)
     assert export(monkeypatch, source, previous.parent) == 1
