@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from bench import moves
+from bench.page.document import anchor
 from bench.page.options import TABLES as OPTION_TABLES
 from bench.page.tables import RESULTS, block, load, readmes, rebuilt
 from engines.errors import ParameterError
@@ -308,20 +309,18 @@ def test_every_field_and_option_of_the_server_is_documented() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """The names that GitHub gives to headings."""
-    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    return {anchor(head) for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
 def test_links_and_images_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        path, _, anchor = target.partition("#")
+        path, _, name_there = target.partition("#")
         if not target.startswith("http"):
             found = (ROOT / name).parent / path if path else ROOT / name
             assert found.exists(), f"{name}: {target}"
-            assert not anchor or anchor in anchors(found.read_text()), f"{name}: {target}"
+            assert not name_there or name_there in anchors(found.read_text()), f"{name}: {target}"
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
