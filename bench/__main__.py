@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engines.errors import EngineError
+from engines.command import exit_code
+from engines.files import written_whole
 from runtime.provenance import result_file
 
 COMMANDS = ("run", "scenario", "simulate", "quality", "drafts", "kernel", "serve", "export", "gpu", "moves", "report")
@@ -59,16 +60,17 @@ def main() -> int:
         return 0
     module = importlib.import_module(f"bench.{command}")
     target: Path | None = options.pop("json", None)
-    try:
+
+    def run() -> int:
         rows = module.measure(**options)
         print(module.table(rows))
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(dumped(result_file(rows)))
-    except (EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 1 if any(row.get("status") == "failed" for row in rows) else 0
+            with written_whole(target) as partial:
+                partial.write_text(dumped(result_file(rows)))
+        return 1 if any(row.get("status") == "failed" for row in rows) else 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

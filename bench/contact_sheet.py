@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from engines.files import written_whole
+
 CELL, GAP, HEAD, CAPTION = 160, 8, 28, 300
 INK, PAPER, WRONG = (30, 30, 30), (250, 250, 250), (190, 30, 30)
 
@@ -33,7 +35,8 @@ def contact_sheet(
     for row, caption in enumerate(captions):
         pen.multiline_text((GAP, HEAD + row * line + CELL // 3), _wrapped(caption), INK, font, spacing=4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    with written_whole(path) as partial:
+        sheet.save(partial, optimize=True)
 
 
 def _wrapped(caption: str, width: int = 34) -> str:

@@ -253,7 +253,6 @@ class Folder:
     ) -> None:  # fmt: skip
         """Everything; `images` are those of the accuracy run in the order of their prompts."""
         frame = result_file([row])
-        host = frame["host"]
         system = lane_names(pipeline).replace("/", "-").replace(",", "_").replace(":", "")
         here = self.root / "open" / "unofficial" / "results" / system / self.benchmark / self.scenario
         name = f"driffusion-engine {frame['commit']}, {lane_names(pipeline)}, mode {row['config']['mode']}"
@@ -267,23 +266,8 @@ class Folder:
             "performance_sample_count": len(images),
             "accuracy_sample_count": len(images),
         }  # fmt: skip
-        run, accuracy = here / "performance" / "run_1", here / "accuracy"
-        for folder in (run, accuracy):
-            folder.mkdir(parents=True, exist_ok=True)
-        (run / "mlperf_log_summary.txt").write_text(outcome.summary(name, parameters))
-        (run / "mlperf_log_detail.txt").write_text(outcome.detail(name, parameters))
-        (run / "mlperf_log_accuracy.json").write_text("[]\n")
-        lines = [
-            json.dumps({"seq_id": n, "qsl_idx": n, "data": np.asarray(image).tobytes().hex()})
-            for n, image in enumerate(images)
-        ]
-        (accuracy / "mlperf_log_accuracy.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
-        (accuracy / "mlperf_log_summary.txt").write_text(
-            "\nNo warnings encountered during test.\n\nNo errors encountered during test.\n"
-        )
-        (accuracy / "mlperf_log_detail.txt").write_text(outcome.accuracy_detail(name))
-        scores = {key: f"{value:.6g}" for key, value in row["quality"].items() if value is not None}
-        (accuracy / "accuracy.txt").write_text(f"Accuracy Results: {scores}\n")
+        self._performance(here / "performance" / "run_1", outcome, name, parameters)
+        self._accuracy(here / "accuracy", outcome, name, images, row["quality"])
         precision = pipeline.manifest.precision
         _json(here / "measurements.json", {
             "input_data_types": precision, "weight_data_types": precision, "retraining": "N",
@@ -297,6 +281,33 @@ class Folder:
             f"{self.benchmark}.{self.scenario}.target_qps = {outcome.target_qps or 0}\n"
             f"{self.benchmark}.{self.scenario}.target_latency = {int(seconds * 1e3)}\n"
         )
+        self._system(system, pipeline, frame)
+        self._other_tools(outcome, row["metrics"], stages)
+
+    def _performance(self, folder: Path, outcome: Outcome, name: str, parameters: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mlperf_log_summary.txt").write_text(outcome.summary(name, parameters))
+        (folder / "mlperf_log_detail.txt").write_text(outcome.detail(name, parameters))
+        (folder / "mlperf_log_accuracy.json").write_text("[]\n")
+
+    def _accuracy(
+        self, folder: Path, outcome: Outcome, name: str, images: Sequence[Image.Image], quality: dict[str, Any]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps({"seq_id": n, "qsl_idx": n, "data": np.asarray(image).tobytes().hex()})
+            for n, image in enumerate(images)
+        ]
+        (folder / "mlperf_log_accuracy.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        (folder / "mlperf_log_summary.txt").write_text(
+            "\nNo warnings encountered during test.\n\nNo errors encountered during test.\n"
+        )
+        (folder / "mlperf_log_detail.txt").write_text(outcome.accuracy_detail(name))
+        scores = {key: f"{value:.6g}" for key, value in quality.items() if value is not None}
+        (folder / "accuracy.txt").write_text(f"Accuracy Results: {scores}\n")
+
+    def _system(self, system: str, pipeline: Pipeline, frame: dict[str, Any]) -> None:
+        host = frame["host"]
         gpus = [lane for lane in pipeline.devices if lane.gpu is not None]
         _json(self.root / "open" / "unofficial" / "systems" / f"{system}.json", {
             "division": "open", "submitter": "unofficial", "status": "available", "system_name": system,
@@ -307,9 +318,11 @@ class Folder:
             "framework": ", ".join(f"{key} {value}" for key, value in frame["versions"].items()),
             "sw_notes": "unofficial, not verified by MLCommons",
         })  # fmt: skip
+
+    def _other_tools(self, outcome: Outcome, metrics: dict[str, Any], stages: dict[str, list[float]]) -> None:
         beside = self.root / self.scenario
         beside.mkdir(parents=True, exist_ok=True)
-        _json(beside / "profile_export_aiperf.json", row["metrics"])
+        _json(beside / "profile_export_aiperf.json", metrics)
         records = [json.dumps(asdict(request) | {"latency": request.latency}) for request in outcome.requests]
         (beside / "requests.jsonl").write_text("\n".join(records) + "\n")
         with (beside / "perf_analyzer.csv").open("w", newline="") as file:

@@ -150,9 +150,9 @@ def _on_host(name: str, shape: tuple[int, ...], k: int, repeats: int) -> dict[st
 
 def _on_gpu(ks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """The CUDA kernel, device seconds from graphs of it; PyTorch and CuPy between events on their own streams."""
-    from bench.gpu import Bench
+    from bench.gpu.device import DeviceBench
 
-    bench, rows = Bench(Driver(), CACHE / "kernels", "float16"), []
+    bench, rows = DeviceBench(Driver(), CACHE / "kernels", "float16"), []
     try:
         for name, shape in LATENTS.items():
             for k in ks:

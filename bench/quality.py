@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +36,7 @@ from bench.models import prompts as named
 from bench.statistics import mean, median, quantile
 from engines.base import Array
 from engines.errors import ParameterError
+from engines.files import written_whole
 from engines.manifest import sha256_files
 from engines.store import BUILD, Bundle
 from export.shapes.data import Scene
@@ -215,9 +215,8 @@ class Gallery:
         drawn = reference if same else self.draw(case)
         row = compare(case, drawn, reference, self.seed) | self._judged(case, drawn, reference)
         WORK.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(row) + "\n")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(row) + "\n")
         return row
 
     def row_or_reason(self, case: Case) -> dict[str, Any]:

@@ -31,8 +31,10 @@ from bench.torch_baseline import NotPossibleHereError, Setting, TorchBaseline, W
 from engines.base import Array, Call
 from engines.errors import ParameterError
 from engines.host import HostBackend
+from engines.runtimes import RUNTIMES
 from runtime.calibrate import calibrate
-from runtime.pipeline import MODES, Pipeline, Result
+from runtime.call import MODES
+from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
 
@@ -277,8 +279,7 @@ def contenders(
         return Contender(name, baseline, mode, draw, pipeline, Meter(pipeline.devices))
 
     for name, lanes in baseline_devices(devices[0]).items():
-        runtime = machine.pipeline(lanes).devices[0].runtime
-        how = "TensorRT, CUDA graphs" if runtime == "tensorrt" else "ONNX Runtime"
+        how = RUNTIMES[machine.pipeline(lanes).devices[0].runtime].title
         yield engine(NAMES.get(lanes, f"sequential, {lanes}, {how}"), name, lanes, "sequential")
     for lanes, mode in product(devices, modes):
         count = len(machine.pipeline(lanes).devices)

@@ -32,7 +32,8 @@ from bench.statistics import median, quantile
 from engines.base import Array
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.pipeline import MODES, Pipeline, Result
+from runtime.call import MODES
+from runtime.pipeline import Pipeline, Result
 from runtime.sampling.noise import gaussian
 
 SCENARIOS = {"single-stream": "SingleStream", "server": "Server", "offline": "Offline"}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engines.command import exit_code
 from engines.devices import parse_devices, precision
-from engines.errors import BundleError, EngineError
+from engines.errors import BundleError
 from engines.load import build_missing, check, wanted
 from engines.manifest import MANIFEST
+from engines.runtimes import PRECISIONS
 from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
-
-PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Bars:
@@ -135,16 +135,8 @@ def main() -> int:
         if name == "build":
             sub.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     options = parser.parse_args()
-    try:
-        return COMMANDS[options.command](options)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error}: nothing was changed", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; what was compiled stays, and the same command goes on", file=sys.stderr)
-        return 130
-    return 1
+    stopped = "stopped; what was compiled stays, and the same command goes on"
+    return exit_code(lambda: COMMANDS[options.command](options), stopped)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@bf16`."""
+"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@bf16`, `null*4`."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections import Counter
@@ -11,15 +10,17 @@ from dataclasses import dataclass
 
 from engines.cuda.driver import available
 from engines.errors import DeviceError
+from engines.runtimes import PRECISIONS, RUNTIMES, default_runtime
 
 MAX_AUTO_LANES = 8
 MAX_LANES = 64
 FORMS = "use auto, cpu, cpu@THREADS, cpu*LANES, or GPUs like cuda:0,cuda:1, cuda:0*LANES or cuda:0@bf16"
+_PART = re.compile(r"(?P<device>(?P<kind>[a-z]+)(?::\d{1,3})?)(?P<options>(?:@\w+)*)(?:\*(?P<lanes>\d+))?")
 
 
 @dataclass(frozen=True)
 class LaneSpec:
-    """One lane: its device, its number there, its processor threads, what runs its model, and in what type."""
+    """One lane: its device, its number there, its processor threads, a key of `RUNTIMES`, and in what it computes."""
 
     device: str
     index: int
@@ -45,14 +46,21 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     """The lanes of a device string.
 
     `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores;
-    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. GPUs compute in fp16, or as `@bf16` and
-    `@fp32` say; `cuda:0@onnxruntime` and `cuda:0@onnxruntime@fp32` run the model on ONNX Runtime, not TensorRT. All
-    lanes run alike. `auto` is every GPU where there are some and TensorRT is installed, else one lane per core.
-    DeviceError for anything else. Whether a GPU exists is found out when it is opened.
+    `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. `@` names a runtime by its option in
+    `RUNTIMES` or a precision, or both: `cuda:0@onnxruntime@fp32`. `auto` is every GPU where there are some and a
+    runtime for them is installed, else one lane per core. `null*4` is four lanes that compute nothing. All lanes run
+    alike. DeviceError for anything else; whether a GPU exists is found out when it is opened.
     """
-    if text == "auto":
-        text = _auto()
-    return _gpus(text) if text.startswith("cuda") else _cpu(text)
+    parts = (_auto() if text == "auto" else text).split(",")
+    found: list[LaneSpec] = []
+    used: Counter[str] = Counter()
+    for part in parts:
+        found += _part(part, text, used, MAX_LANES - len(found))
+        if len(parts) > 1 and found[-1].gpu is None:
+            raise DeviceError(f"unknown device {text!r}: {FORMS}")
+    if len({(lane.runtime, lane.precision) for lane in found}) > 1:
+        raise DeviceError(f"{text}: all GPU lanes run alike: name the same runtime and type for each of them, or none")
+    return tuple(found)
 
 
 def precision(lanes: Sequence[LaneSpec]) -> str:
@@ -60,46 +68,50 @@ def precision(lanes: Sequence[LaneSpec]) -> str:
     return lanes[0].precision
 
 
-def tensorrt_installed() -> bool:
-    """Whether a TensorRT package is there, which is asked without importing it."""
-    return any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
-
-
 def _auto() -> str:
-    if not available() and tensorrt_installed():
+    if not available() and RUNTIMES[default_runtime("cuda")].installed:
         from engines.cuda.driver import Driver
 
         return ",".join(f"cuda:{n}" for n in range(min(Driver().count, MAX_AUTO_LANES)))
     return f"cpu*{min(cores(), MAX_AUTO_LANES)}"
 
 
-def _cpu(text: str) -> tuple[LaneSpec, ...]:
-    count = cores()
-    match = re.fullmatch(r"cpu(?:@(\d+)|\*(\d+))?", text)
-    if not match:
-        raise DeviceError(f"unknown device {text!r}: {FORMS}")
-    threads, lanes = (int(group) if group else None for group in match.groups())
+def _part(part: str, text: str, used: Counter[str], room: int) -> list[LaneSpec]:
+    """The lanes of one device; `used` counts those that it has already."""
+    unknown = DeviceError(f"unknown device {part!r}: {FORMS}")
+    match = _PART.fullmatch(part)
+    kind = match["kind"] if match else ""
+    of_kind = {one.option: name for name, one in RUNTIMES.items() if one.device == kind}
+    if not match or not of_kind or (kind == "cuda") != (match["device"] != kind):
+        raise unknown
+    name, precision, threads = default_runtime(kind), None, None
+    options = match["options"].split("@")[1:]
+    for option in sorted(options, key=lambda one: one not in of_kind):  # the runtime first: it says what else there is
+        if option in of_kind:
+            name = of_kind[option]
+        elif option in RUNTIMES[name].precisions and precision is None:
+            precision = option
+        elif option.isdecimal() and RUNTIMES[name].threads and threads is None and match["lanes"] is None:
+            threads = int(option)
+        elif option in PRECISIONS and precision is None:
+            able = " or ".join(RUNTIMES[name].precisions)
+            raise DeviceError(f"{part}: {RUNTIMES[name].option} takes {able} on {kind} devices, not {option}")
+        else:
+            raise unknown
+    runtime, lanes = RUNTIMES[name], int(match["lanes"] or 1)
+    if runtime.threads:
+        _check_cores(text, threads, lanes)
+    elif not 0 < lanes <= room:
+        raise DeviceError(f"{text}: between 1 and {MAX_LANES} lanes in all")
+    share = threads or max(1, cores() // lanes) if runtime.threads else 0
+    device, first = match["device"], used[match["device"]]
+    used[device] += lanes
+    kinds = precision or runtime.precisions[0]
+    return [LaneSpec(device, first + n, share, name, kinds) for n in range(lanes)]
+
+
+def _check_cores(text: str, threads: int | None, lanes: int) -> None:
     if threads == 0 or lanes == 0:
         raise DeviceError(f"{text}: at least one lane with one thread is needed")
-    if (threads or 0) > count or (lanes or 0) > MAX_LANES:
-        raise DeviceError(f"{text}: this process may use {count} cores; lanes end at {MAX_LANES}")
-    if lanes is None:
-        return (LaneSpec("cpu", 0, threads or count),)
-    return tuple(LaneSpec("cpu", n, max(1, count // lanes)) for n in range(lanes))
-
-
-def _gpus(text: str) -> tuple[LaneSpec, ...]:
-    found: list[LaneSpec] = []
-    used: Counter[str] = Counter()
-    for part in text.split(","):
-        match = re.fullmatch(r"(cuda:\d{1,3})(?:@(onnxruntime|tensorrt))?(?:@(fp16|bf16|fp32))?(?:\*(\d+))?", part)
-        if not match:
-            raise DeviceError(f"unknown device {part!r}: {FORMS}")
-        device, runtime, kind, lanes = match[1], match[2] or "tensorrt", match[3] or "fp16", int(match[4] or 1)
-        if not 0 < lanes <= MAX_LANES - len(found):
-            raise DeviceError(f"{text}: between 1 and {MAX_LANES} lanes in all")
-        found += [LaneSpec(device, used[device] + n, 0, runtime, kind) for n in range(lanes)]
-        used[device] += lanes
-    if len({(lane.runtime, lane.precision) for lane in found}) > 1:
-        raise DeviceError(f"{text}: all GPU lanes run alike: name the same runtime and type for each of them, or none")
-    return tuple(found)
+    if (threads or 0) > cores() or lanes > MAX_LANES:
+        raise DeviceError(f"{text}: this process may use {cores()} cores; lanes end at {MAX_LANES}")

@@ -1,17 +1,18 @@
-"""Which file serves which lanes: ONNX Runtime on processor cores, TensorRT or ONNX Runtime on GPUs, imported late."""
+"""Compiles and opens models through the runtime that their lanes name; see `engines.runtimes`."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from engines.base import Array, Backend, Progress
-from engines.cuda.driver import available
-from engines.devices import LaneSpec, tensorrt_installed
+from engines.devices import LaneSpec
 from engines.errors import DeviceError
+from engines.runtimes import RUNTIMES, default_runtime
 from engines.store import Bundle, Plan, plan_key
 
 
@@ -47,31 +48,39 @@ class Engines(Protocol):
         """Stops the lanes."""
 
 
-def _runtime(lanes: Sequence[LaneSpec]) -> str:
-    return "cpu" if lanes[0].gpu is None else lanes[0].runtime
+class RuntimeModule(Protocol):
+    """What the module of a runtime has."""
+
+    def trouble(self) -> str | None:
+        """Why nothing can run on this machine, or None; asked before any file is read."""
+
+    def wanted(self, bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
+        """Per network, the fields of the plans that this machine would use; nothing where there are no plans."""
+
+    def build_missing(
+        self, bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
+    ) -> dict[str, Plan | None]:
+        """Compiles what is missing or damaged: the new plans by name, None for those that were there."""
+
+    def Engines(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:  # noqa: N802 - a class
+        """Opens a model; BundleError when it is not compiled for these lanes, DeviceError when they are not there."""
+
+
+def module(runtime: str) -> RuntimeModule:
+    """The module of a runtime by its key in `RUNTIMES`."""
+    return cast(RuntimeModule, importlib.import_module(RUNTIMES[runtime].module))
 
 
 def check(lanes: Sequence[LaneSpec]) -> None:
-    """DeviceError where lanes need a GPU and nothing here can drive one: the first thing to say, before any file."""
-    reason = available() if lanes[0].gpu is not None else None
+    """DeviceError where nothing here can drive the lanes: the first thing to say, before any file."""
+    reason = module(lanes[0].runtime).trouble()
     if reason:
         raise DeviceError(f"there is no {lanes[0].device}: {reason}; use --devices auto or cpu")
 
 
 def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
     """Opens a model on lanes; BundleError when it is not compiled for them, DeviceError when they are not there."""
-    runtime = _runtime(lanes)
-    if runtime == "cpu":
-        from engines import ort
-
-        return ort.Engines(bundle, lanes)
-    if runtime == "tensorrt":
-        from engines.tensorrt.run import Engines as TensorrtEngines
-
-        return TensorrtEngines(bundle, lanes)
-    from engines.cuda.onnxruntime import Engines as ProviderEngines
-
-    return ProviderEngines(bundle, lanes)
+    return module(lanes[0].runtime).Engines(bundle, lanes)
 
 
 def build_missing(
@@ -79,32 +88,21 @@ def build_missing(
 ) -> dict[str, Plan | None]:
     """Compiles what is missing or damaged for these lanes: the new plans by name, None for those that were there."""
     check(lanes)
-    runtime = _runtime(lanes)
-    if runtime == "cpu":
-        from engines import ort
-
-        return ort.build_missing(bundle, progress)
-    if runtime == "tensorrt":
-        from engines.tensorrt import build
-
-        return build.build_missing(bundle, lanes, progress)
-    return {}  # ONNX Runtime compiles for a GPU when it opens a model
+    return module(lanes[0].runtime).build_missing(bundle, lanes, progress)
 
 
 def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
     """Per network, the fields of the plans that this machine would use of a bundle.
 
-    Of a bundle in float32, which is for processor cores first, those for GPUs count only where they were built.
+    A bundle is first of all for runtimes whose default precision it has. For others, and for runtimes that have to be
+    asked for by name, only what was built counts.
     """
-    from engines import nvidia, ort
-    from engines.tensorrt.plan import plan_fields
-
-    networks, cores = bundle.manifest.networks, bundle.manifest.precision == "fp32"
-    kinds = list(dict.fromkeys(nvidia.visible_gpus())) if tensorrt_installed() else []
-    found = {network: [plan_fields(bundle, network, gpu) for gpu in kinds] for network in networks}
-    if cores:
-        plans = bundle.plans()
-        for network, several in found.items():
-            built = [fields for fields in several if plan_key(fields) in plans]
-            found[network] = [ort.plan_fields(bundle, network), *built]
+    kind, plans = bundle.manifest.precision, bundle.plans()
+    able = [name for name, runtime in RUNTIMES.items() if kind in runtime.precisions and runtime.installed]
+    usual = [name for name in able if name == default_runtime(RUNTIMES[name].device)]
+    first = [name for name in usual if RUNTIMES[name].precisions[0] == kind] or usual
+    found: dict[str, list[dict[str, str]]] = {network: [] for network in bundle.manifest.networks}
+    for name in (*first, *(name for name in able if name not in first)):
+        for network, several in module(name).wanted(bundle, name).items():
+            found[network] += [fields for fields in several if name in first or plan_key(fields) in plans]
     return found

@@ -8,7 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Rows
+from engines.base import Array, Call, Progress, Rows
+from engines.devices import LaneSpec
+from engines.manifest import DENOISER, Axes, Network, axes_of
+from engines.store import Bundle, Plan
 
 
 class Costs(Protocol):
@@ -146,3 +149,52 @@ class NullBackend:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+class NullRunner:
+    """A network that runs once per image and gives zeros."""
+
+    def __init__(self, spec: Network, least: Axes) -> None:
+        self._spec, self._least = spec, least
+
+    def run(self, **inputs: np.ndarray) -> dict[str, Array]:
+        """See load.Runner."""
+        axes = {**self._least, **axes_of(self._spec.inputs, {name: value.shape for name, value in inputs.items()})}
+        return {one.name: np.zeros(one.resolve(axes), np.float32) for one in self._spec.outputs}
+
+
+class Engines:
+    """A model of which nothing is computed: what is left of an image's time is the host's."""
+
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
+        manifest = bundle.manifest
+        least = manifest.latent_axes(manifest.sizes.width, manifest.sizes.height, 1)
+        self.runners = {
+            name: NullRunner(network, least) for name, network in manifest.networks.items() if name != DENOISER
+        }
+        self._lanes, self.plan_folder = len(lanes), bundle.folder
+        self.backend = NullBackend(self._lanes)
+
+    def sibling(self, home: int) -> NullBackend:
+        """See load.Engines."""
+        return NullBackend(self._lanes)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def trouble() -> str | None:
+    """See load.RuntimeModule."""
+    return None
+
+
+def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
+    """See load.RuntimeModule: nothing is compiled."""
+    return {}
+
+
+def build_missing(
+    bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
+) -> dict[str, Plan | None]:
+    """See load.RuntimeModule."""
+    return {}

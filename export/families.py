@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.errors import ExportError
-from export import networks
-from export.networks import FLUX_TOKENS, SD3_TOKENS, Exported, vae_factor
+from export.networks import Exported, denoisers, text_encoders, vae
+from export.networks.text_encoders import FLUX_TOKENS, SD3_TOKENS
+from export.networks.vae import vae_factor
 
 Guidance = Literal["classifier_free", "embedded", "none"]
 
@@ -126,12 +127,16 @@ def _packed_refused(pipeline: Any) -> str | None:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 FLUX_SIDE = 128  # latents; a Flux folder does not say
-_VAE = {"vae_decoder": (("vae",), networks.decoder), "vae_encoder": (("vae",), networks.encoder)}
+_VAE = {"vae_decoder": (("vae",), vae.decoder), "vae_encoder": (("vae",), vae.encoder)}
 _TEXT = Text("tokenizer", "input_ids")
 _TEXT_2 = Text("tokenizer_2", "input_ids_2")
 
 STABLE_DIFFUSION = Family(
-    networks={"text_encoder": (("text_encoder",), networks.clip_text), "denoiser": (("unet",), networks.unet), **_VAE},
+    networks={
+        "text_encoder": (("text_encoder",), text_encoders.clip_text),
+        "denoiser": (("unet",), denoisers.unet),
+        **_VAE,
+    },
     texts=(_TEXT,),
     sides=_unet_sides,
     guidance=_guidance_of_unet,
@@ -140,8 +145,8 @@ STABLE_DIFFUSION = Family(
 )
 STABLE_DIFFUSION_XL = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2"), networks.clip_pair_text),
-        "denoiser": (("unet",), networks.pooled_unet),
+        "text_encoder": (("text_encoder", "text_encoder_2"), text_encoders.clip_pair_text),
+        "denoiser": (("unet",), denoisers.pooled_unet),
         **_VAE,
     },
     texts=(_TEXT, _TEXT_2),
@@ -153,8 +158,8 @@ STABLE_DIFFUSION_XL = Family(
 )
 STABLE_DIFFUSION_3 = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2", "text_encoder_3"), networks.clip_pair_t5_text),
-        "denoiser": (("transformer",), networks.joint_transformer),
+        "text_encoder": (("text_encoder", "text_encoder_2", "text_encoder_3"), text_encoders.clip_pair_t5_text),
+        "denoiser": (("transformer",), denoisers.joint_transformer),
         **_VAE,
     },
     texts=(_TEXT, _TEXT_2, Text("tokenizer_3", "input_ids_3", lambda tokenizer: SD3_TOKENS)),
@@ -167,8 +172,8 @@ STABLE_DIFFUSION_3 = Family(
 )
 FLUX = Family(
     networks={
-        "text_encoder": (("text_encoder", "text_encoder_2"), networks.pooled_t5_text),
-        "denoiser": (("transformer",), networks.packed_transformer),
+        "text_encoder": (("text_encoder", "text_encoder_2"), text_encoders.pooled_t5_text),
+        "denoiser": (("transformer",), denoisers.packed_transformer),
         "vae_decoder": _VAE["vae_decoder"],
     },
     texts=(_TEXT, Text("tokenizer_2", "input_ids_2", lambda tokenizer: FLUX_TOKENS)),
@@ -181,8 +186,8 @@ FLUX = Family(
 )
 LATENT_CONSISTENCY = Family(
     networks={
-        "text_encoder": (("text_encoder",), networks.clip_text),
-        "denoiser": (("unet",), networks.unet),
+        "text_encoder": (("text_encoder",), text_encoders.clip_text),
+        "denoiser": (("unet",), denoisers.unet),
         "vae_decoder": _VAE["vae_decoder"],
     },
     texts=(_TEXT,),

@@ -13,42 +13,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from engines.errors import EngineError, ParameterError
+from engines.command import exit_code
+from engines.errors import ParameterError
+from engines.files import written_whole
 from engines.store import BUILD
-from runtime.pipeline import MODES, Pipeline
-from runtime.provenance import result_file
-from runtime.sampling.drafts import DRAFTS
-from runtime.sampling.schedulers import SCHEDULERS
+from runtime.call import Call, Callbacks, add_options
+from runtime.input_image import to_srgb
+from runtime.pipeline import Pipeline
+from runtime.provenance import engine_version, result_file
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line; `Pipeline.generate` has the checks."""
+    """The command line; `Call` checks the values."""
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
-    parser.add_argument("prompt")
+    add_options(parser)
+    parser.add_argument("--version", action="version", version=f"driffusion-engine {engine_version()}")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
-    parser.add_argument("--mode", default="auto", help=", ".join(MODES))
-    parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--first-blocks", type=int, nargs="+", default=(), help="drafts in the first blocks, if not k")
-    parser.add_argument("--drafts", default="auto", help=", ".join(("auto", *DRAFTS)))
-    parser.add_argument("--tolerance", type=float, default=0.0, help="of auto, adaptive and srds; 0 is exact")
-    parser.add_argument("--blocks", type=int, help="of srds; default: near the root of the number of steps")
-    parser.add_argument("--iterations", type=int, help="of srds, at most; default: until it is exact")
-    parser.add_argument("--plain", action="store_false", dest="pipelined", help="srds without pipelining")
-    parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 adds no noise, 1 is ddpm")
-    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="default: the model's own")
-    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
-    parser.add_argument("--negative-prompt")
-    parser.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
-    parser.add_argument("--image", type=Path, help="an image to start from")
-    parser.add_argument("--strength", type=float, help="of --image, 0 to 1: the share of the steps that is made")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scheduler", help=f"{', '.join(SCHEDULERS)}; default: the model's own")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--num-images-per-prompt", type=int, default=1)
-    parser.add_argument("--lanes", type=int, help="how many of the lanes work, all by default; k stays the same")
-    parser.add_argument("--latents", type=Path, help=".npy with the initial noise, unit variance")
     parser.add_argument("--save-latents", type=Path, help=".npy for the finished latents")
     parser.add_argument("--out", type=Path, default=Path("image.png"))
     parser.add_argument(
@@ -79,7 +60,7 @@ def load_image(path: Path | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_srgb(image)
     except (OSError, ValueError) as error:
         raise ParameterError("image", f"{path} cannot be read as an image: {error}") from error
 
@@ -101,25 +82,27 @@ def run(options: dict[str, Any]) -> None:
         raise ParameterError("save_latents", f"{save_latents}: the name of the latents must end in .npy")
     model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")
     quiet = options.pop("quiet")
-    options["latents"] = load_latents(options["latents"])
-    options["image"] = load_image(options["image"])
+    latents, image = load_latents(options.pop("latents")), load_image(options.pop("image"))
+    call = Call(**options, latents=latents, image=image, timeline=report is not None)
     pipeline = Pipeline.load(model, devices, build)
-    total = options["num_inference_steps"] or pipeline.manifest.defaults.num_inference_steps
-    with tqdm(total=total, unit="step", disable=quiet, mininterval=0.05, delay=0.1) as bar:
+    with tqdm(unit="step", disable=quiet, mininterval=0.05, delay=0.1) as bar:
 
         def progress(finished: int, steps: int) -> None:
             bar.total = steps
             bar.update(finished - bar.n)
 
-        result = pipeline.generate(**options, progress=progress, timeline=report is not None)
+        result = pipeline.run(call, Callbacks(progress=progress))
     pipeline.close()
     for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
-        image.save(path)
+        with written_whole(path) as partial:
+            image.save(partial)
         print(path)
     if save_latents:
-        np.save(save_latents, result.latents)
+        with written_whole(save_latents) as partial:
+            np.save(partial, result.latents)
     if report:
-        report.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
+        with written_whole(report) as partial:
+            partial.write_text(json.dumps(result_file([result.report.to_dict()]), indent=1) + "\n")
     done = result.report
     print(
         f"{done.mode}, k={done.k}: {done.steps} steps in {done.rounds} rounds on {done.lanes} lanes, "
@@ -134,18 +117,7 @@ def main() -> int:
 
         return write_program(sys.argv[2:])
     options = vars(arguments().parse_args())
-    try:
-        run(options)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ latents each candidate ends up.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engines.files import written_whole
 from engines.null import CallCosts, NullBackend
 from runtime.sampling.drafts import resolve
 from runtime.sampling.execute import Counts, execute
@@ -78,9 +78,8 @@ class Calibration(_Strict):
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     def for_setting(self, setting: Setting) -> list[Drift]:
         """What was measured for a setting."""

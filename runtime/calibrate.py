@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from engines.base import Array, Branch
-from engines.errors import EngineError, ParameterError
+from engines.command import exit_code
+from engines.errors import ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
 from runtime.pipeline import Pipeline
@@ -123,16 +124,10 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = vars(parser.parse_args())
-    try:
-        done = calibrate(**options)
-    except (EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the model works, but mode auto does not know what was not measured", file=sys.stderr)
-        return 130
-    print(f"{options['model']}: {done}")
-    return 0
+    return exit_code(
+        lambda: print(f"{options['model']}: {calibrate(**options)}"),
+        "stopped; the model works, but mode auto does not know what was not measured",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the denoising loop starts: from noise, or from an image with the noise that belongs to a later step."""
+"""The state before the first step: noise, or an image with the noise of the step at which it is entered."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from engines.base import Array
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import Runner
 from engines.manifest import Manifest
+from runtime.call import OPTIONS
+from runtime.input_image import to_srgb
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedule import Schedule
 
@@ -30,7 +32,7 @@ def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """The images to start from, none for noise, and the share of the steps that is made."""
 
     images: tuple[Image.Image, ...]
@@ -38,7 +40,9 @@ class Start:
     round_up: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None) -> Start:
+    def of(
+        cls, manifest: Manifest, image: Image.Image | Sequence[Image.Image] | None, strength: float | None
+    ) -> InitialState:
         """Checks what was given; ParameterError where the model was exported without the network for it."""
         if image is None:
             if strength is not None:
@@ -49,10 +53,8 @@ class Start:
         images = tuple(image) if isinstance(image, list | tuple) else (image,)
         if not images or not all(isinstance(one, Image.Image) for one in images):
             raise ParameterError("image", "image must be a PIL image, or a list of them")
-        strength = manifest.defaults.strength if strength is None else strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-            raise ParameterError("strength", f"strength must be a number from 0 to 1, not {strength!r}")
-        return cls(images, float(strength), manifest.strength_up)
+        strength = manifest.defaults.strength if strength is None else OPTIONS["strength"].check(strength)
+        return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
         """(width, height) of the images to make; ParameterError lists what the engine can do."""
@@ -61,6 +63,11 @@ class Start:
         if self.images:
             wide, high = (side // sizes.multiple * sizes.multiple for side in self.images[0].size)
             own = wide, high  # rounded down, as diffusers does
+            taken = [side for side, given in zip(own, (width, height), strict=True) if given is None]
+            if not all(sizes.allows(side) for side in taken):
+                high_by_wide = "×".join(map(str, self.images[0].size))
+                message = f"image is {high_by_wide} pixels: each side may be {sizes}; resize it, or name another size"
+                raise ParameterError("image", message)
         found = own[0] if width is None else width, own[1] if height is None else height
         for name, side in zip(("width", "height"), found, strict=True):
             if isinstance(side, bool) or not isinstance(side, int) or not sizes.allows(side):
@@ -81,9 +88,7 @@ class Start:
             )
         return first
 
-    def state(
-        self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None
-    ) -> Array:
+    def draw(self, schedule: Schedule, noise: Array, seed: int, size: tuple[int, int], encoder: Runner | None) -> Array:
         """The state before the first step, as the schedule has it: α·x_0 + σ·noise for an image's latents x_0."""
         if not self.images:
             return noise * np.float32(schedule.init_noise_sigma)
@@ -104,8 +109,6 @@ class Start:
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Array:
     """(3, height, width) in [−1, 1], resized as diffusers does."""
-    fitted = image.convert("RGB")
-    if fitted.size != size:
-        fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+    fitted = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
     pixels: Array = np.asarray(fitted, np.float32).transpose(2, 0, 1) / np.float32(255) * 2 - 1
     return pixels

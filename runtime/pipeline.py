@@ -1,46 +1,43 @@
-"""`Pipeline`: a prompt in, images out. The stages in order: text, start, denoising loop, VAE decoder."""
+"""`Pipeline`: a prompt in, images out. The stages of `run` in order: check, encode, denoise, decode, report."""
 
 from __future__ import annotations
 
-import logging
+import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.base import Array, Backend, Branch
-from engines.devices import parse_devices, precision
-from engines.errors import DeviceError, EngineError, NonFiniteError, ParameterError
+from engines.base import Array, Backend
+from engines.devices import LaneSpec, parse_devices, precision
+from engines.errors import NonFiniteError
 from engines.load import check as check_lanes
-from engines.load import load
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, played_seconds
-from runtime.conditioning import Conditioner, Conditioning, Texts
-from runtime.initial_state import Start, initial_noise
-from runtime.lanes import Lanes
+from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
+from runtime.conditioning import Conditioner, Conditioning
+from runtime.initial_state import InitialState, initial_noise
+from runtime.lanes import Lanes, Seat
+from runtime.machine import Machine
 from runtime.report import Report, quantiles
-from runtime.sampling.drafts import DRAFTS, resolve
-from runtime.sampling.execute import denoise
+from runtime.sampling.drafts import resolve
+from runtime.sampling.execute import Counts, denoise
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.samplers import SAMPLERS, check
+from runtime.sampling.samplers import check
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import make_schedule, substituted
 from runtime.sampling.timeline import Timeline
 from runtime.tokenizer import PromptTokenizer
 
-log = logging.getLogger(__name__)
-
-MODES = ("auto", *SAMPLERS)
-MAX_SEED = 2**64 - 1
-Made = TypeVar("Made")
-StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], object]
+P = ParamSpec("P")
+NO_CALLBACKS = Callbacks()
 
 
 @dataclass(frozen=True)
@@ -52,42 +49,126 @@ class Result:
     report: Report
 
 
-class Pipeline:
-    """A loaded model on a set of lanes. Safe to call from several threads, which share the lanes (`runtime.lanes`).
+@dataclass(frozen=True)
+class Task:
+    """A checked call and what follows from it for a model: sizes in (width, height), the schedule, the sampler.
 
-    A lane that stops working is left out from then on, and named in `lost`; its image is made again on the others.
-    `revive` tries it again.
+    sampler_guidance: what guidance means to a sampler, a second pass; 1 where the model takes the scale as an input.
+    choice: what mode auto chose. warnings: for the report; later stages add to it.
     """
 
+    call: CheckedCall
+    initial: InitialState
+    size: tuple[int, int]
+    schedule: Schedule
+    mode: str
+    options: Options
+    sampler_guidance: float
+    choice: Choice | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the denoising loop starts from: the state before its first step, and the conditioning of both branches."""
+
+    state: Array
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """The finished latents and how they were made; `began` is when the lanes were there, by `time.perf_counter`."""
+
+    latents: Array
+    counts: Counts
+    seat: Seat
+    began: float
+    critical_seconds: float | None
+    timeline: Timeline | None
+
+
+def _with_arguments(
+    arguments: Callable[P, object],
+) -> Callable[[Callable[..., Result]], Callable[Concatenate[Pipeline, P], Result]]:
+    """Gives a method the keywords of a class, for type checkers, `help`, and completion in editors and notebooks."""
+
+    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Pipeline, P], Result]:
+        own, taken = inspect.signature(method), inspect.signature(arguments)
+        parameters = [own.parameters["self"], *taken.parameters.values()]
+        vars(method)["__signature__"] = own.replace(parameters=parameters)
+        return method
+
+    return decorate
+
+
+class Pipeline:
+    """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
+
     def __init__(self, bundle: Bundle, devices: str) -> None:
-        self._wanted_devices = self.devices = parse_devices(devices)
-        self.lost: tuple[str, ...] = ()
-        self._bundle = bundle
+        lanes = parse_devices(devices)
         self.manifest = bundle.manifest
+        self.machine = Machine(bundle, lanes)
         self._tokenizer = PromptTokenizer(bundle)
-        self._open()
-        self.lanes = Lanes(len(self.devices), self._desk)
-        self._default_k = len(self.devices)  # also when some are lost: an image depends on what was asked alone
-        self._repairing = threading.Lock()
-        self._round_inputs: tuple[Array, Conditioning] | None = None  # of the last image, for `probe`
+        self._default_k = len(lanes)  # also when some are lost: an image depends on what was asked alone
+        self._measured: tuple[str, Callable[[int], float]] | None = None
         self._here = threading.local()
 
     @classmethod
-    def load(cls, model: str, devices: str = "auto", build: Path = BUILD) -> Pipeline:
+    def load(cls, model: str, devices: str = "auto", build: Path | str = BUILD) -> Pipeline:
         """Loads an exported and compiled model by name or by bundle folder.
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         lanes = parse_devices(devices)
         check_lanes(lanes)
-        return cls(Bundle.open(model, build, precision(lanes)), devices)
+        return cls(Bundle.open(model, Path(build), precision(lanes)), devices)
 
-    def _open(self) -> None:
-        """Loads the networks on the lanes that there are."""
-        self._engines = load(self._bundle, self.devices)
-        self._conditioner = Conditioner(self.manifest, self._tokenizer, self._engines.runners["text_encoder"])
-        self._prober: Backend | None = None
-        self._call_seconds = self._measured()
+    def __repr__(self) -> str:
+        state = "closed" if self.machine.closed else f"on {', '.join(map(str, self.devices))}"
+        return f"<Pipeline {self.manifest.model} ({self.manifest.family}) {state}>"
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- the machine, for those who have a pipeline ---------------------------------------------------------------
+
+    @property
+    def devices(self) -> tuple[LaneSpec, ...]:
+        """The lanes that there are."""
+        return self.machine.devices
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Lanes that stopped working."""
+        return self.machine.lost
+
+    @property
+    def lanes(self) -> Lanes:
+        """Who has which lanes."""
+        return self.machine.lanes
+
+    @property
+    def backend(self) -> Backend:
+        """The lanes, for benchmarks."""
+        return self.machine.engines.backend
+
+    def probe(self) -> bool:
+        """See Machine.probe."""
+        return self.machine.probe()
+
+    def revive(self) -> bool:
+        """See Machine.revive."""
+        return self.machine.revive()
+
+    def close(self) -> None:
+        """Stops the lanes, after the images that are being made, and frees their memory. A second time does nothing."""
+        self.machine.close()
+
+    # --- what mode auto knows -------------------------------------------------------------------------------------
 
     @property
     def calibration_key(self) -> str:
@@ -95,9 +176,28 @@ class Pipeline:
         return ",".join(f"{lane}@{lane.threads}" for lane in self.devices)
 
     @property
-    def backend(self) -> Backend:
-        """The lanes, for benchmarks."""
-        return self._engines.backend
+    def calibration_path(self) -> Path:
+        """Where what mode `auto` knows is stored: beside the plan of the noise predictor that it was measured with."""
+        return self.machine.plan_folder / "calibration.json"
+
+    def setting(
+        self, scheduler: str | None, num_inference_steps: int, guidance_scale: float, eta: float = 0.0
+    ) -> Setting:
+        """What drifts are measured for."""
+        sizes = self.manifest.sizes
+        name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
+        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
+
+    @property
+    def _call_seconds(self) -> Callable[[int], float]:
+        """Seconds of a call by its number of branches; in proportion to them where nothing was measured."""
+        key = self.calibration_key
+        if self._measured is None or self._measured[0] != key:
+            known = Calibration.read(self.calibration_path).calls.get(key)
+            self._measured = key, call_seconds(known or {1: 1.0})
+        return self._measured[1]
+
+    # --- images ---------------------------------------------------------------------------------------------------
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -108,342 +208,147 @@ class Pipeline:
         factor = self.manifest.vae_scale_factor
         return self.manifest.latent_channels, size[1] // factor, size[0] // factor
 
-    @property
-    def calibration_path(self) -> Path:
-        """Where what mode `auto` knows is stored: beside the plan of the noise predictor that it was measured with."""
-        return self._engines.plan_folder / "calibration.json"
-
-    def setting(
-        self, scheduler: str | None, num_inference_steps: int, guidance_scale: float, eta: float = 0.0
-    ) -> Setting:
-        """What drifts are measured for."""
-        sizes = self.manifest.sizes
-        name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
-        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
-
-    def close(self) -> None:
-        """Stops the lanes, after the images that are being made."""
-        with self.lanes.alone(wait=True):
-            self._engines.close()
-
-    def generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | None = None,
-        mode: str = "auto",
-        k: int | None = None,
-        drafts: str = "auto",
-        tolerance: float = 0.0,
-        blocks: int | None = None,
-        iterations: int | None = None,
-        first_blocks: Sequence[int] = (),
-        pipelined: bool = True,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        scheduler: str | None = None,
-        eta: float = 0.0,
-        width: int | None = None,
-        height: int | None = None,
-        num_images_per_prompt: int = 1,
-        lanes: int | None = None,
-        latents: Array | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        strength: float | None = None,
-        prompt_embeds: Array | None = None,
-        negative_prompt_embeds: Array | None = None,
-        pooled_prompt_embeds: Array | None = None,
-        negative_pooled_prompt_embeds: Array | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        timeline: bool = False,
-        before_round: Callable[[], None] = lambda: None,
-    ) -> Result:
+    @_with_arguments(Arguments)
+    def generate(self, *prompt: Any, **options: Any) -> Result:
         """Makes images. Arguments that diffusers also has mean what they mean there, and default to what they do in
-        the model's own pipeline.
+        the model's own pipeline. `runtime.call` says what each of them is; `run` is the same for a `Call`.
 
-        mode: a key of `samplers.SAMPLERS`, or `auto`: the fastest of them whose measured drift is within `tolerance`.
-        k, first_blocks, drafts, tolerance, blocks, iterations, pipelined: `samplers.Options`; k is by default the
-        number of lanes that were loaded, however many of them are free.
-        seed: 0 … 2⁶⁴−1; image i of a call draws its noise from (seed, i, step).
-        width, height: `manifest.sizes` says which; with `image`, by default those of the image.
-        lanes: how many of the lanes work on this call, all by default. It changes neither k nor what `auto` chooses, so
-        that the image is the same to rounding.
-        latents: initial noise of unit variance, (images, channels, height/f, width/f). prompt_embeds: (prompts, tokens,
-        width), in place of `prompt`, with pooled_prompt_embeds where the model has them. Latents come back as the model
-        sees them, so that of the Euler schedulers those before the last step are diffusers' divided by √(1 + σ²).
-        image: starts from an image, or one per prompt, instead of from noise; the last `strength` of the steps are
-        made, on the image with the noise that belongs there.
-        callback_on_step_end(pipeline, step, timestep, {"latents": …}) is called whenever further steps are finished,
-        after each block in the parallel modes; it may look, and raise to cancel, but not change the latents. `srds`
-        shows its latest guess at the finished latents. With a tolerance, `adaptive` and `srds` make images one by one,
-        so that none depends on its neighbours, and the steps begin anew with each.
-
-        progress(finished, steps) is called at the same times with numbers of steps, costs nothing, and may raise to
-        cancel; while it runs, `preview` shows the image so far. before_round() is called before every round and while
-        the image waits for lanes, and may raise to cancel.
-
-        timeline: whether the report says what each lane did when.
+        Latents come back as the model sees them, so that of the Euler schedulers those before the last step are
+        diffusers' divided by √(1 + σ²).
 
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
-        _check_choice("mode", mode, MODES)
-        _check_choice("drafts", drafts, ("auto", *DRAFTS))
-        given = {
-            "k": k,
-            "blocks": blocks,
-            "iterations": iterations,
-            "first_blocks": first_blocks or None,
-            "drafts": None if drafts == "auto" else drafts,
-        }
-        for name, value in given.items():
-            if mode == "auto" and value is not None:
-                raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
-        manifest = self.manifest
-        defaults = manifest.defaults
-        trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
-        num_inference_steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        _check_whole("num_inference_steps", num_inference_steps, 1, trained)
-        _check_whole("num_images_per_prompt", num_images_per_prompt, 1, 64)
-        seed = _check_whole("seed", seed, 0, MAX_SEED)
-        k = self._default_k if k is None else _check_whole("k", k, 1, 1000)
-        lanes = len(self.devices) if lanes is None else _check_whole("lanes", lanes, 1, len(self.devices))
-        for name, number, low in (
-            ("guidance_scale", guidance_scale, -np.inf), ("tolerance", tolerance, 0.0), ("eta", eta, 0.0),
-        ):  # fmt: skip
-            if (
-                isinstance(number, bool)
-                or not isinstance(number, int | float)
-                or not np.isfinite(number)
-                or number < low
-            ):
-                least = " of at least 0" if low == 0 else ""
-                raise ParameterError(name, f"{name} must be a finite number{least}, not {number!r}")
-        for name, count in (("blocks", blocks), ("iterations", iterations)):
-            if count is not None:
-                _check_whole(name, count, 1, num_inference_steps)
-        texts = Texts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds,
-            negative_pooled_prompt_embeds, clip_skip,
+        return self.run(*read_arguments(*prompt, **options))
+
+    def run(self, call: Call, callbacks: Callbacks = NO_CALLBACKS) -> Result:
+        """Makes the images of a call: check, encode, denoise, decode, report. Errors as of `generate`."""
+        task = self.check(call)
+        started = time.perf_counter()
+        encoded = self._encode(task)
+        ready = time.perf_counter()
+        denoised = self._denoise(task, encoded, callbacks)
+        finished = time.perf_counter()
+        images = self.machine.beside_lanes(lambda: self._decode(denoised.latents), task.warnings)
+        ended = time.perf_counter()
+        seconds = {
+            "text": ready - started, "wait": denoised.began - ready, "denoise": finished - denoised.began,
+            "decode": ended - finished, "total": ended - started,
+        }  # fmt: skip
+        return Result(images, denoised.latents, self._report(task, denoised, seconds))
+
+    def check(self, call: Call) -> Task:
+        """What a call means for this model; ParameterError names the first argument that it cannot use."""
+        manifest, checked = self.manifest, call.checked(self.manifest, len(self.devices), self._default_k)
+        initial = InitialState.of(manifest, checked.image, checked.strength)
+        size = initial.size(manifest, checked.width, checked.height)
+        steps = checked.num_inference_steps
+        first = initial.first_step(steps)
+        schedule = make_schedule(manifest, checked.scheduler, steps, size, eta=checked.eta, first=first)
+        guided = manifest.guidance == "classifier_free"
+        mode, choice, options = checked.mode, None, Options(
+            checked.k, resolve(checked.drafts), checked.tolerance, checked.blocks, checked.pipelined,
+            checked.iterations, tuple(checked.first_blocks),
         )  # fmt: skip
-        start = Start.of(manifest, image, strength)
-        size = start.size(manifest, width, height)
-        first = start.first_step(num_inference_steps)
-        schedule = make_schedule(manifest, scheduler, num_inference_steps, size, eta=eta, first=first)
-        # a second pass is what guidance means to a sampler: a model that is told the scale, or knows none, needs none
-        passes = float(guidance_scale) if manifest.guidance == "classifier_free" else 1.0
-        options = Options(k, resolve(drafts), float(tolerance), blocks, pipelined, iterations, tuple(first_blocks))
-        choice: Choice | None = None
-        warnings = [substitute] if (substitute := substituted(manifest, scheduler)) else []
+        warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
         if mode == "auto":
-            setting = Setting(
-                scheduler=schedule.name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale
-            )
-            known, count = Calibration.read(self.calibration_path), num_images_per_prompt * texts.count
-            guided = manifest.guidance == "classifier_free"
-            choice, said = choose(
-                known, self.calibration_key, len(self.devices), schedule, setting, tolerance, count, guided=guided
-            )
-            warnings += said
+            scale = checked.guidance_scale
+            setting = Setting(scheduler=schedule.name, eta=checked.eta, steps=steps, guidance_scale=scale)
+            choice, notes = choose(
+                Calibration.read(self.calibration_path), self.calibration_key, len(self.devices), schedule, setting,
+                checked.tolerance, checked.images, guided=guided,
+            )  # fmt: skip
+            warnings += notes
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
-        started = time.perf_counter()
-        images = texts.count * num_images_per_prompt
+        sampler_guidance = checked.guidance_scale if guided else 1.0
+        return Task(checked, initial, size, schedule, mode, options, sampler_guidance, choice, warnings)
 
-        def encode() -> tuple[Conditioning, Sequence[str], Array]:
-            conditioning, cut = self._conditioner(texts, float(guidance_scale), size, num_images_per_prompt)
-            noise = initial_noise(seed, images, self._latent_shape(size), latents)
-            return conditioning, cut, start.state(schedule, noise, seed, size, self._engines.runners.get("vae_encoder"))
+    def _encode(self, task: Task) -> Encoded:
+        """Texts to conditioning; noise, or an image with noise, to the state before the first step."""
+        call = task.call
 
-        conditioning, cut, state = self._beside_lanes(encode, warnings)
-        encoded = time.perf_counter()
-        notify = self._notifier(callback_on_step_end, progress, schedule)
+        def run() -> tuple[Encoded, list[str]]:
+            runners = self.machine.runners
+            conditioner = Conditioner(self.manifest, self._tokenizer, runners["text_encoder"])
+            conditioning, cut = conditioner(call, task.size)
+            noise = initial_noise(call.seed, call.images, self._latent_shape(task.size), call.latents)
+            state = task.initial.draw(task.schedule, noise, call.seed, task.size, runners.get("vae_encoder"))
+            return Encoded(state, conditioning), cut
+
+        encoded, cut = self.machine.beside_lanes(run, task.warnings)
+        task.warnings.extend(cut)
+        return encoded
+
+    def _denoise(self, task: Task, encoded: Encoded, callbacks: Callbacks) -> Denoised:
+        """The denoising loop, on lanes that other calls may want, too."""
+        notify = self._notifier(callbacks, task.schedule)
 
         @cache
-        def seconds(number: int) -> float:
-            return played_seconds(mode, options, schedule, number, passes, self._call_seconds, images)
+        def seconds(lanes: int) -> float:
+            return played_seconds(
+                task.mode, task.options, task.schedule, lanes, task.sampler_guidance, self._call_seconds,
+                task.call.images,
+            )  # fmt: skip
 
-        again = False
-        while True:
-            try:
-                with self.lanes.seat(seconds, before_round, first=again, most=lanes) as seat:
-                    seated = time.perf_counter()
-                    self._here.seat, before = seat, seat.critical_path_seconds
-                    recorded = Timeline(seat, lambda: seat.dealt) if timeline else None
-                    finished, counts = denoise(
-                        seat, state, conditioning, schedule, mode, options, passes, seed, notify, timeline=recorded
-                    )
-                    after = seat.critical_path_seconds
-                break
-            except DeviceError as error:
-                again = True
-                warnings.append(self._without_dead_lanes(error, seat, seat.generation))
-        self._round_inputs = state[:1], [{name: value[:1] for name, value in branch.items()} for branch in conditioning]
-        critical = None if before is None or after is None else after - before
-        denoised = time.perf_counter()
-        decoded = self._beside_lanes(lambda: self._decode(finished), warnings)
-        ended = time.perf_counter()
-        working = self.devices[:lanes]
-        report = Report(
-            model=self.manifest.model, mode=mode, scheduler=schedule.name, steps=schedule.steps, k=options.k,
-            first_blocks=options.first_blocks,
-            lanes=len(working), devices=",".join(map(str, working)), guidance_scale=float(guidance_scale),
-            guidance_split=passes > 1 and len(working) > 1, drafts=options.drafts, seed=seed,
-            images=len(decoded), width=size[0], height=size[1],
-            rounds=counts.rounds, evaluations=counts.evaluations, calls=seat.calls,
-            lanes_per_round=round(seat.lane_rounds / seat.rounds, 3),
-            seconds={
-                "text": encoded - started, "wait": seated - encoded, "denoise": denoised - seated,
-                "decode": ended - denoised, "total": ended - started,
-            },
-            critical_seconds=critical,
-            overhead_us_per_round=None if critical is None else (denoised - seated - critical) / counts.rounds * 1e6,
-            accepted=quantiles(counts.accepted),
-            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in seat.staged),
-            auto=choice.model_dump(mode="json") if choice else None,
-            timeline=tuple(recorded.spans) if recorded else None,
-            warnings=(*warnings, *cut),
-        )  # fmt: skip
-        return Result(decoded, finished, report)
+        def on_lanes(seat: Seat) -> Denoised:
+            began, self._here.seat, before = time.perf_counter(), seat, seat.critical_path_seconds
+            timeline = Timeline(seat, lambda: seat.dealt) if task.call.timeline else None
+            latents, counts = denoise(
+                seat, encoded.state, encoded.conditioning, task.schedule, task.mode, task.options,
+                task.sampler_guidance, task.call.seed, notify, timeline=timeline,
+            )  # fmt: skip
+            after = seat.critical_path_seconds
+            critical = None if before is None or after is None else after - before
+            return Denoised(latents, counts, seat, began, critical, timeline)
 
-    def probe(self) -> bool:
-        """One evaluation on every lane, to see whether they work; False, at once, while images are made on them.
+        return self.machine.on_lanes(on_lanes, seconds, callbacks.before_round, task.call.lanes, task.warnings)
 
-        DeviceError or NonFiniteError of a lane that does not; a lane that stopped working is left out from then on.
-        """
-        if self._round_inputs is None:
-            self.generate("", num_inference_steps=1)
-        assert self._round_inputs is not None
-        with self.lanes.alone(wait=False) as free:
-            if not free:
-                return False
-            noise, conditioning = self._round_inputs
-            generation, error = self.lanes.generation, None
-            backend = self._prober = self._prober or self._engines.sibling(0)
-            backend.bind(noise.shape, [1.0], conditioning)
-            backend.write(STATE, noise)
-            outputs = [f"output {lane}" for lane in range(backend.lanes)]
-            try:
-                calls = [(Branch(STATE, 0, output, len(conditioning) - 1),) for output in outputs]
-                backend.predict(calls)
-                self.lanes.count_round(backend, calls)
-                if not all(np.isfinite(backend.read(output)).all() for output in outputs):
-                    raise NonFiniteError("a lane answered with NaN or infinity")
-                backend.settle()
-            except DeviceError as caught:
-                error = caught
-        if error is not None:
-            self._without_dead_lanes(error, backend, generation)
-            raise error
-        return True
+    def _notifier(self, callbacks: Callbacks, schedule: Schedule) -> Callable[[int], None]:
+        def notify(finished: int) -> None:
+            if callbacks.progress is not None:
+                callbacks.progress(finished, schedule.steps)
+            if callbacks.callback_on_step_end is None:
+                return
+            latents = self._here.seat.read(STATE)
+            timestep = schedule.timesteps[finished - 1]
+            callbacks.callback_on_step_end(self, finished - 1, timestep, {"latents": latents})
 
-    def revive(self) -> bool:
-        """Opens the model again on the lost lanes, too, after the images that are being made; whether all lanes work.
-
-        EngineError when not even those that worked can be opened.
-        """
-        with self._repairing, self.lanes.alone(wait=True):
-            if not self.lost:
-                return True
-            left = self.devices
-            self._engines.close()
-            try:
-                self.devices = self._wanted_devices
-                self._open()
-                self.lost = ()
-            except EngineError as error:
-                log.warning("%s did not come back: %s", ", ".join(self.lost), error)
-                self.devices = left
-                self._open()
-            self.lanes.replace(len(self.devices), self._desk)
-        try:
-            self.probe()
-        except EngineError as error:
-            log.warning("lanes that came back do not work: %s", error)
-        return not self.lost
-
-    def _beside_lanes(self, run: Callable[[], Made], warnings: list[str]) -> Made:
-        """Runs networks that belong to no lane; once more on what is left when their device has stopped working."""
-        generation = self.lanes.generation
-        try:
-            with self.lanes.visit():
-                return run()
-        except DeviceError as error:
-            warnings.append(self._without_dead_lanes(error, self._engines.backend, generation))
-        with self.lanes.visit():
-            return run()
-
-    def _desk(self, desk: int) -> Backend:
-        return self._engines.sibling(desk) if desk else self._engines.backend
-
-    def _measured(self) -> Callable[[int], float]:
-        """Seconds of a call by its number of branches; in proportion to them where nothing was measured."""
-        known = Calibration.read(self.calibration_path).calls.get(self.calibration_key)
-        return call_seconds(known or {1: 1.0})
-
-    def _without_dead_lanes(self, error: DeviceError, used: Backend, generation: int) -> str:
-        """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one.
-
-        Images that other threads are making on the others are waited for; those that fail, too, come here next.
-        """
-        with self._repairing:
-            if generation != self.lanes.generation:
-                return f"lanes stopped working ({error}): the image was made again on the others"
-            dead = used.dead()
-            left = tuple(lane for number, lane in enumerate(self.devices) if number not in dead)
-            if not dead or not left:
-                raise error
-            names = [str(self.devices[number]) for number in dead]
-            message = f"{', '.join(names)} stopped working ({error}): the image was made again on the other lanes"
-            log.error("%s", message)
-            with self.lanes.alone(wait=True):
-                self._engines.close()
-                self.devices, self.lost = left, (*self.lost, *names)
-                self._open()
-                self.lanes.replace(len(left), self._desk)
-            return message
+        return notify
 
     def preview(self) -> list[Image.Image]:
         """The image so far, for `progress`: the noisy latents as the VAE decoder sees them."""
         return self._decode(self._here.seat.read(STATE))
 
-    def _notifier(
-        self, callback: StepCallback | None, progress: Callable[[int, int], None] | None, schedule: Schedule
-    ) -> Callable[[int], None]:
-        def notify(finished: int) -> None:
-            if progress is not None:
-                progress(finished, schedule.steps)
-            if callback is None:
-                return
-            latents = self._here.seat.read(STATE)
-            callback(self, finished - 1, schedule.timesteps[finished - 1], {"latents": latents})
-
-        return notify
-
     def _decode(self, latents: Array) -> list[Image.Image]:
+        """Latents to images by the VAE decoder."""
         if not np.isfinite(latents).all():
             raise NonFiniteError("the denoised latents hold NaN or infinity: no image can be made of them")
-        pixels = self._engines.runners["vae_decoder"].run(latent_sample=latents)["sample"]
+        pixels = self.machine.runners["vae_decoder"].run(latent_sample=latents)["sample"]
         if not np.isfinite(pixels).all():
             raise NonFiniteError("the VAE decoder gave NaN or infinity: no image can be made of it")
         return [Image.fromarray(image) for image in to_uint8(pixels)]
+
+    def _report(self, task: Task, denoised: Denoised, seconds: dict[str, float]) -> Report:
+        """What the stages did, in the caller's terms."""
+        call, counts, seat, critical = task.call, denoised.counts, denoised.seat, denoised.critical_seconds
+        working = self.devices[: call.lanes]
+        beside = None if critical is None else (seconds["denoise"] - critical) / counts.rounds * 1e6
+        return Report(
+            model=self.manifest.model, mode=task.mode, scheduler=task.schedule.name, steps=task.schedule.steps,
+            k=task.options.k, first_blocks=task.options.first_blocks, drafts=task.options.drafts, seed=call.seed,
+            lanes=len(working), devices=",".join(map(str, working)), guidance_scale=call.guidance_scale,
+            guidance_split=len(working) > 1 and task.sampler_guidance > 1,
+            images=call.images, width=task.size[0], height=task.size[1],
+            rounds=counts.rounds, evaluations=counts.evaluations, calls=seat.calls,
+            lanes_per_round=round(seat.lane_rounds / seat.rounds, 3), seconds=seconds, critical_seconds=critical,
+            overhead_us_per_round=beside, accepted=quantiles(counts.accepted),
+            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in seat.staged),
+            auto=task.choice.model_dump(mode="json") if task.choice else None,
+            timeline=tuple(denoised.timeline.spans) if denoised.timeline else None, warnings=tuple(task.warnings),
+        )  # fmt: skip
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
     """(n, 3, h, w) in [−1, 1] to (n, h, w, 3) in 0 … 255, rounded as diffusers rounds."""
     scaled = (pixels / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
     return (scaled * 255).round().astype(np.uint8)
-
-
-def _check_choice(param: str, value: object, choices: Mapping[str, object] | Sequence[str]) -> None:
-    if value not in choices:
-        raise ParameterError(param, f"unknown {param} {value!r}: use one of {', '.join(choices)}")
-
-
-def _check_whole(param: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ParameterError(param, f"{param} must be a whole number from {low} to {high}, not {value!r}")
-    return int(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tomllib
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.devices import cores
+from engines.runtimes import RUNTIMES
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+_PACKAGES = ("numpy", "torch", "diffusers")
 
 
 def result_file(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -55,12 +57,20 @@ def _gpus() -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in dict.fromkeys((*(one.package for one in RUNTIMES.values() if one.package), *_PACKAGES)):
         try:
-            found[package] = version(package)
+            found[package] = version(package.replace("_", "-"))
         except PackageNotFoundError:
             continue
     return found
+
+
+def engine_version() -> str:
+    """This project's version: the checkout's own, which an older installation may not know; else the installed one."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text())["project"]["version"])
+    return version("driffusion-engine")
 
 
 def load_average() -> float:

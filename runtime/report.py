@@ -23,7 +23,7 @@ class Report:
     the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
     because direct copies between them failed their test. `timeline`, for who asks, is what each lane did when; on GPUs
-    its spans have no times.
+    its spans have no times. `request_id` is that of the server, where the call came by one.
     """
 
     model: str
@@ -53,6 +53,7 @@ class Report:
     staged: tuple[str, ...] = ()
     timeline: tuple[Span, ...] | None = None
     warnings: tuple[str, ...] = field(default=())
+    request_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

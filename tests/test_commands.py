@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from engines.manifest import MANIFEST
 from engines.store import PARTIAL, Bundle, plan_key
 from runtime import __main__ as runtime_command
 from runtime.sampling.noise import gaussian
+from tests import ROOT
 from tests.copies import NETWORK, NETWORKS, contents, cut_in_half, small_copy
 
 PROMPT = "a large red star at the left on blue background"
@@ -72,7 +77,34 @@ def initial_noise(shapes: Bundle, seed: int, images: int = 1) -> np.ndarray:
     return np.stack([gaussian(seed, image, 0, (manifest.latent_channels, *side)) for image in range(images)])
 
 
+# the checkout
+
+
+def test_the_hooks_are_valid_and_need_no_network(tmp_path: Path) -> None:
+    config = ROOT / ".pre-commit-config.yaml"
+    assert python(ROOT, "pre_commit", "validate-config", str(config)).returncode == 0
+    assert re.findall(r"repo: (\S+)", config.read_text()) == ["local"]
+    entries = [shlex.split(entry) for entry in re.findall(r"entry: (.+)", config.read_text())]
+    assert len(entries) == 4 and all(words[0].startswith(".venv/bin/") for words in entries)
+    untidy = tmp_path / "untidy.py"
+    untidy.write_text("import os\nx = [1,2]\n")
+    check, tidy = ([sys.executable, "-m", "ruff", *words[1:], str(untidy)] for words in entries[:2])
+    assert subprocess.run(check, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    subprocess.run(tidy, cwd=tmp_path, capture_output=True, check=True)
+    assert untidy.read_text() == "x = [1, 2]\n", "an unused import goes, and the rest is formatted"
+
+
 # runtime
+
+
+def test_the_version_is_that_of_the_project(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["runtime", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runtime_command.main()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"{project['name']} {project['version']}\n"
 
 
 def test_a_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
@@ -154,7 +186,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "drafts of few long steps": (["--mode", "aggressive", "--scheduler", "lcm", "--steps", "4"], ["lcm", "too long"]),
     "flow matching": (["--scheduler", "flow_euler"], ["flow_euler", "trained by flow matching"]),
-    "large eta": (["--eta", "1.5"], ["eta", "between 0 and 1", "1.5"]),
+    "large eta": (["--eta", "1.5"], ["eta", "from 0 to 1", "1.5"]),
     "eta of another scheduler": (["--eta", "0.5", "--scheduler", "euler"], ["eta belongs to ddim"]),
     "k of auto": (["--mode", "auto", "--k", "2"], ["auto chooses k"]),
     "no drafts": (["--mode", "aggressive", "--k", "0"], ["k must be", "1 to 1000", "0"]),
@@ -164,7 +196,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "another height": (["--height", "16"], ["height=16", SIZES]),
     "guidance nan": (["--guidance", "nan"], ["guidance_scale", "finite", "nan"]),
     "guidance inf": (["--guidance", "inf"], ["guidance_scale", "finite", "inf"]),
-    "negative seed": (["--seed", "-1"], ["seed", "from 0", "-1"]),
+    "negative seed": (["--seed", "-2"], ["seed", "from -1", "-2"]),
     "large seed": (["--seed", str(2**64)], ["seed", str(2**64 - 1)]),
     "no images": (["--num-images-per-prompt", "0"], ["num_images_per_prompt", "1 to 64"]),
     "image's folder": (["--out", "nowhere/image.png"], ["nowhere/image.png", "create it first"]),
@@ -368,3 +400,31 @@ def test_an_engines_command_in_a_process_ends_with_exit_code_1(bundle: Bundle, c
     done = python(checkout, "engines", "verify", "nothing", "--build", str(bundle.folder.parent))
     assert (done.returncode, done.stdout) == (1, "")
     only_error(done.stderr, ["'nothing'", "exported: shapes"])
+
+
+def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    words: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "runtime",
+        b"a \xff star",
+        "--quiet",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert run.returncode == 1 and not list(tmp_path.iterdir())
+    assert run.stderr == "error: prompt is no valid Unicode: it holds '\\udcff' at character 2: send UTF-8\n"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; an image of this size takes more than 1 kB."""
+    code = (
+        "import resource, runpy, sys\n"
+        "sys.argv = ['runtime', 'a star', '--steps', '1', '--quiet', '--out', sys.argv[1]]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); runpy.run_module('runtime', run_name='__main__')"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "a.png cannot be written: File too large" in run.stderr
+    assert not list(tmp_path.iterdir())

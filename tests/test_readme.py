@@ -1,8 +1,10 @@
-"""What the README says is run as it stands, and its numbers are those of the committed result files."""
+"""What the READMEs say: commands are run, numbers come from committed results, links lead somewhere."""
 
 from __future__ import annotations
 
+import inspect
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,31 +12,119 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 from bench import moves
-from bench.report import README, RESULTS, load, rebuilt
+from bench.page.document import anchor
+from bench.page.options import TABLES as OPTION_TABLES
+from bench.page.tables import RESULTS, block, load, readmes, rebuilt
+from engines.errors import ParameterError
 from engines.store import Bundle
-from runtime.serve.__main__ import arguments
-from runtime.serve.openai.schema import UNSUPPORTED, EditRequest
+from runtime.__main__ import arguments as runtime_arguments
+from runtime.call import OPTIONS
+from runtime.serve.__main__ import arguments as serve_arguments
+from runtime.serve.health import RETRIES
+from runtime.serve.openai import schema
+from tests import ROOT
 
-ROOT = README.parent
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README.read_text(), re.DOTALL)
+READMES = readmes()
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in READMES}
+BLOCKS: list[tuple[str, str]] = [
+    (name, text)
+    for name, readme in {**TEXTS, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}.items()
+    for text in re.findall(r"```(?:bash|python|c|cpp)\n(.*?)```", readme, re.DOTALL)
+]
+# which block a test below runs, by words that only it has
+RUN = (
+    "make engines\n",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "from openai",
+    '-m runtime "a large red star',
+    'pipe.generate("a small green ring',
+    'mode="conservative",\n    k=4',
+    "runtime.sampling.function",
+    "engines verify shapes",
+    "runtime.serve --model shapes --devices",
+)
+# why a block is not run; its `make` lines are resolved with --dry-run and its options are parsed
+EXPLAINED = {
+    "make engines MODEL=owner/name": "needs the hub; tests/export/test_loading.py exports folders, LoRA and sizes",
+    "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
+    "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
+    "make test\n": "is what runs this",
+    "pre-commit install": "changes the checkout; tests/test_commands.py runs the hooks",
+}
 
 
-def block(containing: str) -> str:
-    """The one code block of the README with this text."""
-    (found,) = [text for _, text in BLOCKS if containing in text]
-    return str(found)
+def find(containing: str) -> str:
+    """The one code block of all READMEs with this text."""
+    found = [text for _, text in BLOCKS if containing in text]
+    assert len(found) == 1, f"{len(found)} blocks with {containing!r}"
+    return found[0]
 
 
 def here(command: str, port: int = 8000) -> str:
-    """A README command as run from another folder and on a free port; the interpreter is the one of this test."""
+    """A README's command for another folder and a free port; the interpreter is the one of this test."""
     return command.replace(".venv/bin/python", sys.executable).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+
+
+def lines(text: str) -> list[str]:
+    """The commands of a block: continued lines joined, comments cut off."""
+    return [line.split("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def prose(text: str) -> str:
+    """A README without what is made for it and without code."""
+    text = re.sub(r"<!-- (bench|options):.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    return re.sub(r"`[^`]*`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_every_code_block_is_run_or_explained() -> None:
+    for name, text in BLOCKS:
+        known = [words for words in (*RUN, *EXPLAINED) if words in text]
+        assert len(known) == 1, f"{name}: {known} for\n{text}"
+    for words in (*RUN, *EXPLAINED):
+        find(words)
+
+
+def test_every_make_line_resolves() -> None:
+    commands = [line for _, text in BLOCKS for line in lines(text) if line.startswith("make ")]
+    assert len(commands) > 5
+    for command in commands:
+        run = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, f"{command}: {run.stderr}"
+
+
+def test_every_command_line_is_understood() -> None:
+    parsers = {"runtime": runtime_arguments, "runtime.serve": serve_arguments}
+    parsed = 0
+    for _, text in BLOCKS:
+        for line in lines(text):
+            words = shlex.split(line)
+            if words[:2] == [".venv/bin/python", "-m"] and words[2] in parsers:
+                parsers[words[2]]().parse_args(words[3:])
+                parsed += 1
+    assert parsed >= 4
+
+
+def test_every_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for text in TEXTS.values() for target in re.findall(r"`make ([a-z-]+)", text)}
+    assert named and named <= targets, named - targets
+
+
+def test_ci_runs_the_command_that_the_readme_says() -> None:
+    assert "make test-all" in TEXTS["README.md"] and "make test-all" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +133,7 @@ def server(shapes: Bundle) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = block("make engines\n").splitlines()[1]
+    command = find("make engines\n").splitlines()[1]
     process = subprocess.Popen([*here(command).split(), "--port", str(port)], cwd=ROOT)
     try:
         for _ in range(600):
@@ -64,32 +154,29 @@ def is_image(path: Path) -> bool:
         return image.size == (64, 64)
 
 
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs code with the packages of this tree from another folder, where it may leave files."""
+    paths = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    return subprocess.run([sys.executable, "-c", paths + code], cwd=folder, capture_output=True, text=True, check=False)
+
+
 def test_make_engines_has_nothing_left_to_do(shapes: Bundle) -> None:
-    command = block("make engines\n").splitlines()[0]
+    command = find("make engines\n").splitlines()[0]
     run = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, check=True)
     assert "up to date" in run.stdout and "exported to" not in run.stdout
 
 
 def test_the_curl_commands_make_images(server: int, tmp_path: Path) -> None:
     for path, image in (("generations", "star.png"), ("edits", "edited.png")):
-        command = here(block(f"/v1/images/{path}"), server)
+        command = here(find(f"/v1/images/{path}"), server)
         run = subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
         assert is_image(tmp_path / image) and not run.stdout
 
 
-def test_the_readme_has_every_option_and_field_of_the_server() -> None:
-    text = README.read_text().partition("## The server")[2].partition("\n## ")[0]
-    options = {option for action in arguments()._actions for option in action.option_strings if len(option) > 2}
-    fields = {*EditRequest.model_fields, *UNSUPPORTED}
-    missing = [name for name in (options - {"--help"}) | fields if not re.search(rf"`{name}\b", text)]
-    assert not missing
-
-
-def test_the_openai_example_streams(server: int) -> None:
-    code = here(block("from openai"), server)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_the_openai_example_streams(server: int, tmp_path: Path) -> None:
+    run = python(here(find("from openai"), server), tmp_path)
     kinds = [line.split()[0] for line in run.stdout.splitlines()]
-    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"], run.stderr
 
 
 def test_the_page_is_served(server: int) -> None:
@@ -97,35 +184,62 @@ def test_the_page_is_served(server: int) -> None:
     assert "<html" in page and "caption" in page.lower()
 
 
-def test_the_command_line_makes_a_image(shapes: Bundle, tmp_path: Path) -> None:
-    command = here(block('-m runtime "a large red star')).replace("star.png", str(tmp_path / "star.png"))
+def test_the_command_line_makes_an_image(shapes: Bundle, tmp_path: Path) -> None:
+    command = here(find('-m runtime "a large red star')).replace("star.png", str(tmp_path / "star.png"))
     subprocess.run(command, shell=True, cwd=ROOT, check=True)
     assert is_image(tmp_path / "star.png")
 
 
-def test_the_python_example_makes_a_image(shapes: Bundle, tmp_path: Path) -> None:
-    code = block("Pipeline.load").replace("ring.png", str(tmp_path / "ring.png"))
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert is_image(tmp_path / "ring.png")
+@pytest.mark.parametrize(
+    ("words", "image"),
+    [('pipe.generate("a small green ring', "ring.png"), ('mode="conservative",\n    k=4', "cross.png")],
+)
+def test_the_python_examples_make_images(words: str, image: str, shapes: Bundle, tmp_path: Path) -> None:
+    run = python(find(words), tmp_path)
+    assert run.returncode == 0 and run.stdout, run.stderr
+    assert is_image(tmp_path / image)
 
 
 def test_the_library_example_runs() -> None:
-    run = subprocess.run([sys.executable, "-c", block("runtime.sample")], cwd=ROOT, capture_output=True, text=True)
+    run = python(find("runtime.sampling.function"), ROOT)
     assert run.returncode == 0 and run.stdout.strip().endswith("8 rounds, 20 evaluations"), run.stderr
 
 
-def test_the_gate_runs_the_readmes_test_command() -> None:
-    assert "make test-all" in README.read_text() and "make test-all" in (ROOT / ".ci" / "run").read_text()
+def test_the_engines_commands_run(shapes: Bundle) -> None:
+    for line in lines(find("engines verify shapes")):
+        run = subprocess.run(here(line), shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0 and run.stdout and not run.stderr
 
 
-def test_every_target_of_the_readme_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", README.read_text()))
-    assert named and named <= targets, named - targets
+# --- tables and numbers ----------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_those_of_the_result_files() -> None:
-    assert rebuilt(README.read_text()) == README.read_text(), "run `python -m bench report`"
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_are_those_of_results_and_options(name: str) -> None:
+    assert rebuilt(TEXTS[name]) == TEXTS[name], "run `python -m bench report`"
+
+
+def test_tables_stand_where_they_belong() -> None:
+    made = re.compile(r"<!-- ((?:bench|options):[a-z0-9-]+) -->")
+    found = {kind: name for name, text in TEXTS.items() for kind in made.findall(text)}
+    assert {kind: name for kind, name in found.items() if name == "README.md"} == {
+        "bench:summary": "README.md",
+        "bench:gpus": "README.md",
+    }
+    assert {f"options:{name}" for name in OPTION_TABLES} <= found.keys()
+    assert all(
+        f"bench:{path.stem}" in found for path in RESULTS.glob("*.json") if path.stem in {"run", "quality", "serve"}
+    )
+    with pytest.raises(ParameterError, match="no table is called"):
+        block("nonsense")
+
+
+def test_the_summary_has_five_rows_from_one_machine() -> None:
+    table = block("summary").splitlines()[3:-1]
+    assert len(table) == 5
+    seconds = [row["seconds"]["p50"] for row in load("run")["rows"] if "seconds" in row]
+    for line in table:
+        assert any(f"{value:.3f}" == line.split(" | ")[2] for value in seconds)
 
 
 @pytest.mark.parametrize("name", ["run", "scenario", "simulate", "quality", "drafts", "kernel", "serve"])
@@ -135,16 +249,85 @@ def test_result_files_carry_their_circumstances(name: str) -> None:
     assert result["rows"]
 
 
-def test_what_the_readme_says_of_moves_is_what_they_cost() -> None:
-    gains: dict[str, float] = {}
-    for row in moves.measure():
-        gains[row["link"]] = max(gains.get(row["link"], 0.0), row["gain"])
-    said = re.search(r"gains at most ([\d.]+) % of a\s+round over NVLink and ([\d.]+) % over PCIe", README.read_text())
-    assert said, "the README says what moving latents otherwise would gain"
-    for words, link in zip(said.groups(), ("NVLink", "PCIe 4"), strict=True):
-        assert float(words) == pytest.approx(100 * gains[link], abs=0.01)
+def moves_gain(link: str, said: float) -> bool:
+    gain = max(row["gain"] for row in moves.measure() if row["link"] == link)
+    return said == pytest.approx(100 * gain, abs=0.01)
 
 
-def test_the_images_of_the_readme_exist() -> None:
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
-        assert (ROOT / path).is_file() and (ROOT / path).is_relative_to(RESULTS)
+def test_drafts_end_about_twice_as_close() -> None:
+    assert "about twice as close" in " ".join(TEXTS["runtime/README.md"].split())
+    rows = load("drafts")["rows"]
+    gains = []
+    for row in rows:
+        if row["drafts"] == "corrected":
+            same = {key: row[key] for key in ("steps", "guidance_scale", "mode", "k")}
+            (frozen,) = [r for r in rows if r["drafts"] == "frozen" and all(r[key] == same[key] for key in same)]
+            gains.append(frozen["drift"]["median"] / row["drift"]["median"])
+    assert 1.6 < np.median(gains) < 2.6
+
+
+# every quantity in prose, outside of tables and code: what makes it true
+QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
+    ("bench/README.md", "95 %"): lambda: "(0.025, 0.975)" in (ROOT / "bench" / "statistics.py").read_text(),
+    ("bench/README.md", "99 dB"): lambda: load("quality")["rows"][0]["psnr"]["median"] == 99,
+    ("bench/README.md", "50 ms"): lambda: all(
+        row["evaluation"] >= 0.05 for row in load("simulate")["rows"] if row.get("name") == "SD 1.5 on V100"
+    ),
+    ("bench/README.md", "99 %"): lambda: "CONFIDENCE = 0.99" in (ROOT / "bench" / "formats.py").read_text(),
+    ("engines/README.md", "10 ms"): lambda: inspect.signature(moves.measure).parameters["call_seconds"].default == 0.01,
+    ("engines/README.md", "0.1 %"): lambda: moves_gain("NVLink", 0.1),
+    ("engines/README.md", "0.35 %"): lambda: moves_gain("PCIe 4", 0.35),
+    ("runtime/serve/README.md", "2, 10 and 60 seconds"): lambda: RETRIES == (2.0, 10.0, 60.0),
+}
+QUANTITY = re.compile(
+    r"(?:\d[\d.]*, \d+ and )?\d[\d.,]*\s(?:%|dB|ms|µs|GB|MB|MiB|times|seconds)(?!\w)|\d[\d.,]*×(?!\d)"
+)
+
+
+def test_quantities_in_prose_are_true() -> None:
+    found = {(name, said) for name, text in TEXTS.items() for said in QUANTITY.findall(prose(text))}
+    assert found == QUANTITIES.keys()
+    wrong = [key for key, true in QUANTITIES.items() if not true()]
+    assert not wrong
+
+
+# --- structure -------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+
+
+def test_every_field_and_option_of_the_server_is_documented() -> None:
+    text = TEXTS["runtime/serve/README.md"]
+    bodies = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
+    fields = {field for body in bodies for field in body.model_fields} | set(schema.UNSUPPORTED)
+    options = {option for action in serve_arguments()._actions for option in action.option_strings if len(option) > 2}
+    missing = [name for name in (options - {"--help"}) | fields if not re.search(rf"`{name}\b", text)]
+    assert not missing
+    assert all(f"| `{name}` |" in TEXTS["runtime/README.md"] for name in OPTIONS)
+
+
+def anchors(text: str) -> set[str]:
+    return {anchor(head) for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
+def test_links_and_images_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, name_there = target.partition("#")
+        if not target.startswith("http"):
+            found = (ROOT / name).parent / path if path else ROOT / name
+            assert found.exists(), f"{name}: {target}"
+            assert not name_there or name_there in anchors(found.read_text()), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
+def test_named_files_exist(name: str) -> None:
+    """Paths in backticks, from the root or from the README's own folder."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    folder = (ROOT / name).parent
+    for path in re.findall(r"`([\w./-]+(?:\.(?:py|cu|md|yaml|toml|cc|h)|/))`", text):
+        found = (ROOT / path).exists() or (folder / path).exists() or path.startswith("build/")
+        assert found, f"{name}: {path}"

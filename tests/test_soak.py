@@ -23,10 +23,8 @@ import pytest
 
 from engines.store import BUILD, Bundle
 from runtime.pipeline import Pipeline
-from tests.client import GENERATE, PROMPT, ask, connect
+from tests.client import GENERATE, PROMPT, ask, connect, decoded, events, launched, process, wait_for
 from tests.copies import contents
-from tests.runtime.serve.openai.test_app import launched, process, wait_for
-from tests.runtime.serve.test_service import decoded, events
 
 MODES = ("sequential", "conservative", "aggressive", "srds", "adaptive")
 SEEDS, STEPS = 12, 8

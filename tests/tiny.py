@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from export.__main__ import EMBEDDED
+from export.spec import EMBEDDED
 
 WORDS = (
     "a",

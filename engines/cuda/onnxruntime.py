@@ -12,16 +12,34 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from engines.base import Array
+from engines.base import Array, Progress
+from engines.cuda import driver as cuda
 from engines.cuda.backend import CudaBackend, Enqueue, Tensor
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import CACHE
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.manifest import DENOISER
-from engines.store import Bundle
+from engines.store import Bundle, Plan
 
 PROVIDER = "CUDAExecutionProvider"
+
+
+def trouble() -> str | None:
+    """See load.RuntimeModule."""
+    return cuda.available()
+
+
+def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
+    """See load.RuntimeModule: ONNX Runtime compiles for a GPU when it opens a model."""
+    return {}
+
+
+def build_missing(
+    bundle: Bundle, lanes: Sequence[LaneSpec], progress: Progress | None = None
+) -> dict[str, Plan | None]:
+    """See load.RuntimeModule: nothing to build."""
+    return {}
 
 
 def open_session(model: str, name: str, device: int, stream: Any = None) -> onnxruntime.InferenceSession:
@@ -102,8 +120,6 @@ class Engines:
     """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
-        if bundle.manifest.precision == "bf16":
-            raise DeviceError("ONNX Runtime lanes take fp16 or fp32: leave @bf16 out, or use TensorRT")
         driver = driver or Driver()
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}

@@ -27,14 +27,14 @@ HOST_BYTES = 1 << 29
 
 
 def build(
-    bundle: Bundle, network: str, gpu: Gpu, progress: Progress | None = None, timing: Path | None = None
+    bundle: Bundle, network: str, gpu: Gpu, runtime: str, progress: Progress | None = None, timing: Path | None = None
 ) -> bytes:
     """A plan of a network, whose types it keeps, for one kind of GPU and all batches and sizes of the bundle.
 
     With tensorrt_rtx no GPU is needed. `timing` keeps measured kernel times between builds. DeviceError when the
     network cannot be built, or when this machine has too little memory for it.
     """
-    trt, spec = package(), bundle.manifest.networks[network]
+    trt, spec = package(runtime), bundle.manifest.networks[network]
     size = sum(file.bytes for file in spec.files)
     require(
         int(size * HOST_BYTES_PER_ONNX_BYTE + HOST_BYTES),
@@ -138,24 +138,24 @@ def build_missing(
 ) -> dict[str, Plan | None]:
     """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
     found: dict[str, Plan | None] = {}
-    there = visible_gpus()
+    there, runtime = visible_gpus(), lanes[0].runtime
     with locked(bundle.folder):
         for gpu in gpus_of(lanes):
-            if not hasattr(package(), "ComputeCapability"):  # it builds for the GPU that is current
+            if not hasattr(package(runtime), "ComputeCapability"):  # it builds for the GPU that is current
                 driver = Driver()
                 driver("cuCtxSetCurrent", driver.device(there.index(gpu)).context)
             for network in bundle.manifest.networks:
-                fields = plan_fields(bundle, network, gpu)
-                name = f"{network} for {gpu}"
-                found[name] = None if bundle.has_intact_plan(fields) else _build_plan(bundle, network, gpu, progress)
+                there_already = bundle.has_intact_plan(plan_fields(bundle, network, gpu, runtime))
+                built = None if there_already else _build_plan(bundle, network, gpu, runtime, progress)
+                found[f"{network} for {gpu}"] = built
     return found
 
 
-def _build_plan(bundle: Bundle, network: str, gpu: Gpu, progress: Progress | None) -> Plan:
+def _build_plan(bundle: Bundle, network: str, gpu: Gpu, runtime: str, progress: Progress | None) -> Plan:
     start = time.perf_counter()
-    fields = plan_fields(bundle, network, gpu)
+    fields = plan_fields(bundle, network, gpu, runtime)
     timing = CACHE / "timing" / f"{plan_key({name: fields[name] for name in ('runtime', 'gpu', 'driver')})}.cache"
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.folder.parent) as scratch:
         target = Path(scratch) / f"{network}.plan"
-        target.write_bytes(build(bundle, network, gpu, progress, timing))
+        target.write_bytes(build(bundle, network, gpu, runtime, progress, timing))
         return bundle.add_plan(network, fields, [target], time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from engines.errors import DeviceError
@@ -12,19 +13,15 @@ BATCHES = (1, 4, 16)  # smallest, the one that kernels are chosen for, largest; 
 PIXEL_BATCHES = (1, 1, 1)  # of a VAE, whose memory grows with pixels: 16 images of 2048 × 2048 would take 69 GB
 
 
-def package() -> Any:
-    """`tensorrt`, or `tensorrt_rtx` where that is what is installed."""
+def package(runtime: str) -> Any:
+    """`tensorrt` or `tensorrt_rtx`, imported."""
     try:
-        import tensorrt as trt
+        return importlib.import_module(runtime)
     except ImportError:
-        try:
-            import tensorrt_rtx as trt
-        except ImportError:
-            raise DeviceError(
-                "TensorRT is missing: pip install --editable '.[trt]' on data-centre cards, '.[rtx]' on RTX cards, "
-                "or use --devices cuda:0@onnxruntime"
-            ) from None
-    return trt
+        raise DeviceError(
+            "TensorRT is missing: pip install --editable '.[trt]' on data-centre cards, '.[rtx]' on RTX cards, "
+            "or use --devices cuda:0@onnxruntime"
+        ) from None
 
 
 def runtime_name(trt: Any) -> str:
@@ -32,14 +29,14 @@ def runtime_name(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def plan_fields(bundle: Bundle, network: str, gpu: Gpu) -> dict[str, str]:
+def plan_fields(bundle: Bundle, network: str, gpu: Gpu, runtime: str) -> dict[str, str]:
     """Everything that the compiled form of a network depends on."""
     sizes = bundle.manifest.sizes
     return {
         "network": network,
         "onnx_sha256": bundle.manifest.networks[network].sha256,
         "precision": bundle.manifest.precision,
-        "runtime": runtime_name(package()),
+        "runtime": runtime_name(package(runtime)),
         "gpu": gpu.name,
         "capability": f"{gpu.capability[0]}.{gpu.capability[1]}",
         "driver": gpu.driver,

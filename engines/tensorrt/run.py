@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import Array
+from engines.cuda import driver as cuda
 from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow, pinned, widen
 from engines.cuda.backend import Network as LaneNetwork
 from engines.cuda.driver import Device, Driver, release
@@ -20,18 +21,30 @@ from engines.errors import DeviceError
 from engines.manifest import DENOISER, axes_of
 from engines.nvidia import gpus_of, visible_gpus
 from engines.store import Bundle, plan_key
-from engines.tensorrt.build import make_logger
+from engines.tensorrt.build import build_missing, make_logger
 from engines.tensorrt.plan import BATCHES, batches, package, plan_fields
 
+__all__ = ["Engines", "build_missing", "trouble", "wanted"]
 log = logging.getLogger(__name__)
+
+
+def trouble() -> str | None:
+    """See load.RuntimeModule."""
+    return cuda.available()
+
+
+def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
+    """See load.RuntimeModule: one plan per kind of GPU."""
+    kinds, networks = list(dict.fromkeys(visible_gpus())), bundle.manifest.networks
+    return {network: [plan_fields(bundle, network, gpu, runtime) for gpu in kinds] for network in networks}
 
 
 class Engine:
     """A plan on one device. Its weights are there once, however many lanes use it."""
 
-    def __init__(self, driver: Driver, device: Device, plan: bytes, name: str) -> None:
+    def __init__(self, driver: Driver, device: Device, plan: bytes, name: str, trt: Any) -> None:
         self.driver, self.device, self.name = driver, device, name
-        self._trt = package()
+        self._trt = trt
         self._messages: list[str] = []
         self._lock = threading.Lock()
         driver("cuCtxSetCurrent", device.context)
@@ -236,7 +249,7 @@ class Engines:
     """A loaded model on GPUs: what runs once per image on the first lane's device, and the lanes."""
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
-        driver = driver or Driver()
+        driver, runtime = driver or Driver(), lanes[0].runtime
         gpus_of(lanes)
         there = visible_gpus()
         fields = {lane.gpu: there[lane.gpu] for lane in lanes if lane.gpu is not None}
@@ -244,15 +257,15 @@ class Engines:
         home = next(iter(devices))
 
         def engine(network: str, ordinal: int) -> Engine:
-            content = bundle.plan_content(bundle.plan(network, plan_fields(bundle, network, fields[ordinal])))
-            return Engine(driver, devices[ordinal], content, network)
+            content = bundle.plan_content(bundle.plan(network, plan_fields(bundle, network, fields[ordinal], runtime)))
+            return Engine(driver, devices[ordinal], content, network, package(runtime))
 
         once = [network for network in bundle.manifest.networks if network != DENOISER]
         self.runners = {network: EngineSession(engine(network, home), bundle, network) for network in once}
         denoisers = {ordinal: engine(DENOISER, ordinal) for ordinal in devices}
         output = bundle.manifest.networks[DENOISER].outputs[0]
         self._networks = [EngineNetwork(denoisers[lane.gpu], output.name) for lane in lanes if lane.gpu is not None]
-        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER, fields[home])))
+        self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER, fields[home], runtime)))
         dtype = output.dtype
         networks: Sequence[LaneNetwork] = self._networks
         self._siblings: list[CudaBackend] = []

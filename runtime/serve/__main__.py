@@ -1,8 +1,7 @@
 """`python -m runtime.serve`: OpenAI's image API and a page to try it, in front of one pipeline.
 
-The event loop never waits for the engine: images are made on worker threads that share the lanes, begun in the order
-of the requests, and given up between two rounds when nobody waits for them any more. Every error is answered in
-OpenAI's shape.
+The event loop never waits for the engine: images are made on threads that share the lanes, started in the order of
+the requests, and cancelled between two rounds when their clients disconnect. Every error is answered in OpenAI's shape.
 """
 
 from __future__ import annotations
@@ -21,12 +20,16 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import uvicorn
 
 from engines.errors import EngineError
 from engines.store import BUILD
+from runtime.call import Call
 from runtime.pipeline import Pipeline
+from runtime.sampling.schedulers import SCHEDULERS
+from runtime.serve.access import ANY, Access, host_name
 from runtime.serve.limits import Limits
 from runtime.serve.logs import Formatter
 from runtime.serve.openai.app import make_app
@@ -39,28 +42,30 @@ KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The port, taken before seconds are spent on loading; who connects meanwhile waits for the answer."""
+    """The port, taken before seconds are spent on loading; clients that connect meanwhile wait in the backlog."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise EngineError(f"cannot listen on {host}:{port}: {error}: choose another with --port") from error
-    # connections inherit it; without, the end of every answer waits 40 ms for the client to confirm its beginning
+    # connections inherit it; without, the end of every answer waits up to 40 ms for the client's delayed ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 class Server(uvicorn.Server):
-    """Answers until a signal; then it refuses what is new and finishes what it took, unless Ctrl-C is pressed again."""
+    """Answers until a signal; then it refuses new requests and finishes accepted ones. A second Ctrl-C ends it."""
 
-    def __init__(self, service: Service) -> None:
-        connection, late = limited_connection(service.limits), int(LATE_SECONDS)
-        config = uvicorn.Config(make_app(service), http=connection, log_config=None, timeout_graceful_shutdown=late)
+    def __init__(self, service: Service, access: Access | None = None) -> None:
+        config = uvicorn.Config(
+            make_app(service, access or Access()), http=limited_connection(service.limits), log_config=None,
+            timeout_graceful_shutdown=int(LATE_SECONDS),
+        )  # fmt: skip
         super().__init__(config)
         self._service = service
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins the end, or hurries it."""
+        """Starts draining; on a second SIGINT ends at once."""
         if not self._draining:
             self._draining = True
             threading.Thread(target=self._drain, daemon=True).start()
@@ -70,15 +75,17 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         seconds = self._service.limits.drain
         end = time.monotonic() + seconds
-        log.info("Shutting down: %d requests are finished first, within %g s", self._service.jobs.depth, seconds)
-        late = self._service.jobs.drain(seconds)
+        log.info("Shutting down: %d requests are finished first, within %g s", self._service.queue.depth, seconds)
+        late = self._service.queue.drain(seconds)
         if late:
-            log.warning("%d requests were given up after %g s", late, seconds)
+            log.warning("%d requests were cancelled after %g s", late, seconds)
         self.config.timeout_graceful_shutdown = math.ceil(max(end - time.monotonic(), LATE_SECONDS))  # to send answers
         self.should_exit = True
 
 
-def serve(model: str, devices: str, build: Path, host: str, port: int, limits: Limits) -> None:
+def serve(
+    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access
+) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
         pipeline = Pipeline.load(model, devices, build)
@@ -86,15 +93,16 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
         if usual > limits.side:
             message = f"--max-side {limits.side} rules out the usual images of {pipeline.manifest.model}"
             raise EngineError(f"{message}: choose at least {usual}")
-        pipeline.generate("", num_inference_steps=1)  # or the first request would pay for first-time allocations
+        # the first request would pay for first-time allocations, and find out whether the model can use the scheduler
+        pipeline.run(Call("", num_inference_steps=1, scheduler=scheduler))
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
         address = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d (Ctrl-C stops)", address, listener.getsockname()[1])
-        service = Service(pipeline, limits)
-        server = Server(service)
+        service = Service(pipeline, limits, scheduler)
+        server = Server(service, access)
         server.run([listener])
         closing = threading.Thread(target=pipeline.close, daemon=True)
-        if not server.force_exit and not service.jobs.depth:
+        if not server.force_exit and not service.queue.depth:
             closing.start()
             closing.join(LATE_SECONDS)
         if closing.ident is None or closing.is_alive():
@@ -102,9 +110,10 @@ def serve(model: str, devices: str, build: Path, host: str, port: int, limits: L
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """The API keys of a file and of the environment."""
+    """The API keys of a file, one per line, and of the environment. Lines that begin with # are comments."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path else []
+        lines = [line for line in lines if not line.lstrip().startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"the API keys cannot be read: {error}") from error
     keys = tuple(key.strip() for key in [*lines, *os.environ.get(KEYS_VARIABLE, "").split(",")] if key.strip())
@@ -121,12 +130,21 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
+    parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")
+    parser.add_argument(
+        "--allowed-hosts", type=by_comma, default=(), metavar="NAMES",
+        help="names by commas that clients may use for this server, * for any; loopback names always may",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", type=site, action="append", default=[], metavar="ORIGIN",
+        help="another site whose pages may use this server, as https://example.com, or *; may be given several times",
+    )  # fmt: skip
     for option, name, text in (
         ("--queue", "queue", "requests that may wait; more get 429"),
         ("--timeout", "seconds", "seconds until a request gets 504, or 408 while it arrives"),
-        ("--connections", "connections", "open connections; requests on more get 503"),
-        ("--drain", "drain", "seconds to finish what was accepted, after SIGTERM or Ctrl-C"),
+        ("--connections", "connections", "open connections; requests on more get 503, idle ones are closed"),
+        ("--drain", "drain", "seconds to finish accepted requests after SIGTERM or Ctrl-C; then they get 503"),
         ("--lane-timeout", "lane_seconds", "seconds of one round after which the server is no longer ready"),
         ("--max-body", "body", "bytes of a request"),
         ("--max-upload", "upload", "bytes of a request with an image"),
@@ -139,6 +157,21 @@ def arguments() -> argparse.ArgumentParser:
         kind = at_least_zero if isinstance(default, float) or name == "queue" else at_least_one
         parser.add_argument(option, dest=name, type=kind(type(default)), default=default, help=f"{text}; {default}")
     return parser
+
+
+def by_comma(text: str) -> tuple[str, ...]:
+    """The host names of a list; without ports, which the check ignores."""
+    return tuple(name if name == ANY else host_name(name) for name in text.replace(" ", "").split(",") if name)
+
+
+def site(text: str) -> str:
+    """An origin as browsers send it, or `*`."""
+    parts = urlsplit(text)
+    if text != ANY and (
+        parts.scheme not in ("http", "https") or not parts.netloc or f"{parts.scheme}://{parts.netloc}" != text
+    ):
+        raise argparse.ArgumentTypeError(f"{text} is no origin: write https://HOST or https://HOST:PORT, or *")
+    return text
 
 
 def at_least_zero(kind: type[float]) -> Callable[[str], float]:
@@ -173,10 +206,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
     try:
-        keys = read_keys(options.pop("api_keys"))
-        own = {field.name: options.pop(field.name) for field in fields(Limits) if field.name in options}
+        limits = Limits(**{field.name: options.pop(field.name) for field in fields(Limits)})
+        access = Access.of_server(
+            options["host"], read_keys(options.pop("api_keys")), options.pop("allowed_hosts"),
+            tuple(options.pop("allow_origin")),
+        )  # fmt: skip
         with suppress(KeyboardInterrupt):  # while it loads
-            serve(**options, limits=Limits(**own, keys=keys))
+            serve(**options, limits=limits, access=access)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ class Metrics:
     ) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
-            "driffusion_requests", "Requests for images by outcome, an HTTP status; 499: the client went away.",
+            "driffusion_requests", "Requests for images by outcome, as HTTP statuses; 499: the client went away.",
             ["outcome"], registry=registry,
         )  # fmt: skip
         self.queued = Histogram(

@@ -34,8 +34,8 @@ from engines.errors import EngineError, ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.store import Bundle
-from export.__main__ import EMBEDDED, Asked
 from export.shapes.data import Scene, random_scene
+from export.spec import EMBEDDED, ExportSpec
 from runtime.pipeline import Pipeline
 from runtime.sampling.execute import denoise, execute
 from runtime.sampling.noise import gaussian
@@ -195,7 +195,7 @@ def test_a_checkpoint_is_its_folder_and_its_loras_however_it_was_exported(
 ) -> None:
     where = EMBEDDED["shapes"] if folder == "shapes" else tmp_path / folder
     files = tuple((tmp_path / file, scale) for file, scale in loras)
-    origin = Asked("any", where, files, sides).origin
+    origin = ExportSpec("any", where, files, sides).origin
     found = checkpoint(manifest.model_copy(update={"origin": origin}))
     assert Path(found.folder) == where and found.loras == tuple((str(file), scale) for file, scale in files)
 

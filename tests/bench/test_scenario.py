@@ -23,7 +23,7 @@ from bench.formats import (
     overlatency_allowed,
     perf_analyzer,
 )
-from bench.report import load
+from bench.page.tables import load
 from bench.scenario import Load, outside, window
 from engines.errors import DeviceError
 from engines.store import Bundle

@@ -11,21 +11,15 @@ import pytest
 
 from bench import __main__ as command
 from bench import moves, simulate
-from bench.gpu import schedule
+from bench.gpu.engine import schedule
 from bench.moves import Link, gathered
-from bench.report import load
-from bench.simulate import (
-    PAPER,
-    LinkCosts,
-    MeasuredCosts,
-    Recorder,
-    Table,
-    measured_costs,
-    of_the_paper,
-    options,
-    predict,
-    predictions,
-)
+from bench.page.tables import load
+from bench.simulation import costs as simulated_costs
+from bench.simulation import predict as prediction
+from bench.simulation import tables
+from bench.simulation.costs import BATCHES, LinkCosts, MeasuredCosts, measured_costs
+from bench.simulation.predict import MODES, PAPER, Table, of_the_paper, options, predict, predictions
+from bench.simulation.validate import Recorder
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
 from engines.null import NullBackend
@@ -85,7 +79,7 @@ def test_a_round_adds_up_calls_copies_and_launches() -> None:
     assert costs.distances(7) == pytest.approx(0.625)
 
 
-@pytest.mark.parametrize("mode", simulate.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_slower_links_never_help_and_never_change_the_plan(mode: str) -> None:
     answers = [0.0] * 500 if mode == "adaptive" else None
     found = [
@@ -120,7 +114,7 @@ def test_measured_costs_are_those_of_the_lanes(manifest: Manifest) -> None:
     denoise(backend, noise, [{}, {}], plan, "sequential", Options(), 4.0, 0, lambda finished: None)
     costs = measured_costs(backend, {(3, 2), (1, 4)})
     backend.close()
-    assert set(costs.calls) == set(costs.launch) == {1, 2} and set(costs.calls[2]) == set(simulate.BATCHES)
+    assert set(costs.calls) == set(costs.launch) == {1, 2} and set(costs.calls[2]) == set(BATCHES)
     assert all(seconds > 0 for one in costs.calls.values() for seconds in one.values())
     assert costs.combine(3, 2) > 0 and costs.combine(1, 4) > 0 and costs.distances(2) == 2 * costs.distance > 0
     a = MeasuredCosts({1: {1: 1.0}}, {1: 2.0}, {(1, 1): 3.0}, 4.0)
@@ -140,10 +134,10 @@ def test_the_papers_points_are_predicted_from_their_sequential_row() -> None:
 
 def test_the_tables_agree_with_themselves() -> None:
     rows = load("simulate")["rows"]
-    for line in simulate.validation_table(rows).splitlines()[2:]:
+    for line in tables.validation_table(rows).splitlines()[2:]:
         measured, predicted, error = (float(re.findall(r"[-+.\d]+", cell)[0]) for cell in line.split("|")[6:9])
         assert predicted == pytest.approx(measured * (1 + error / 100), abs=2e-3), "within what is rounded away"
-    said = " ".join(simulate.in_short(rows))
+    said = " ".join(tables.in_short(rows))
     for kind in ("validation", "paper"):
         errors = [row["error"] for row in rows if row["kind"] == kind]
         middles = [error["median"] if kind == "validation" else error for error in errors]
@@ -153,7 +147,7 @@ def test_the_tables_agree_with_themselves() -> None:
 
 def test_predictions_cover_everything_and_leave_out_what_was_not_recorded() -> None:
     rows = predictions([TABLE], {}, devices=(1, 3))
-    assert len(rows) == 2 * 3 * 2 * 4 and {row["mode"] for row in rows} == set(simulate.MODES) - {"adaptive"}
+    assert len(rows) == 2 * 3 * 2 * 4 and {row["mode"] for row in rows} == set(MODES) - {"adaptive"}
     recorded = {(50, k): [0.0] * 200 for k in (1, 3)}
     assert "adaptive" in {row["mode"] for row in predictions([TABLE], recorded, devices=(1, 3))}
     assert options("conservative", 8, split=True).k == 4 and options("conservative", 8, split=False).k == 8
@@ -165,7 +159,7 @@ def test_the_command_predicts_without_a_model_and_draws(
     target, plot = tmp_path / "simulate.json", tmp_path / "simulate.png"
     arguments = ["simulate", "--no-validation", "--json", str(target), "--plot", str(plot)]
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
-    monkeypatch.setattr(simulate, "DEVICES", (1, 2, 4))
+    monkeypatch.setattr(prediction, "DEVICES", (1, 2, 4))
     assert command.main() == 0 and "SD 2.1-base" in capsys.readouterr().out
     assert {row["kind"] for row in json.loads(target.read_text())["rows"]} == {"table", "link", "paper", "prediction"}
     assert plot.stat().st_size > 10_000
@@ -176,12 +170,13 @@ def test_the_command_predicts_without_a_model_and_draws(
 @pytest.mark.slow
 def test_the_validation_runs_the_plans_that_it_predicts(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "DEVICES", (1, 2))
-    monkeypatch.setattr(simulate, "BATCHES", (1, 2))
+    monkeypatch.setattr(prediction, "DEVICES", (1, 2))
+    monkeypatch.setattr(simulated_costs, "BATCHES", (1, 2))
     rows = simulate.measure(
         "shapes", shapes.folder.parent, "cpu*2", 1, 4, [1.0], 0.01, 0.56, 0.005, None, validation=True
     )  # fmt: skip
     checked = [row for row in rows if row["kind"] == "validation"]
-    assert [(row["lanes"], row["mode"]) for row in checked] == [(n, mode) for n in (1, 2) for mode in simulate.MODES]
+    assert [(row["lanes"], row["mode"]) for row in checked] == [(n, mode) for n in (1, 2) for mode in MODES]
     assert all(row["predicted_seconds"] > 0 and row["error"]["low"] <= row["error"]["high"] for row in checked)
     assert [row["kind"] for row in rows].count("costs") == 2
     assert any(row["kind"] == "prediction" and row["mode"] == "adaptive" for row in rows)

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from engines import devices
+from engines import devices, load
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import DeviceError
+from engines.runtimes import DEVICES, RUNTIMES, Runtime
 
 FORMS = r"use auto, cpu, cpu@THREADS, cpu\*LANES"
 
@@ -16,6 +17,11 @@ FORMS = r"use auto, cpu, cpu@THREADS, cpu\*LANES"
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cores", lambda: 4)
+
+
+@pytest.fixture(autouse=True)
+def tensorrt_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "installed", property(lambda self: self.package != "tensorrt_rtx"))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,40 @@ def test_gpus_have_lanes_of_their_own(text: str, lanes: list[str]) -> None:
 
 
 def test_onnx_runtime_is_asked_for_by_name() -> None:
-    assert [lane.runtime for lane in parse_devices("cuda:0@onnxruntime*2")] == ["onnxruntime"] * 2
+    assert [lane.runtime for lane in parse_devices("cuda:0@onnxruntime*2")] == ["onnxruntime-cuda"] * 2
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_every_runtime_can_be_named(name: str) -> None:
+    """A line in the table is all that a device string needs; its module has what a runtime's module must have."""
+    runtime = RUNTIMES[name]
+    device = "cuda:0" if runtime.device == "cuda" else runtime.device
+    for kind in runtime.precisions:
+        (lane,) = parse_devices(f"{device}@{runtime.option}@{kind}")
+        assert (lane.device, lane.runtime, lane.precision) == (device, name, kind)
+    (lane,) = parse_devices(f"{device}@{runtime.option}")
+    assert lane.precision == runtime.precisions[0]
+    parts = [one for one in vars(load.RuntimeModule) if not one.startswith("_")]
+    assert set(parts) == {"trouble", "wanted", "build_missing", "Engines"}
+    assert all(callable(getattr(load.module(name), part)) for part in parts)
+
+
+def test_a_further_runtime_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNTIMES, "new", Runtime("engines.null", "cpu", "new", "New", ("bf16",), threads=True))
+    assert {(lane.runtime, lane.precision, lane.threads) for lane in parse_devices("cpu@new*2")} == {("new", "bf16", 2)}
+    assert parse_devices("cpu@new@3")[0].threads == 3
+    assert load.load.__module__ == "engines.load" and DEVICES == ("cuda", "cpu", "null")
+
+
+def test_the_package_that_is_installed_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "installed", property(lambda self: self.package != "tensorrt"))
+    assert parse_devices("cuda:0")[0].runtime == "tensorrt_rtx"
+    assert parse_devices("cuda:0@tensorrt")[0].runtime == "tensorrt"
+
+
+def test_a_type_that_a_runtime_lacks_is_refused_by_name() -> None:
+    with pytest.raises(DeviceError, match=r"onnxruntime takes fp16 or fp32 on cuda devices, not bf16"):
+        parse_devices("cuda:0@onnxruntime@bf16")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +115,7 @@ def test_an_unknown_gpu_is_refused_with_the_forms_that_exist(text: str) -> None:
     ("text", "runtime", "kind"),
     [
         ("cuda:0@bf16", "tensorrt", "bf16"), ("cuda:0@fp32*2", "tensorrt", "fp32"),
-        ("cuda:0@onnxruntime@fp32", "onnxruntime", "fp32"), ("cuda:1@tensorrt@fp16", "tensorrt", "fp16"),
+        ("cuda:0@onnxruntime@fp32", "onnxruntime-cuda", "fp32"), ("cuda:1@tensorrt@fp16", "tensorrt", "fp16"),
     ],
 )  # fmt: skip
 def test_gpus_compute_in_the_type_that_is_named(text: str, runtime: str, kind: str) -> None:

@@ -22,8 +22,10 @@ from tokenizers import Tokenizer
 from engines.manifest import MANIFEST, Manifest
 from engines.ort import Session
 from engines.store import PARTIAL, Bundle
-from export import __main__ as command
-from export.__main__ import EMBEDDED, Asked, main, up_to_date
+from export import bundle, spec
+from export.__main__ import main
+from export.bundle import up_to_date
+from export.spec import EMBEDDED, ExportSpec
 from tests.copies import DAMAGES, contents, cut_in_half, flip_last_byte, small_copy
 
 NETWORKS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
@@ -62,7 +64,7 @@ def loading() -> ModuleType:
 
 
 def identity(folder: Path) -> str:
-    return Asked("shapes", folder).identity()
+    return ExportSpec("shapes", folder).identity()
 
 
 def export(monkeypatch: pytest.MonkeyPatch, model: Path | str, build: Path) -> int:
@@ -159,7 +161,7 @@ def test_a_full_disk_ends_an_export_with_advice_and_the_earlier_one_stays(
 
     before = contents(previous.parent)
     networks = Manifest.read(previous).networks
-    monkeypatch.setattr(command, "finished", lambda partial, network: networks["text_encoder"])
+    monkeypatch.setattr(bundle, "finished", lambda partial, network: networks["text_encoder"])
     monkeypatch.setattr(Path, "unlink", lambda path: None)
     monkeypatch.setattr(os, "fsync", full)
     assert export(monkeypatch, source, previous.parent) == 1
@@ -239,7 +241,7 @@ def test_the_identity_of_a_source_depends_on(change: Callable[[Path], None], sou
 
 def test_the_identity_of_a_source_depends_on_the_packages(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = identity(source)
-    monkeypatch.setattr(command, "version", lambda package: "0")
+    monkeypatch.setattr(spec, "version", lambda package: "0")
     assert identity(source) != before
 
 

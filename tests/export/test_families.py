@@ -18,7 +18,8 @@ from engines.base import Array
 from engines.devices import parse_devices
 from engines.errors import ParameterError
 from engines.store import Bundle
-from export.__main__ import Asked, export, exporter
+from export.bundle import export, exporter
+from export.spec import ExportSpec
 from runtime.pipeline import Pipeline
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.schedulers import RULES
@@ -77,7 +78,7 @@ class Made:
 def build(folder: Path, build_folder: Path, **asked: Any) -> Bundle:
     """Exports and compiles for processor cores."""
     target = build_folder / folder.name
-    wanted = Asked(folder.name, folder, **asked)
+    wanted = ExportSpec(folder.name, folder, **asked)
     export(wanted, target, wanted.identity(), "fp32")
     bundle = Bundle.open(str(target))
     load.build_missing(bundle, parse_devices("cpu*2"))
@@ -284,7 +285,7 @@ def test_every_mode_runs_on_two_lanes(made: Made) -> None:
 
 @every()
 def test_one_lane_gives_what_two_give(made: Made) -> None:
-    other = Pipeline(made.ours._bundle, "cpu@1")
+    other = Pipeline(made.ours.machine.bundle, "cpu@1")
     a, b = (one.generate(PROMPT, num_inference_steps=STEPS, mode="sequential", seed=2) for one in (made.ours, other))
     other.close()
     near(a.latents, b.latents, 1e-4)
@@ -333,7 +334,7 @@ def test_networks_for_gpus_stay_near_torch(made: Made, precision: str, tmp_path:
     """The export itself refuses what is beyond its bound; here no network may come near it."""
     from export.families import Sides
     from export.loading import configs, open_source
-    from export.networks import vae_factor
+    from export.networks.vae import vae_factor
     from export.to_onnx import export_network
 
     source = open_source(made.folder)

@@ -18,7 +18,9 @@ import pytest
 from engines.errors import DeviceError, ExportError, ParameterError
 from engines.manifest import MANIFEST, Manifest
 from engines.store import Bundle
-from export.__main__ import EMBEDDED, Asked, check_name, export, finished, main, parse_loras, parse_sides, resolve
+from export.__main__ import main
+from export.bundle import check_name, export, finished
+from export.spec import EMBEDDED, ExportSpec, parse_loras, parse_sides, resolve
 from tests import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers, about themselves
@@ -157,9 +159,9 @@ def test_the_identity_depends_on_what_is_fused_how_and_in_which_order(
     same = Path(shutil.copy(files[0], tmp_path / "renamed.safetensors"))
     one, two = ((file, 1.0) for file in files)
     several = [(), (one,), (two,), (one, two), (two, one), ((files[0], 0.5),)]
-    found = [Asked("x", folder, loras).identity() for loras in several]
+    found = [ExportSpec("x", folder, loras).identity() for loras in several]
     assert len(set(found)) == len(several)
-    assert Asked("x", folder, ((same, 1.0),)).identity() == found[1], "the content counts, not the name"
+    assert ExportSpec("x", folder, ((same, 1.0),)).identity() == found[1], "the content counts, not the name"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_make_and_the_export_give_a_bundle_the_same_name(checkout: Path) -> None
     printed = subprocess.run(run, cwd=checkout, capture_output=True, text=True, check=True).stdout
     assert 'engines build "sd15+one:0.8+two"' in printed
     assert "--lora a/one.safetensors:0.8 two.safetensors --sizes 512-1024" in printed
-    from export.__main__ import lora_name
+    from export.spec import lora_name
 
     assert lora_name(["a/one.safetensors:0.8", "two.safetensors"]) == "+one:0.8+two"
 
@@ -220,7 +222,7 @@ def test_a_component_of_another_model(copied: Path, tiny: Callable[[str], Path],
     shutil.rmtree(copied / "unet")
     shutil.copytree(tiny("sdxl") / "unet", copied / "unet")
     with pytest.raises(ExportError, match="denoiser cannot be exported by torch"):
-        asked = Asked("mixed", copied)
+        asked = ExportSpec("mixed", copied)
         export(asked, tmp_path / "build" / "mixed", asked.identity(), "fp32")
     assert not (tmp_path / "build" / "mixed").exists() and not list((tmp_path / "build").glob(".partial*"))
 
@@ -372,7 +374,7 @@ def test_sizes() -> None:
 
 
 def test_sizes_that_a_model_cannot_do(copied: Path, tmp_path: Path) -> None:
-    asked = Asked("copied", copied, sides=(30, 64))
+    asked = ExportSpec("copied", copied, sides=(30, 64))
     with pytest.raises(ParameterError, match="multiples of 8 from 8 to 1024, not 30-64"):
         export(asked, tmp_path / "build" / "copied", asked.identity(), "fp32")
 
@@ -386,7 +388,7 @@ def test_too_little_memory_is_said_before_the_work(
     real = to_onnx.memory
     monkeypatch.setattr(to_onnx, "memory", lambda name, *rest: 10**15 if name == "denoiser" else real(name, *rest))
     monkeypatch.setattr(to_onnx, "export_network", lambda *_: pytest.fail("it began"))
-    asked = Asked("copied", copied)
+    asked = ExportSpec("copied", copied)
     with pytest.raises(DeviceError, match=r"exporting denoiser of copied needs about 1000000\.0 GB of memory"):
         export(asked, tmp_path / "build" / "copied", asked.identity(), "fp32")
     assert not list((tmp_path / "build").glob(".partial*"))
@@ -427,7 +429,7 @@ def test_an_interrupted_export_goes_on(
 
     networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser")}
     monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
-    asked, target = Asked("copied", copied), tmp_path / "build" / "copied"
+    asked, target = ExportSpec("copied", copied), tmp_path / "build" / "copied"
     with pytest.raises(type(failure)):
         export(asked, target, asked.identity(), "fp32")
     (kept,) = (tmp_path / "build").glob(".partial-*")
@@ -524,7 +526,7 @@ def test_a_model_in_the_hubs_cache_is_found_without_network(
     shutil.copytree(tiny("sd1"), cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    script = "import sys; from export.__main__ import resolve; print(*resolve(sys.argv[1]))"
+    script = "import sys; from export.spec import resolve; print(*resolve(sys.argv[1]))"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PATH": "/usr/bin:/bin"}
     run = [sys.executable, "-c", script, "someone/sd1"]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -544,11 +546,11 @@ def test_an_existing_folder_is_never_looked_up(tiny: Callable[[str], Path], monk
 
 def test_what_makes_a_bundle_again(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     folder, file = tiny("sd1"), lora(tiny("sd1"), tmp_path / "one.safetensors", 0)
-    assert Asked("shapes", EMBEDDED["shapes"]).origin == "shapes"
-    assert Asked("sd1", folder, sides=(64, 128)).origin == f"{folder} SIZES=64-128"
-    assert Asked("sd1", folder, ((file, 0.5),)).origin == f"{folder} LORA={file}:0.5"
+    assert ExportSpec("shapes", EMBEDDED["shapes"]).origin == "shapes"
+    assert ExportSpec("sd1", folder, sides=(64, 128)).origin == f"{folder} SIZES=64-128"
+    assert ExportSpec("sd1", folder, ((file, 0.5),)).origin == f"{folder} LORA={file}:0.5"
     cached = tmp_path / "hub" / "snapshots" / "0123"
-    assert Asked("sd1", cached, model="someone/sd1").origin == "someone/sd1", "not where the hub's cache has it"
+    assert ExportSpec("sd1", cached, model="someone/sd1").origin == "someone/sd1", "not where the hub's cache has it"
 
 
 def test_a_link_has_a_name_of_its_own(tiny: Callable[[str], Path], tmp_path: Path, checkout: Path) -> None:
@@ -569,10 +571,10 @@ def test_no_model_takes_the_place_of_another(copied: Path, tmp_path: Path) -> No
     target.mkdir(parents=True)
     there = Bundle.open("shapes").manifest.model_copy(update={"model": "x", "precision": "fp16"})
     there.write(target)
-    check_name(target, Asked("x", copied), "fp16")
-    check_name(tmp_path / "build" / "other", Asked("other", copied), "fp32")
+    check_name(target, ExportSpec("x", copied), "fp16")
+    check_name(tmp_path / "build" / "other", ExportSpec("other", copied), "fp32")
     with pytest.raises(ExportError, match="holds x in fp16: give the folder another name"):
-        check_name(target, Asked("x-fp16", copied), "fp32")
+        check_name(target, ExportSpec("x-fp16", copied), "fp32")
 
 
 @pytest.mark.slow

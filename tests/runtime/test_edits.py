@@ -15,10 +15,8 @@ from PIL import Image
 
 from runtime.pipeline import Pipeline
 from runtime.serve.limits import Limits
-from runtime.serve.openai.body import TOGETHER
-from tests.client import PROMPT, serving
-from tests.runtime.serve.openai.test_app import received, refused, same
-from tests.runtime.serve.test_service import events, until
+from runtime.serve.openai.body import LARGEST_AT_ONCE
+from tests.client import PROMPT, events, received, refused, same, serving, until
 
 EDIT = "/v1/images/edits"
 
@@ -137,9 +135,9 @@ def test_uploads_have_a_limit(pipeline: Pipeline, star: Image.Image) -> None:
 
 def test_uploads_have_a_limit_together(pipeline: Pipeline, star: Image.Image) -> None:
     with serving(pipeline, Limits(upload=1 << 20)) as client:
-        head = f"POST {EDIT} HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        head = f"POST {EDIT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         with ExitStack() as arriving:
-            for _ in range(TOGETHER):
+            for _ in range(LARGEST_AT_ONCE):
                 slow = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=20)
                 arriving.enter_context(slow)
                 slow.sendall(f"{head}Content-Length: {1 << 20}\r\n\r\n".encode() + bytes((1 << 20) - 1))
@@ -147,3 +145,18 @@ def test_uploads_have_a_limit_together(pipeline: Pipeline, star: Image.Image) ->
             response = edit(client, encoded(star))
             assert response.json()["error"]["code"] == "too_many_uploads" and response.headers["retry-after"]
         until(lambda: edit(client, encoded(star)).status_code == 200)
+
+
+def test_an_image_that_lies_on_its_side_is_turned(client: httpx.Client, pipeline: Pipeline, star: Image.Image) -> None:
+    """As cameras store it: EXIF orientation 6. The result is that of the upright image, with its width and height."""
+    upright = star.resize((96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = encoded(upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    response = edit(client, lying, strength="0.6", seed="5")
+    assert response.status_code == 200 and response.json()["size"] == "96x64"
+    wanted = pipeline.generate("a small green ring", image=upright, strength=0.6, seed=5, num_inference_steps=8)
+    assert same(received(response.json()), [np.asarray(image) for image in wanted.images])
+    opened = Image.open(io.BytesIO(lying))
+    direct = pipeline.generate("a small green ring", image=opened, strength=0.6, seed=5, num_inference_steps=8)
+    assert same([np.asarray(image) for image in direct.images], [np.asarray(image) for image in wanted.images])

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 
 from engines.base import Array
-from engines.errors import DeviceError
 from engines.host import FunctionLane, HostBackend
-from engines.load import load
-from engines.store import Bundle
 from runtime.lane_policy import TOGETHER, at_once, divide
 from runtime.lanes import Lanes
 from runtime.pipeline import Pipeline
@@ -273,78 +270,3 @@ def test_load_changes_no_image(mode: str, pipeline: Pipeline) -> None:
     assert min(result.report.lanes_per_round for result in loaded) < 2
     again = pipeline.generate(PROMPT, seed=0, **options)
     assert np.array_equal(again.latents, alone[0].latents)
-
-
-class Broken:
-    """A session that can still be bound."""
-
-    def __init__(self, session: Any) -> None:
-        self.io_binding = session.io_binding
-
-    def run_with_iobinding(self, _: Any) -> None:
-        raise DeviceError("burnt out")
-
-
-@pytest.mark.usefixtures("usual_costs")
-def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline(shapes, "cpu*3")
-    options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 8}
-    alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(5)]
-    with ThreadPoolExecutor(5) as pool:
-        made = [pool.submit(pipeline.generate, PROMPT, seed=seed, **options) for seed in range(5)]
-        while pipeline.lanes.seated < 2:
-            time.sleep(0.001)
-
-        session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "session", Broken(session.session))
-        results = [one.result() for one in made]
-    assert pipeline.lost == ("cpu/1",) and pipeline.lanes.count == 2
-    for a, b in zip(alone, results, strict=True):
-        assert b.report.k == 3, "what was asked does not depend on what is left"
-        assert np.abs(np.asarray(a.images[0], int) - np.asarray(b.images[0], int)).max() <= 2
-    assert any("burnt out" in text for one in results for text in one.report.warnings)
-    pipeline.close()
-
-
-def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline(shapes, "cpu*2")
-    options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 6, "seed": 4}
-    assert pipeline.revive(), "nothing is lost"
-    before = pipeline.generate(PROMPT, **options)
-    session = pipeline._engines._sessions[1]  # type: ignore[attr-defined]
-    monkeypatch.setattr(session, "session", Broken(session.session))
-    pipeline.generate(PROMPT, **options)
-    assert pipeline.lost == ("cpu/1",)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "runtime.pipeline.load", lambda bundle, lanes: refuse() if len(lanes) > 1 else load(bundle, lanes)
-        )
-        assert not pipeline.revive() and pipeline.lost == ("cpu/1",)
-        assert pipeline.generate(PROMPT, **options).report.lanes == 1, "the others go on"
-    assert pipeline.revive() and not pipeline.lost and pipeline.lanes.count == 2
-    after = pipeline.generate(PROMPT, **options)
-    assert after.report.lanes == 2 and np.array_equal(after.latents, before.latents)
-    pipeline.close()
-
-
-def refuse() -> None:
-    raise DeviceError("it is still broken")
-
-
-def test_a_probe_finds_a_dead_lane_before_a_image_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline(shapes, "cpu*2")
-    assert pipeline.probe() and pipeline.probe()
-    with pipeline.lanes.seat(usual):
-        assert not pipeline.probe(), "it does not wait for images"
-
-    def broken() -> None:
-        raise DeviceError("burnt out")
-
-    assert isinstance(pipeline._prober, HostBackend)
-    monkeypatch.setattr(pipeline._prober._lanes[0], "bind", lambda inputs, output: broken, raising=False)
-    pipeline._prober._bound.clear()
-    with pytest.raises(DeviceError, match="burnt out"):
-        pipeline.probe()
-    assert pipeline.lost == ("cpu/0",) and pipeline.probe()
-    assert len(pipeline.generate(PROMPT, num_inference_steps=3).images) == 1
-    pipeline.close()

@@ -13,7 +13,7 @@ from engines.base import Array, Call
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.store import Bundle
-from export.__main__ import EMBEDDED
+from export.spec import EMBEDDED
 from runtime import Pipeline, Result
 from runtime.sampling.drafts import DRAFTS, resolve
 from runtime.sampling.noise import gaussian
@@ -101,7 +101,7 @@ def test_each_prompt_of_a_list_is_its_own(pipeline: Pipeline) -> None:
 
 def test_embeddings_stand_in_for_prompts(pipeline: Pipeline, shapes: Bundle) -> None:
     ids, _ = pipeline._tokenizer([PROMPT, ""])
-    run = pipeline._engines.runners["text_encoder"].run
+    run = pipeline.machine.engines.runners["text_encoder"].run
     embeds = run(**ids, clip_skip=np.zeros(2, np.int64))["encoder_hidden_states"]
     given = pipeline.generate(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], num_inference_steps=6)
     assert same(given, draw(pipeline)) or np.allclose(given.latents, draw(pipeline).latents, atol=1e-4)
@@ -278,7 +278,7 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"mode": "aggressive", "k": 0}, "k", "from 1"),
         ({"k": 2}, "k", "auto chooses k itself"),
         ({"tolerance": -0.1}, "tolerance", "at least 0"),
-        ({"eta": 2.0}, "eta", "between 0 and 1"),
+        ({"eta": 2.0}, "eta", "from 0 to 1"),
         ({"mode": "srds", "blocks": 0}, "blocks", "from 1"),
         ({"mode": "srds", "scheduler": "dpm++2m", "num_inference_steps": 9}, "mode", "loses its history"),
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),
@@ -348,3 +348,24 @@ def test_an_error_that_is_no_lanes_is_not_hidden(shapes: Bundle, monkeypatch: py
         draw(pipeline)
     assert pipeline.lost == ()
     pipeline.close()
+
+
+def test_a_pipeline_closes_itself_and_says_what_it_is(shapes: Bundle) -> None:
+    with Pipeline.load("shapes", "cpu", str(shapes.folder.parent)) as loaded:
+        assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) on cpu/0>"
+        assert len(draw(loaded).images) == 1
+    assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) closed>"
+    loaded.close()
+    with pytest.raises(DeviceError, match="closed"):
+        draw(loaded)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "a \udcff star"), ("prompt", ["a star", "\ud800"]), ("negative_prompt", "\udfff")]
+)
+def test_text_that_is_no_unicode(pipeline: Pipeline, field: str, value: str | list[str]) -> None:
+    """As a shell passes bytes that are no UTF-8, and JSON a lone surrogate."""
+    options: dict[str, Any] = {"prompt": PROMPT, field: value}
+    with pytest.raises(ParameterError, match=rf"{field} is no valid Unicode: .*ud.* at character \d") as error:
+        pipeline.generate(**options)
+    assert error.value.param == field

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from engines.errors import EngineError
-from runtime.pipeline import MODES
+from runtime.call import MODES
+from runtime.serve.access import Access
 from runtime.serve.openai.answers import stream, whole
 from runtime.serve.openai.body import Bodies, read_form, read_json
 from runtime.serve.openai.document import described, operation
 from runtime.serve.openai.errors import ApiError, answer_error, to_api_error
 from runtime.serve.openai.middleware import AccessMiddleware
-from runtime.serve.openai.schema import EditRequest, ImageRequest, limited
+from runtime.serve.openai.schema import Body, Edit, body_model
 from runtime.serve.service import Service
 
 PAGE = Path(__file__).parent / "page.html"
@@ -25,77 +29,121 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+PAGE_DEFAULTS = ("num_inference_steps", "guidance_scale", "mode", "tolerance", "seed", "scheduler")
+Handler = Callable[..., Any]
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application around a loaded pipeline."""
-    pipeline, limits, bodies = service.pipeline, service.limits, Bodies(service.limits)
-    app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None)  # those pages would load from a CDN
+def make_app(service: Service, access: Access) -> FastAPI:
+    """The application around a loaded pipeline. It never redirects, so that no answer repeats a Host header."""
+    # FastAPI's own pages for the document would load scripts from a CDN
+    app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (HTTPException, EngineError):  # others end in `AccessMiddleware`
         app.add_exception_handler(kind, answer_error)
+    count = service.metrics.requests
+    app.add_middleware(AccessMiddleware, access=access, count=lambda outcome: count.labels(outcome).inc())
+    if access.origins:  # outside of it: preflights carry no key, and pages are to read refusals, too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.origins, allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
+            expose_headers=("X-Request-ID", "Retry-After"),
+        )  # fmt: skip
+    body = body_model(Body, service.limits, service.defaults)
+    add_images(app, service, access, body, body_model(Edit, service.limits, service.defaults))
+    add_models(app, service, body)
+    add_operation(app, service)
+    return app
 
-    app.add_middleware(
-        AccessMiddleware, keys=limits.keys, count=lambda outcome: service.metrics.requests.labels(outcome).inc()
-    )
 
-    defaults = pipeline.manifest.defaults
-    model, edit = limited(ImageRequest, limits, defaults), limited(EditRequest, limits, defaults)
+def readable(app: FastAPI, path: str, **options: Any) -> Callable[[Handler], Handler]:
+    """A route for GET, and for HEAD outside of the document."""
 
-    async def images(asked: ImageRequest, request: Request) -> Response:
-        if asked.model not in (None, pipeline.manifest.model):
-            message = f"the model {asked.model!r} does not exist; this server has {pipeline.manifest.model!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+    def decorate(handler: Handler) -> Handler:
+        app.head(path, include_in_schema=False, **options)(handler)
+        return app.get(path, **options)(handler)
+
+    return decorate
+
+
+def add_images(app: FastAPI, service: Service, access: Access, body: type[Body], edit: type[Edit]) -> None:
+    """Generations and edits."""
+    bodies = Bodies(service.limits)
+
+    async def images(parsed: Body, http: HttpRequest) -> Response:
+        check_model(service, parsed.model)
         try:
-            if asked.stream:
-                return await stream(service, asked, request)
-            return Response(await whole(service, asked, request), media_type="application/json")
+            if parsed.stream:
+                return await stream(service, parsed, http)
+            return Response(await whole(service, parsed, http), media_type="application/json")
         except Exception as error:
             raise to_api_error(error) from error
 
-    @app.post("/v1/images/generations", **operation("application/json", model))
-    async def generations(request: Request) -> Response:
+    @app.post("/v1/images/generations", **operation("application/json", body))
+    async def generations(request: HttpRequest) -> Response:
         """Makes n images of a prompt, or with `stream` one image and previews of it."""
-        return await images(await read_json(request, model, bodies), request)
+        return await images(await read_json(request, body, bodies), request)
 
     @app.post("/v1/images/edits", **operation("multipart/form-data", edit))
-    async def edits(request: Request) -> Response:
+    async def edits(request: HttpRequest) -> Response:
         """The same, starting from an image: the last `strength` of the steps are made, with the noise for them."""
-        return await images(await read_form(request, edit, bodies), request)
+        return await images(await read_form(request, edit, bodies, access), request)
 
-    @app.get("/v1/models", responses=described(401))
-    async def models() -> dict[str, Any]:
-        """The one model of this server, with what the page needs to know."""
-        manifest = pipeline.manifest
-        shown = ("num_inference_steps", "guidance_scale", "mode", "seed")
-        entry = {
+
+def check_model(service: Service, name: str | None) -> None:
+    """ApiError for any model but the one of this server."""
+    own = service.pipeline.manifest.model
+    if name not in (None, own):
+        message = f"the model {name!r} does not exist; this server has {own!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+def add_models(app: FastAPI, service: Service, body: type[Body]) -> None:
+    """The one model of a server, in OpenAI's list and by its name."""
+
+    def entry() -> dict[str, Any]:
+        manifest, devices = service.pipeline.manifest, list(map(str, service.pipeline.devices))
+        return {
             "id": manifest.model, "object": "model", "created": 0, "owned_by": "local", "modes": list(MODES),
-            "devices": list(map(str, pipeline.devices)), "lanes": len(pipeline.devices),
+            "devices": devices, "lanes": len(devices),
             "default_size": f"{manifest.sizes.width}x{manifest.sizes.height}",
             "examples": list(manifest.examples),
-            "defaults": {name: model.model_fields[name].default for name in shown},
-            "limits": limits.public(), "edits": manifest.image_to_image,
+            "defaults": {name: body.model_fields[name].default for name in PAGE_DEFAULTS},
+            "limits": service.limits.public(), "edits": manifest.image_to_image,
         }  # fmt: skip
-        return {"object": "list", "data": [entry]}
 
-    @app.get("/health/live")
+    @readable(app, "/v1/models", responses=described(401, 403))
+    async def models() -> dict[str, Any]:
+        """The models of this server, which has one, with what the page needs to know."""
+        return {"object": "list", "data": [entry()]}
+
+    @readable(app, "/v1/models/{model:path}", responses=described(401, 403, 404))
+    async def model(model: str) -> dict[str, Any]:
+        """One model."""
+        check_model(service, model)
+        return entry()
+
+
+def add_operation(app: FastAPI, service: Service) -> None:
+    """Health, metrics and the page."""
+
+    @readable(app, "/health/live", responses=described(403))
     async def live() -> dict[str, str]:
         """Whether this process answers."""
         return {"status": "live"}
 
-    @app.get("/health/ready", responses={503: {"description": "Nothing should be sent here; the body says why."}})
+    unready = {503: {"description": "Nothing should be sent here; the body says why."}}
+
+    @readable(app, "/health/ready", responses=unready | described(403))
     async def ready() -> JSONResponse:
-        """Whether every lane works: free ones play a tiny round for it. Nobody is answered before a first image."""
+        """Whether every lane works: free ones play a tiny round for it. The server listens once it has warmed up."""
         trouble = await service.health.trouble()
         return JSONResponse(trouble, 503) if trouble else JSONResponse({"status": "ready"} | service.health.given_up)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @readable(app, "/metrics", response_class=PlainTextResponse, responses=described(403))
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", response_class=HTMLResponse)
+    @readable(app, "/", response_class=HTMLResponse, responses=described(403))
     async def page() -> HTMLResponse:
         """The playground."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
-
-    return app

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
-from urllib.parse import urlsplit
 
-from fastapi import Request
+from fastapi import Request as HttpRequest
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from runtime.serve.access import Access
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
-from runtime.serve.openai.schema import EditRequest, ImageRequest, checked
+from runtime.serve.openai.schema import Body, Edit, checked
 
-TOGETHER = 8  # of the largest bodies, whose bytes may be arriving at the same time
+LARGEST_AT_ONCE = 8  # bodies of the largest size, whose bytes may be arriving at the same time
 
 
 class Bodies:
@@ -23,18 +23,21 @@ class Bodies:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._free = TOGETHER * max(limits.body, limits.upload)
+        self._free = LARGEST_AT_ONCE * max(limits.body, limits.upload)
 
-    async def read(self, request: Request, most: int) -> bytes:
-        """One body of up to so many bytes."""
+    async def read(self, http: HttpRequest, most: int) -> bytes:
+        """One body of up to so many bytes. A longer Content-Length is refused before the body has come."""
+        too_large = ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
+        if int(http.headers.get("content-length", 0)) > most:
+            raise too_large
         body, seconds = bytearray(), self.limits.seconds
         try:
             async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
+                async for chunk in http.stream():
                     body += chunk
                     self._free -= len(chunk)
                     if len(body) > most:
-                        raise ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
+                        raise too_large
                     if self._free < 0:
                         message = "too many large bodies arrive at once: try again"
                         raise ApiError(429, message, None, "too_many_uploads", {"Retry-After": "1"})
@@ -47,32 +50,57 @@ class Bodies:
         return bytes(body)
 
 
-async def read_json(request: Request, model: type[ImageRequest], bodies: Bodies) -> ImageRequest:
-    """The body as a request of that model; ApiError names the first field that cannot be used."""
-    if not request.headers.get("content-type", "").lower().startswith("application/json"):
+class StrictParser(MultiPartParser):
+    """Starlette's parser reads texts that are not valid UTF-8 as Latin-1: another prompt than the one sent."""
+
+    def on_part_begin(self) -> None:
+        """See MultiPartParser. Forms are UTF-8 whatever charset they name (RFC 7578)."""
+        super().on_part_begin()
+        self._charset = "utf-8"
+
+    def on_part_end(self) -> None:
+        """See MultiPartParser; UnicodeDecodeError."""
+        if self._current_part.file is None:
+            self._current_part.data.decode("utf-8")
+        super().on_part_end()
+
+
+async def read_json(http: HttpRequest, model: type[Body], bodies: Bodies) -> Body:
+    """A JSON body; ApiError names the first field that cannot be used."""
+    if not http.headers.get("content-type", "").lower().startswith("application/json"):
         # not only a courtesy: other sites' pages may send forms and text to a local server, but not JSON
         raise ApiError(415, "send JSON, with the header Content-Type: application/json", None, "unsupported_media_type")
-    body = await bodies.read(request, bodies.limits.body)
-    return checked(lambda: model.model_validate_json(body), bodies.limits)
+    content = await bodies.read(http, bodies.limits.body)
+    return checked(model, lambda: model.model_validate_json(content), bodies.limits)
 
 
-async def read_form(request: Request, model: type[EditRequest], bodies: Bodies) -> EditRequest:
+async def read_form(http: HttpRequest, model: type[Edit], bodies: Bodies, access: Access) -> Edit:
     """The same of a form with a file, as OpenAI's clients send it."""
     limits = bodies.limits
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "send a form: Content-Type: multipart/form-data", None, "unsupported_media_type")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    origin = http.headers.get("origin")
+    if not access.has_origin(origin, http.headers.get("host")):
         # a browser sends forms of other sites' pages to a local server without asking; JSON it would not send
-        raise ApiError(403, f"forms of pages of {origin} are not taken", None, "cross_origin")
-    body = await bodies.read(request, limits.upload)
+        message = f"forms of pages of {origin} are not taken: start the server with --allow-origin {origin}"
+        raise ApiError(403, message, None, "cross_origin")
+    values = await parse_form(http, await bodies.read(http, limits.upload), limits)
+    if isinstance(values.get("image"), str):
+        raise ApiError(400, "image: send a file", "image", "invalid_value")
+    body = checked(model, lambda: model.model_validate(values, strict=False), limits)
+    await asyncio.to_thread(body.open, limits.side)
+    return body
+
+
+async def parse_form(http: HttpRequest, content: bytes, limits: Limits) -> dict[str, Any]:
+    """Texts and bytes of files by name; ApiError when it is no form, or no UTF-8, or a name comes twice."""
 
     async def once() -> AsyncGenerator[bytes, None]:
-        yield body
+        yield content
 
     values: dict[str, Any] = {}
     try:
-        parser = MultiPartParser(request.headers, once(), max_files=8, max_fields=50, max_part_size=limits.body)
+        parser = StrictParser(http.headers, once(), max_files=8, max_fields=50, max_part_size=limits.body)
         parser.spool_max_size = limits.upload  # nothing goes to the disk
         form = await parser.parse()
         try:
@@ -83,10 +111,10 @@ async def read_form(request: Request, model: type[EditRequest], bodies: Bodies) 
                 values[key] = value if isinstance(value, str) else await value.read()
         finally:
             await form.close()
-    except (MultiPartException, UnicodeDecodeError, ValueError, KeyError) as error:
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"a text of the form is not valid UTF-8 ({error.reason})", None, "invalid_value") from None
+    except MultiPartException as error:
+        raise ApiError(400, f"the body is no form ({error.message})", None, "invalid_value") from None
+    except (ValueError, KeyError) as error:
         raise ApiError(400, f"the body is no form ({error})", None, "invalid_value") from None
-    if isinstance(values.get("image"), str):
-        raise ApiError(400, "image: send a file", "image", "invalid_value")
-    asked = checked(lambda: model.model_validate(values, strict=False), limits)
-    await asyncio.to_thread(asked.open, limits.side)
-    return asked
+    return values

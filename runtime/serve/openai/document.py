@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.serve.openai.schema import ImageRequest
+from runtime.serve.openai.schema import Body
 
 STATUSES = {
     400: "A field cannot be used; `param` names it.", 401: "A key is needed.",
-    403: "Another site's page sent a form.", 404: "There is no such model.",
+    403: "The Host header names another server, or another site's page sent a form.", 404: "There is no such model.",
     408: "The body did not arrive in time.", 413: "The body is too large.", 415: "The body is of another type.",
     429: "The queue is full, or too many bodies arrive; see Retry-After.", 500: "The engine failed.",
     503: "The server is shutting down, or too many connect; see Retry-After.", 504: "The request became too old.",
@@ -30,7 +30,7 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": STATUSES[status], "content": error} for status in statuses}
 
 
-def operation(kind: str, model: type[ImageRequest]) -> dict[str, Any]:
+def operation(kind: str, model: type[Body]) -> dict[str, Any]:
     """What makes images, for the document."""
     answered = {"type": "object", "required": ["created", "data"]}
     made = {"application/json": {"schema": answered}, "text/event-stream": {}}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engines.errors import EngineError, ParameterError
-from runtime.serve.queue import CancelledError, DeadlineError, QueueFullError, ShutdownError
+from runtime.call import OPTIONS
+from runtime.serve.request import CancelledError, DeadlineError, DrainingError, QueueFullError
 
 log = logging.getLogger(__name__)
 
 
 class ApiError(HTTPException):
-    """A request that is refused here, with the parameter that is to blame."""
+    """A refusal with its HTTP status, OpenAI's `code`, and the parameter that is to blame."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None,
@@ -35,11 +36,12 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
 
 
 def error_response(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status of any error and what its client is told; a line in the log when it is our fault."""
+    """Status and body of any error. Those that are no fault of the client are logged."""
     if isinstance(error, ApiError):
         return error.status_code, error_body(error.status_code, error.detail, error.param, error.code)
     if isinstance(error, ParameterError):
-        param = {"width": "size", "height": "size"}.get(error.param, error.param)
+        option = OPTIONS.get(error.param)
+        param = option.http if option and option.http else error.param
         return 400, error_body(400, str(error), param, "invalid_value")
     if isinstance(error, EngineError):
         log.error("request failed: %r", error)
@@ -52,10 +54,10 @@ RETRY_SECONDS = 10  # a supervisor needs about that long to start another proces
 
 
 def to_api_error(error: Exception) -> Exception:
-    """What the queue says, as an HTTP status."""
+    """The errors of `runtime.serve.request` as HTTP statuses; others as they are."""
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), None, "queue_full", {"Retry-After": str(error.retry_after)})
-    if isinstance(error, ShutdownError):
+    if isinstance(error, DrainingError):
         return ApiError(503, str(error), None, "shutting_down", {"Retry-After": str(RETRY_SECONDS)})
     if isinstance(error, DeadlineError):
         return ApiError(504, str(error), None, "deadline_exceeded")
@@ -64,7 +66,7 @@ def to_api_error(error: Exception) -> Exception:
     return error
 
 
-async def answer_error(request: Request, error: Exception) -> JSONResponse:
+async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
     """Any exception as {"error": {"message", "type", "param", "code"}}."""
     headers = getattr(error, "headers", None)
     if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own

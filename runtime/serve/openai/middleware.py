@@ -1,33 +1,33 @@
-"""Around every request: its id, its key, its line in the log, its outcome."""
+"""Around every HTTP request: its id, whether it may ask, its line in the log, its outcome."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable
 
-from fastapi import Request
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.serve.logs import REQUEST
+from runtime.serve.access import Access, host_name
+from runtime.serve.logs import REQUEST_ID
 from runtime.serve.openai.errors import answer_error, error_body
 
 log = logging.getLogger(__name__)
 
 
 class AccessMiddleware:
-    """Gives every request an id, refuses those without a key or on too many connections, counts and logs answers.
+    """Gives every request an id, refuses those that may not ask, counts and logs answers.
 
-    Unexpected errors are answered here: what Starlette has for them lies outside, where nothing is counted.
+    Unexpected errors are answered here: Starlette's own handler lies outside, where nothing is counted.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], count: Callable[[str], None]) -> None:
-        self._app, self._keys, self._count = app, keys, count
+    def __init__(self, app: ASGIApp, access: Access, count: Callable[[str], None]) -> None:
+        self._app, self._access, self._count = app, access, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -35,32 +35,27 @@ class AccessMiddleware:
             await self._app(scope, receive, send)
             return
         headers, path, start = Headers(scope=scope), scope["path"], time.monotonic()
-        number = headers.get("x-request-id", "")
-        if not (re.fullmatch(r"[!-~]{1,100}", number)):
-            number = uuid.uuid4().hex
-        REQUEST.set(number)
-        state = scope["state"] = {**scope.get("state", {}), "outcome": 499}  # unless it is answered
+        request_id = headers.get("x-request-id", "")
+        if not re.fullmatch(r"[!-~]{1,100}", request_id):
+            request_id = uuid.uuid4().hex
+        REQUEST_ID.set(request_id)
+        # 499 unless it is answered
+        state = scope["state"] = {**scope.get("state", {}), "outcome": 499, "request_id": request_id}
 
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["outcome"] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = number
+                MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        target: ASGIApp = self._app
-        if state.get("crowded") and not path.startswith("/health/"):
-            message, more = "there are too many connections: try again", {"Retry-After": "1", "Connection": "close"}
-            target = JSONResponse(error_body(503, message, None, "too_many_connections"), 503, more)
-        elif self._keys and path.startswith("/v1/") and not has_key(headers.get("authorization", ""), self._keys):
-            message = "send one of this server's keys as Authorization: Bearer KEY"
-            target = JSONResponse(error_body(401, message, None, "invalid_api_key"), 401)
         try:
+            target = self._refusal(headers, path, crowded=state.get("crowded", False)) or self._app
             await target(scope, receive, labelled)
         except Exception as error:
             if state["outcome"] != 499:  # it is too late for another answer: the connection ends
                 state["outcome"] = 500
                 raise
-            await (await answer_error(Request(scope), error))(scope, receive, labelled)
+            await (await answer_error(HttpRequest(scope), error))(scope, receive, labelled)
         finally:
             if path.startswith("/v1/"):
                 facts = (scope["method"], path, state["outcome"], time.monotonic() - start)
@@ -68,9 +63,22 @@ class AccessMiddleware:
             if path.startswith("/v1/images/"):
                 self._count(str(state["outcome"]))
 
-
-def has_key(header: str, keys: tuple[str, ...]) -> bool:
-    """Whether a bearer token is one of the keys; takes as long for a near miss as for any other."""
-    given = header.removeprefix("Bearer ")
-    sent = given.encode("latin-1"), given.encode()  # by curl, whose bytes are UTF-8; by a browser, whose are Latin-1
-    return sum(hmac.compare_digest(token, key.encode()) for token in sent for key in keys) > 0
+    def _refusal(self, headers: Headers, path: str, *, crowded: bool) -> JSONResponse | None:
+        """The answer to a request that may not ask."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy in front may have read the other one, and would take the rest for another request
+            message = "send Content-Length or Transfer-Encoding, not both"
+            return JSONResponse(error_body(400, message, None, "invalid_framing"), 400, {"Connection": "close"})
+        host = headers.get("host")
+        if not self._access.has_host(host):
+            message = f"this server does not answer to {host!r}: start it with --allowed-hosts {host_name(host or '')}"
+            return JSONResponse(error_body(403, message, None, "host_not_allowed"), 403)
+        if crowded and not path.startswith("/health/"):
+            more = {"Retry-After": "1", "Connection": "close"}
+            message = "there are too many connections: try again"
+            return JSONResponse(error_body(503, message, None, "too_many_connections"), 503, more)
+        if path.startswith("/v1/") and not self._access.has_key(headers.get("authorization", "")):
+            message = "send one of this server's keys as Authorization: Bearer KEY"
+            body = error_body(401, message, None, "invalid_api_key")
+            return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+        return None

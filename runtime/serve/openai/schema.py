@@ -1,36 +1,32 @@
-"""OpenAI's image requests: what a client may ask for."""
+"""The bodies of OpenAI's image requests. The engine's own fields are those of `runtime.call.OPTIONS`."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
-from engines.manifest import Defaults
-from runtime.pipeline import MAX_SEED, MODES
-from runtime.sampling.drafts import DRAFTS
-from runtime.sampling.schedulers import SCHEDULERS
+from runtime.call import OPTIONS, Call, Option, meant
+from runtime.input_image import to_srgb
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
 
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
-
-
-# of OpenAI's; whatever else is not a field of the request is unknown
-UNSUPPORTED = {"style", "mask", "input_fidelity", "complexity", "svg", "frame_count", "frame_duration_ms"}
+# OpenAI's, refused by name; whatever else is not a field of the request is unknown
+UNSUPPORTED = {"mask", "input_fidelity", "complexity", "svg", "frame_count", "frame_duration_ms"}
+IGNORED = {
+    "quality": "num_inference_steps decides how much work goes into an image",
+    "style": "the prompt alone decides what an image looks like",
+}
+EDIT_FIELDS = {"image", "strength"}  # of edits alone
+HANDWRITTEN = {"prompt", "size"}  # of several options, or with OpenAI's own syntax
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
-
-
-# the engine refuses other names; the document tells them in advance
-Mode = Annotated[Name, Field(json_schema_extra={"enum": [*MODES]})]
-Drafts = Annotated[Name, Field(json_schema_extra={"enum": ["auto", *DRAFTS]})]
-Scheduler = Annotated[Name, Field(min_length=1, json_schema_extra={"enum": [*SCHEDULERS]})]
 
 
 def nullable(schema: dict[str, Any]) -> None:
@@ -42,42 +38,29 @@ def nullable(schema: dict[str, Any]) -> None:
                 field["enum"] = [*choices, None]
 
 
-class ImageRequest(BaseModel):
-    """OpenAI's fields that this server honours, and the engine's own. Anything else is refused by name."""
+class Body(BaseModel):
+    """OpenAI's own fields; `body_model` adds the engine's. Any other field is refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
-    prompt: Text = Field(min_length=1)
+    prompt: Text = Field(min_length=1, description=OPTIONS["prompt"].help)
     model: Name | None = None
-    n: int = Field(1, ge=1)
-    size: Annotated[Name, Field(json_schema_extra={"pattern": r"^(auto|\d{1,5}x\d{1,5})$"})] = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
+    size: Annotated[Name, Field(json_schema_extra={"pattern": r"^(auto|\d{1,5}x\d{1,5})$"})] = Field(
+        "auto", description=f"WIDTHxHEIGHT in pixels, or auto: {OPTIONS['width'].absent}"
+    )
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="url is a data: URL; streams ignore it")
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(100, ge=0, le=100)
-    quality: Literal["auto", "standard"] = "auto"
+    output_compression: int = Field(100, ge=0, le=100, description="quality of jpeg and webp")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field("auto", description="ignored")
+    style: Literal["vivid", "natural"] | None = Field(None, description="ignored")
     background: Literal["auto", "opaque"] = "auto"
-    stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
-    moderation: Literal["auto", "low"] = "auto"  # there is none
+    stream: bool = Field(False, description="server-sent events: previews, then the finished image")
+    partial_images: int = Field(0, ge=0, le=3, description="previews of a stream")
+    moderation: Literal["auto", "low"] = Field("auto", description="ignored: there is none")
     user: Name | None = None
     safety_identifier: Name | None = None
-    negative_prompt: Text | None = None
-    num_inference_steps: int = Field(50, ge=1)
-    guidance_scale: float = Field(4.0, ge=0, le=100, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, le=MAX_SEED)
-    mode: Mode = "auto"
-    k: int | None = Field(None, ge=1, le=64)  # a block's drafts are in memory at the same time; lanes end at 64 too
-    drafts: Drafts = "auto"
-    tolerance: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
-    blocks: int | None = Field(None, ge=1, le=64)
-    iterations: int | None = Field(None, ge=1, le=1000)
-    scheduler: Scheduler | None = None
-    eta: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    clip_skip: int | None = Field(None, ge=0, le=64)
-    lanes: int | None = Field(None, ge=1, le=64)
-    timeline: bool = False
 
-    event: ClassVar[str] = "image_generation"  # what events of a stream are called
+    event: ClassVar[str] = "image_generation"  # prefix of the types of a stream's events
 
     @model_validator(mode="before")
     @classmethod
@@ -87,21 +70,36 @@ class ImageRequest(BaseModel):
         optional = UNSUPPORTED | {name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: value for name, value in values.items() if value is not None or name not in optional}
 
-    def arguments(self) -> dict[str, Any]:
-        """What `Pipeline.generate` is called with beside the prompt."""
+    def options(self) -> dict[str, Any]:
+        """The arguments of `Call`."""
         width, height = parse_size(self.size)
-        own = ("negative_prompt", "mode", "k", "drafts", "num_inference_steps", "guidance_scale", "seed", "scheduler",
-               "tolerance", "blocks", "iterations", "eta", "clip_skip", "lanes", "timeline")  # fmt: skip
-        return {name: getattr(self, name) for name in own} | {
-            "width": width, "height": height, "num_images_per_prompt": self.n,
-        }  # fmt: skip
+        fields = type(self).model_fields
+        given = {name: getattr(self, one.http) for name, one in OPTIONS.items() if one.http and one.http in fields}
+        return given | {"width": width, "height": height}
+
+    def call(self) -> Call:
+        """What the engine is asked for; ParameterError for values that exclude each other."""
+        return Call(**self.options())
+
+    def warnings(self) -> tuple[str, ...]:
+        """Of fields that are accepted and change nothing."""
+        given = ((name, getattr(self, name), why) for name, why in IGNORED.items())
+        plain = (None, "auto", "standard")
+        return tuple(f"{name} {value!r} is ignored: {why}" for name, value, why in given if value not in plain)
 
     def encode(self, image: Image.Image) -> str:
-        """An image in the format that was asked for, as base64."""
+        """An image in `output_format`, as base64."""
         buffer = io.BytesIO()
         options = {} if self.output_format == "png" else {"quality": self.output_compression}
         image.save(buffer, self.output_format.upper(), **options)
         return base64.b64encode(buffer.getvalue()).decode()
+
+    def datum(self, image: Image.Image) -> dict[str, str]:
+        """An image as an entry of `data`."""
+        encoded = self.encode(image)
+        if self.response_format == "url":
+            return {"url": f"data:image/{self.output_format};base64,{encoded}"}
+        return {"b64_json": encoded}
 
     def facts(self, image: Image.Image) -> dict[str, str]:
         """What OpenAI's answers and events say of an image beside its bytes."""
@@ -109,14 +107,10 @@ class ImageRequest(BaseModel):
         return {"output_format": self.output_format, "size": size, "quality": "standard", "background": "opaque"}
 
 
-Asked = TypeVar("Asked", bound=ImageRequest)
+class Edit(Body):
+    """A form with a file to start from. Its fields are texts."""
 
-
-class EditRequest(ImageRequest):
-    """An image to start from beside that. It comes as a form, whose fields are texts."""
-
-    image: bytes = Field(min_length=1, json_schema_extra={"format": "binary"})
-    strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    image: bytes = Field(min_length=1, json_schema_extra={"format": "binary"}, description=OPTIONS["image"].help)
     event: ClassVar[str] = "image_edit"
     _decoded: Image.Image
 
@@ -127,50 +121,85 @@ class EditRequest(ImageRequest):
                 if max(opened.size) > side:
                     message = f"image: width and height end at {side} pixels here, this has {opened.size}"
                     raise ApiError(400, message, "image", "invalid_value")
-                self._decoded = opened.convert("RGB")
+                self._decoded = to_srgb(opened)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
-            message = f"image: this is no readable PNG, JPEG or WebP file ({error})"
+            # Pillow's message for files that it does not know holds the address of a buffer
+            why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+            message = f"image: this is no readable PNG, JPEG or WebP file{why}"
             raise ApiError(400, message, "image", "invalid_value") from None
 
-    def arguments(self) -> dict[str, Any]:
-        """See ImageRequest."""
-        return super().arguments() | {"image": self._decoded, "strength": self.strength}
+    def options(self) -> dict[str, Any]:
+        """See Body."""
+        return super().options() | {"image": self._decoded}
 
 
-def limited(base: type[Asked], limits: Limits, defaults: Defaults) -> type[Asked]:
-    """The request as a server takes it: limits are in its messages and its JSON schema, defaults are the model's."""
-    text = Annotated[Text, Field(max_length=limits.prompt)]
-    steps = min(defaults.num_inference_steps, limits.steps)
-    return create_model(
-        f"Limited{base.__name__}", __base__=base,
-        prompt=(text, Field(min_length=1)),
-        negative_prompt=(text | None, None),
-        n=(int, Field(1, ge=1, le=limits.n)),
-        num_inference_steps=(int, Field(steps, ge=1, le=limits.steps)),
-        guidance_scale=(float, Field(defaults.guidance_scale, ge=0, le=100, allow_inf_nan=False)),
-    )  # fmt: skip
+Parsed = TypeVar("Parsed", bound=Body)
 
 
-def checked(validate: Callable[[], Asked], limits: Limits) -> Asked:
-    """A request that can be honoured; ApiError names the first field that cannot."""
+def body_model(base: type[Parsed], limits: Limits, defaults: Mapping[str, Any] | None = None) -> type[Parsed]:
+    """The body as a server takes it: its limits and defaults are in its messages and in its JSON schema."""
+    prompt = (Annotated[Text, Field(max_length=limits.prompt)], Field(min_length=1, description=OPTIONS["prompt"].help))
+    highest = {"num_inference_steps": limits.steps, "num_images_per_prompt": limits.n}
+    fields: dict[str, Any] = {"prompt": prompt}
+    for option in OPTIONS.values():
+        if option.http is None or option.http in HANDWRITTEN | {"image"}:
+            continue
+        if option.http in EDIT_FIELDS and not issubclass(base, Edit):
+            continue
+        default = (defaults or {}).get(option.name, option.default)
+        bounds = (option.http_range[1], highest.get(option.name))
+        high = min((bound for bound in bounds if bound is not None), default=None)
+        fields[option.http] = field(option, default, high, limits.prompt)
+    return create_model(f"{base.__name__}Fields", __base__=base, **fields)
+
+
+def field(option: Option, default: Any, high: float | None, characters: int) -> tuple[Any, Any]:
+    """An option as a field of a model: its type and pydantic's `Field`."""
+    kind: Any = option.kind
+    rules: dict[str, Any] = {}
+    if option.choices:  # `Call` refuses other names; the document lists them
+        kind = Annotated[Name, Field(min_length=1, json_schema_extra={"enum": [*option.choices]})]
+    elif kind is str:
+        kind = Annotated[Text, Field(max_length=characters)]
+    elif kind in (int, float):
+        rules = {"ge": option.http_range[0], "le": high}
+        if kind is float:
+            rules["allow_inf_nan"] = False
+    if default is None:
+        kind = kind | None
+    return kind, Field(default, description=option.help, **rules)
+
+
+def checked(model: type[Parsed], validate: Callable[[], Parsed], limits: Limits) -> Parsed:
+    """A body that can be honoured; ApiError names the first field that cannot."""
     try:
-        asked = validate()
+        body = validate()
     except ValidationError as error:
-        first = error.errors()[0]
-        param = str(first["loc"][0]) if first["loc"] else None
-        if param in UNSUPPORTED:
-            message = f"{param}: this server does not support it: leave it out"
-            raise ApiError(400, message, param, "unsupported_parameter") from None
-        message = f"{'the body' if param is None else param}: {first['msg']}"
-        raise ApiError(400, message, param, CODES.get(first["type"], "invalid_value")) from None
-    if asked.stream and asked.n > 1:
+        raise refusal(error, model) from None
+    if body.stream and getattr(body, "n", 1) > 1:
         raise ApiError(400, "n: streaming makes one image; send n=1, or stream=false", "n", "invalid_value")
-    if asked.partial_images and not asked.stream:
+    if body.partial_images and not body.stream:
         raise ApiError(400, "partial_images: only with stream=true", "partial_images", "invalid_value")
-    side = max(size for size in parse_size(asked.size) if size is not None) if asked.size != "auto" else 0
+    side = max(size or 0 for size in parse_size(body.size))
     if side > limits.side:
         raise ApiError(400, f"size: width and height end at {limits.side} pixels here", "size", "invalid_value")
-    return asked
+    return body
+
+
+def refusal(error: ValidationError, model: type[Body]) -> ApiError:
+    """What pydantic found first, in OpenAI's words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = str(first["loc"][0]) if first["loc"] else None
+    if param in UNSUPPORTED:
+        message = f"{param}: this server does not support it: leave it out"
+        return ApiError(400, message, param, "unsupported_parameter")
+    message = f"{'the body' if param is None else param}: {first['msg']}"
+    if first["type"] == "extra_forbidden" and param in EDIT_FIELDS:
+        message = f"{param}: only /v1/images/edits takes it"
+    elif first["type"] == "extra_forbidden" and param is not None:
+        near = meant(param, model.model_fields, http=True)
+        message = f"{param}: there is no such field" + (f": did you mean {near}?" if near else "")
+    return ApiError(400, message, param, CODES.get(first["type"], "invalid_value"))
 
 
 def parse_size(size: str) -> tuple[int | None, int | None]:
@@ -181,3 +210,7 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
     if not match:
         raise ApiError(400, f"size must be auto or WIDTHxHEIGHT, not {size!r}", "size", "invalid_value")
     return int(match[1]), int(match[2])
+
+
+ImageBody = body_model(Body, Limits())
+EditBody = body_model(Edit, Limits())

@@ -22,7 +22,7 @@ from engines.errors import BundleError, DeviceError
 from engines.manifest import File
 from engines.nvidia import Gpu
 from engines.store import BUILD, Bundle
-from engines.tensorrt import build, run
+from engines.tensorrt import build, plan, run
 from runtime.calibrate import calibrate
 from runtime.pipeline import Pipeline
 from tests import ROOT
@@ -72,20 +72,22 @@ def fp16_bundle() -> Bundle:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_real_plans_are_built_without_a_gpu(fp16_bundle: Bundle, network: str, capability: tuple[int, int]) -> None:
     phases: list[tuple[str, int, int]] = []
-    plan = build.build(fp16_bundle, network, Gpu("some", capability, "580"), lambda *step: phases.append(step))
-    assert len(plan) > 1e6
+    plan_bytes = build.build(
+        fp16_bundle, network, Gpu("some", capability, "580"), "tensorrt_rtx", lambda *step: phases.append(step)
+    )
+    assert len(plan_bytes) > 1e6
     assert any(done == steps > 1 for _, done, steps in phases), "no progress was shown"
 
 
 def test_a_card_that_the_package_does_not_build_for(fp16_bundle: Bundle) -> None:
     with pytest.raises(DeviceError, match=r"builds no plans for NVIDIA H200 \(9\.0\): install tensorrt instead"):
-        build.build(fp16_bundle, "denoiser", H200)
+        build.build(fp16_bundle, "denoiser", H200, "tensorrt_rtx")
 
 
 def test_too_little_memory_says_how_much(fp16_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "HOST_BYTES", 10**15)
     with pytest.raises(DeviceError, match=r"needs about 1000000\.0 GB of memory and .* GB are free"):
-        build.build(fp16_bundle, "denoiser", RTX)
+        build.build(fp16_bundle, "denoiser", RTX, "tensorrt_rtx")
 
 
 def test_a_file_that_is_no_network(fp16_bundle: Bundle, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_file_that_is_no_network(fp16_bundle: Bundle, tmp_path: Path) -> None:
     broken = fp16_bundle.manifest.networks["denoiser"].model_copy(update={"file": File.of(path)})
     bundle = Bundle(tmp_path, fp16_bundle.manifest.model_copy(update={"networks": {"denoiser": broken}}))
     with pytest.raises(DeviceError, match="TensorRT cannot read"):
-        build.build(bundle, "denoiser", RTX)
+        build.build(bundle, "denoiser", RTX, "tensorrt_rtx")
 
 
 def test_names_of_tensorrt_rtx() -> None:
@@ -121,7 +123,7 @@ def test_names_of_tensorrt_11(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     code = """
         import tensorrt_bindings
-        from tests.test_trt import _check_names
+        from tests.engines.tensorrt.test_tensorrt import _check_names
         _check_names(tensorrt_bindings)
         assert not hasattr(tensorrt_bindings, "ComputeCapability")
     """
@@ -147,7 +149,19 @@ def test_the_names_are_those_that_are_used() -> None:
     )
     used = set(re.findall(objects + r"\.([a-z][a-z_0-9]+)", text[: text.index("class EngineSession")]))
     known = {member for table in (MEMBERS, RTX_MEMBERS) for members in table.values() for member in members.split()}
-    ours = {"pointer", "dtype", "is_file", "scratch_bytes", "bind", "device", "driver", "engine", "manifest", "inputs"}
+    ours = {
+        "pointer",
+        "dtype",
+        "is_file",
+        "scratch_bytes",
+        "bind",
+        "device",
+        "driver",
+        "engine",
+        "manifest",
+        "inputs",
+        "startswith",
+    }
     assert used - known - ours == set()
     for member in known - set(RTX_MEMBERS["ComputeCapability"].split()):
         assert re.search(rf"\b{member}\b", text), f"{member} is not used any more"
@@ -170,9 +184,9 @@ def imaginary(fp16_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "shapes-fp16"
     shutil.copytree(fp16_bundle.folder, folder, ignore=shutil.ignore_patterns("plans"))
     machine = Imaginary(Bundle.open(str(folder)))
-    for module in (build, run):
-        monkeypatch.setattr(module, "package", lambda: machine.tensorrt)
-    monkeypatch.setattr(load, "available", lambda: None)
+    for module in (plan, build, run):
+        monkeypatch.setattr(module, "package", lambda runtime: machine.tensorrt)
+    monkeypatch.setattr(driver, "available", lambda: None)
     for module in (nvidia, build, run):
         monkeypatch.setattr(module, "visible_gpus", lambda: [H200, H200])
     monkeypatch.setattr(build, "build", lambda bundle, network, *_: str(bundle.onnx(network)).encode())

@@ -19,7 +19,8 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from runtime.pipeline import Pipeline
 from runtime.serve.limits import Limits
-from tests.client import ask, serving
+from runtime.serve.openai.schema import ImageBody
+from tests.client import GENERATE, ask, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -84,7 +85,7 @@ def test_generated_requests_are_answered_as_documented(client: httpx.Client) -> 
     seen = drive(client, 60)
     assert {label for label, _ in seen} == {
         "POST /v1/images/generations", "POST /v1/images/edits",
-        "GET /v1/models", "GET /health/live", "GET /health/ready", "GET /metrics",
+        "GET /v1/models", "GET /v1/models/{model}", "GET /health/live", "GET /health/ready", "GET /metrics",
         "GET /",
     }  # fmt: skip
     assert seen["POST /v1/images/generations", 200] and seen["POST /v1/images/generations", 400]
@@ -98,3 +99,11 @@ def test_thousands_of_generated_requests(client: httpx.Client) -> None:
     print(seen)
     assert sum(seen.values()) >= 2000 and not [status for _, status in seen if status >= 500]
     assert ask(client, num_inference_steps=2)["data"]
+
+
+def test_the_openapi_document_describes_the_request(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["paths"][GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(ImageBody.model_fields)
+    assert body["additionalProperties"] is False
+    assert set(document["paths"]) >= {GENERATE, "/v1/models", "/health/live", "/health/ready", "/metrics"}

@@ -1,0 +1,1 @@
+"""The page of all results: its words, its plots, its frame."""

@@ -1,0 +1,46 @@
+"""Tables of options for READMEs, made of the code that reads them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from engines.errors import ParameterError
+from runtime.call import markdown
+
+
+def server() -> str:
+    """The options of `python -m runtime.serve`."""
+    from runtime.serve.__main__ import arguments
+
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for action in arguments()._actions:
+        if action.dest == "help":
+            continue
+        text = (action.help or "").replace("|", "\\|")
+        # help texts end with the default, which has a column of its own here
+        text = text.removesuffix(f"; default: {action.default}").removesuffix(f"; {action.default}")
+        lines.append(f"| `{action.option_strings[0]}` | {_default(action)} | {text} |")
+    return "\n".join(lines)
+
+
+def _default(action: argparse.Action) -> str:
+    if action.default in (None, [], ()):
+        return ""
+    if isinstance(action.default, float):
+        return f"`{action.default:g}`"
+    return f"`{getattr(action.default, 'name', action.default)}`"  # the name of a path, which is this machine's
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "python": markdown,
+    "http": lambda: markdown(http=True),
+    "server": server,
+}
+
+
+def block(name: str) -> str:
+    """The block of a README; ParameterError for an unknown name."""
+    if name not in TABLES:
+        raise ParameterError("options", f"no table of options is called {name}; there are {', '.join(TABLES)}")
+    return f"<!-- options:{name} -->\n{TABLES[name]()}\n<!-- /options -->"

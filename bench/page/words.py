@@ -1,0 +1,111 @@
+"""The prose of the page, between its tables and plots."""
+
+from __future__ import annotations
+
+INTRODUCTION = """# What the engine does, measured
+
+A diffusion model makes an image in N denoising steps, each of which needs the one before, so a second device usually
+does not make a single image any faster. This engine drafts the states of the next few steps, predicts their noise
+concurrently on several devices, and refines them with the scheduler's own steps. Unless a table says otherwise, the
+model is `shapes`, which comes with this project: small enough for processor cores, it draws 64×64 images of one or two
+coloured shapes, so that a program can check whether an image matches its caption."""
+
+TERMS = """## Modes and terms
+
+The modes differ in how they draft and in what they accept:
+
+- `sequential`: no drafts, one step after another; the reference for all other modes.
+- `conservative`, `aggressive`: the two modes of the DRiffusion paper. The first evaluates the model afresh between two
+  blocks of drafts and takes 2⌈N/(k+1)⌉ rounds or one fewer; the second continues from its drafts and takes
+  1 + ⌈(N−1)/k⌉ rounds.
+- `srds`: Parareal iterations over blocks of steps until the image changes by less than a tolerance.
+- `adaptive`: accepts only drafts within a tolerance of the refined state.
+- `auto`: the fastest of `sequential`, `conservative` and `aggressive` with several k whose drift, calibrated once per
+  model, is within a tolerance.
+
+Terms:
+
+- A *lane* runs the model: a GPU, or here a processor core with an ONNX Runtime session of its own.
+- A *draft* is a predicted future state; k is the number of drafts per round, by default the number of lanes.
+- A *round* is one set of concurrent model calls. Sequential sampling takes N rounds, so N / rounds is the speed-up an
+  algorithm allows if a call takes as long on all lanes at once as on one alone.
+- *Guidance* is classifier-free guidance: two branches per step, with and without the prompt. They run *together* in one
+  call or *split* over two lanes; the image is the same.
+- Baselines: *one lane* is one ONNX Runtime session with one thread; *one session* is a single session with all cores,
+  the usual alternative; *diffusers* is the diffusers pipeline in PyTorch, eager or *compiled* (`torch.compile`).
+- *Drift* is the relative L2 distance of the final latents from the sequential ones with the same noise; 0 is the same
+  image.
+- p20, p50, … are percentiles. A range in brackets after a ratio is its 95 % bootstrap interval."""
+
+RUN = """All rows of a table are interleaved image by image and start from the same noise. The columns with × give the
+speed-up over each baseline. *Of N/rounds* is the speed-up over one lane as a share of what the algorithm allows;
+splitting guidance can take it above 1. *Of the floor* is the time of the same model calls alone, replayed on the same
+lanes with a barrier after each round, divided by the engine's time: 1 means no overhead. With this few images p99 is
+close to the slowest image."""
+
+ROUND = """The image with the median time, split into parts that add up to the whole; the tables above have the numbers.
+*Model calls* is the longest call of each round. *Combine* is the linear combinations of latents; *copy* moves latents
+to where calls and combinations read them; *wait* is the time to start lanes and to wait for the last one beyond its
+call; *Python* is the rest: planning, binding calls, counting. *Device-seconds* are lanes times seconds: a faster image
+on more devices still costs more of them."""
+
+DEVICES = """Machines with more devices are simulated: each mode's real sequence of operations runs on a virtual clock.
+The time of an evaluation (both branches of guidance) comes from the sources below; link latency and bandwidth are
+typical values. The table assumes NVLink."""
+
+VALIDATION = """On the lanes of this machine the prediction can be checked against measurement. The costs of calls,
+combinations and launches are measured before and after every pass of images, and each image is predicted from the costs
+around it. *Error* is the median of predicted / measured − 1 image by image; *measured* is the median time, and
+*predicted* is that time with the error applied. On one lane k is 2."""
+
+PAPER = """Here the only input to the prediction is the paper's sequential time, which cancels out of a speed-up. Beside
+calls of 50 ms and more, combinations, launches and copies vanish, so the prediction is N/rounds in every row: this
+comparison tests that the engine's round counts are those of the paper, not the cost model. The error is what the paper
+lost beyond its rounds. Five points exceed what their round counts allow, SD 3's by 5 and 7 %: their baselines were
+rounded, or timed differently."""
+
+QUALITY = """The captions describe combinations that never occurred in training. An independent checker reads the image
+back: *right* means that every attribute matches. Distance is the drift; 99 dB and an SSIM of 1 mean equal images. *As
+in the paper* reuses one noise prediction for a whole block; *corrected* drafts mostly carry over the predicted image
+instead, at the same cost; *fresh noise* draws other noise for drafts than for steps, as the paper's listing for
+stochastic schedulers does. Fewer sequential steps are the usual alternative. The second row is the noise floor: the
+same images with another batch size and lane count. Rows that begin with a scheduler are compared with that scheduler's
+own sequential images, on fewer captions. `ddpm` and `euler_a` are the same sampler in two notations: at this model's
+integer timesteps their coefficients are equal, and so are their rows."""
+
+DRAFTS = """How far each mode ends from sequential with each kind of drafts: the drift with the paper's `frozen` drafts,
+median and 90th percentile in brackets, and how many times closer another kind ends, median / 90th percentile. `frozen`
+keeps the last noise prediction for a whole block and uses the model's prediction at a draft unchanged. `corrected`, the
+default, mostly carries over the image predicted at a draft rather than its noise, at the same cost. The captions are
+not those that the correction was tuned on."""
+
+SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), with random arrivals
+(*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
+fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared
+with sequential images of the same latents."""
+
+SERVE = """Closed-loop clients over HTTP: each sends its next request when it has the last image. *Elastic* gives a lone
+request all lanes and concurrent requests fewer each; the baselines give every image all lanes, or one lane. The three
+policies take turns within one server. *× the better* is elastic's throughput, median latency and 95th percentile, each
+divided by that of the better baseline."""
+
+EXPORT = """Architectures of published checkpoints with random weights, because weights could not be downloaded. Each
+network is exported to ONNX by itself and compared with PyTorch, as in every export. *Difference to torch* is the
+largest absolute difference over the largest value, at the smallest sizes of the exported range, which take the least
+time. TensorRT-RTX plans are built ahead of time for a GPU that need not be present; none has run."""
+
+KERNEL = """Guidance, k scheduler steps and k drafts are one linear combination, made in one pass over the latents. The
+alternatives are the same arithmetic as separate operations, for latents of four sizes, and a plain copy of as many
+bytes. On processor cores this is the NumPy version that CPU lanes use, on one thread; its cost grows with inputs times
+outputs, so for large latents and many drafts separate operations are cheaper there."""
+
+NO_GPU = """No GPU run has been committed yet: `make gpu-check` makes one on any NVIDIA machine."""
+
+AGAIN = """## Reproduce
+
+```
+{commands}
+```
+
+Each command writes the files named beside it and leaves the others as they were. `python -m bench` lists all commands;
+`bench/README.md` describes the files, each of which names the commit that was measured."""

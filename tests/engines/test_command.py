@@ -1,0 +1,61 @@
+"""How commands end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from engines.command import exit_code
+from engines.errors import DeviceError, EngineError
+from tests import ROOT
+
+
+def raising(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DeviceError("no such device: use cpu"), 1, "error: no such device: use cpu\n"),
+        (EngineError("a.png cannot be written"), 1, "error: a.png cannot be written\n"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
+        (
+            MemoryError(),
+            1,
+            "error: there is not enough memory: close other programs, use fewer lanes, or a smaller size\n",
+        ),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_one_line_and_a_code(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: raising(error)) == code
+    assert capsys.readouterr().err == line
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: raising(ZeroDivisionError()))
+
+
+def test_codes_of_the_command_itself() -> None:
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 3) == 3
+
+
+def test_too_little_memory_is_one_line() -> None:
+    """Latents of 1024 images of 64 channels do not fit; a limit as `ulimit -v` sets it."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "import numpy as np\n"
+        "from engines.command import exit_code\n"
+        "sys.exit(exit_code(lambda: np.ones(1 << 30, np.float64) and None))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        run.returncode == 1
+        and run.stderr.startswith("error: there is not enough memory")
+        and "\n" not in run.stderr[:-1]
+    )
