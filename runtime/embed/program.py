@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.devices import LaneSpec
 from engines.errors import BundleError, ParameterError
+from engines.files import written_whole
 from engines.manifest import DENOISER, Manifest, TensorSpec
 from engines.store import Bundle, plan_key
 from runtime.auto import Calibration
+from runtime.call import OPTIONS, Call
 from runtime.embed import layout
+from runtime.initial_state import InitialState
 from runtime.sampling.drafts import resolve
 from runtime.sampling.noise import noise_slots
 from runtime.sampling.operations import STATE, Combine, Distance, Options, Predict
@@ -23,6 +24,12 @@ from runtime.sampling.schedulers import make_schedule
 
 ROLES = {"text_encoder": layout.TEXT_ENCODER, DENOISER: layout.DENOISER, "vae_decoder": layout.VAE_DECODER}
 GUIDANCE = {"none": layout.NO_GUIDANCE, "classifier_free": layout.CLASSIFIER_FREE, "embedded": layout.EMBEDDED}
+# arguments of `Pipeline.generate` that driffusion_call has, and those that neither it nor a program has
+PARAMETERS = ("prompt", "negative_prompt", "seed", "num_images_per_prompt", "latents")
+UNPLAYED = (
+    "image", "strength", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds", "lanes", "timeline",
+)  # fmt: skip
 DTYPES = {"float32": layout.FLOAT32, "int64": layout.INT64}
 
 
@@ -178,24 +185,21 @@ class _Networks:
             self._file(f"{folder}/{data.name}", layout.COMPILED_WEIGHTS, data.bytes, data.sha256, fields)
 
 
-def refuse_measuring(mode: str, options: Options) -> None:
-    """ParameterError for a sampler that decides by what it measures."""
-    if mode == "auto":
+def refuse_measuring(call: Call) -> None:
+    """ParameterError for a sampler that decides by what it measures, and for mode auto."""
+    if call.mode == "auto":
         raise ParameterError("mode", f"a program holds one sampler: name the mode, {', '.join(SAMPLERS)}")
-    if mode not in SAMPLERS:
-        raise ParameterError("mode", f"unknown mode {mode!r}: use one of {', '.join(SAMPLERS)}")
-    if measures(mode, options):
+    if measures(call.mode, Options(tolerance=call.tolerance)):
         raise ParameterError(
             "mode",
-            f"{mode} decides by what it measures: its coefficients depend on which drafts were accepted, so that a "
-            "program would need one branch for every outcome; use conservative or aggressive, or srds with tolerance 0",
+            f"{call.mode} decides by what it measures: its coefficients depend on which drafts were accepted, so that "
+            "a program would need one branch for every outcome; use conservative or aggressive, or srds with "
+            "tolerance 0",
         )
 
 
 def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> layout.ProgramFile:
     """The program of a recipe for a model, with the placement that it will be opened with unless told otherwise."""
-    refuse_measuring(recipe.mode, recipe.options)
-    check(recipe.mode, recipe.schedule, recipe.options)
     if lanes[0].gpu is not None:
         raise ParameterError("devices", "the player has no GPU lanes: use auto, cpu, cpu@THREADS or cpu*LANES")
     manifest, schedule, texts = bundle.manifest, recipe.schedule, _Texts()
@@ -240,67 +244,30 @@ def _costs(bundle: Bundle, lanes: Sequence[LaneSpec]) -> list[layout.Cost]:
     return [layout.Cost(branches, 0, seconds) for branches, seconds in sorted((measured or {}).items())]
 
 
-def program_of(
-    bundle: Bundle,
-    lanes: Sequence[LaneSpec],
-    *,
-    mode: str,
-    steps: int | None = None,
-    k: int | None = None,
-    drafts: str = "auto",
-    tolerance: float = 0.0,
-    blocks: int | None = None,
-    iterations: int | None = None,
-    first_blocks: Sequence[int] = (),
-    pipelined: bool = True,
-    scheduler: str | None = None,
-    eta: float = 0.0,
-    guidance: float | None = None,
-    size: str | tuple[int, int] | None = None,
-    clip_skip: int = 0,
-) -> layout.ProgramFile:
-    """The program for a bundle; the arguments mean what they mean to `Pipeline.generate`.
-
-    size: (width, height) in pixels, or as text, 512x384. ParameterError for what cannot be made.
-    """
+def program_of(bundle: Bundle, lanes: Sequence[LaneSpec], call: Call) -> layout.ProgramFile:
+    """The program that plays what `Pipeline.run` would play of a call; ParameterError for what cannot be made."""
+    for name in (*PARAMETERS, *UNPLAYED):
+        if getattr(call, name) != OPTIONS[name].default and not (name == "prompt" and call.prompt == ""):
+            why = "a parameter of every call" if name in PARAMETERS else "nothing that the player can do"
+            raise ParameterError(name, f"{name} is {why}, so that no program holds it: leave it out")
     manifest = bundle.manifest
-    defaults = manifest.defaults
+    refuse_measuring(call)
+    checked = call.checked(manifest, len(lanes), len(lanes))
+    size = InitialState.of(manifest, None, None).size(manifest, checked.width, checked.height)
+    schedule = make_schedule(manifest, checked.scheduler, checked.num_inference_steps, size, eta=checked.eta)
     options = Options(
-        len(lanes) if k is None else k, resolve(drafts), tolerance, blocks, pipelined, iterations, tuple(first_blocks)
-    )
-    refuse_measuring(mode, options)
-    if type(clip_skip) is not int or not 0 <= clip_skip <= manifest.clip_skip:
-        raise ParameterError("clip_skip", f"clip_skip must be a whole number from 0 to {manifest.clip_skip}")
-    scale = defaults.guidance_scale if guidance is None else guidance
-    if not math.isfinite(scale):
-        raise ParameterError("guidance", f"guidance must be a finite number, not {scale!r}")
-    wide_high = _size(manifest, size)
-    steps = defaults.num_inference_steps if steps is None else steps
-    if type(steps) is not int or steps < 1:
-        raise ParameterError("steps", f"steps must be a whole number of at least 1, not {steps!r}")
-    schedule = make_schedule(manifest, scheduler, steps, wide_high, eta=eta)
-    return make_program(bundle, Recipe(mode, options, schedule, wide_high, float(scale), clip_skip), lanes)
-
-
-def _size(manifest: Manifest, size: str | tuple[int, int] | None) -> tuple[int, int]:
-    sizes = manifest.sizes
-    if size is None:
-        return sizes.width, sizes.height
-    words = size.split("x") if isinstance(size, str) else [str(side) for side in size]
-    sides = [int(word) for word in words if word.isdecimal() and len(word) < 8]
-    if len(words) != 2 or len(sides) != 2 or not all(map(sizes.allows, sides)):
-        raise ParameterError("size", f"size must be WIDTHxHEIGHT, each side {sizes}, not {size!r}")
-    return sides[0], sides[1]
+        checked.k, resolve(checked.drafts), checked.tolerance, checked.blocks, checked.pipelined, checked.iterations,
+        tuple(checked.first_blocks),
+    )  # fmt: skip
+    check(checked.mode, schedule, options)
+    recipe = Recipe(checked.mode, options, schedule, size, checked.guidance_scale, checked.clip_skip or 0)
+    return make_program(bundle, recipe, lanes)
 
 
 def write_program(program: layout.ProgramFile, path: Path) -> int:
     """Writes the file, whole or not at all; its size in bytes."""
     content = program.pack()
     layout.unpack(content)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return len(content)

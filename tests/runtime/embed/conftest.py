@@ -10,6 +10,7 @@ import pytest
 
 from engines.devices import parse_devices
 from engines.store import Bundle
+from runtime.call import Call
 from runtime.embed.program import program_of, write_program
 from tests.runtime.embed.building import built
 from tests.runtime.embed.library import Engine, Library
@@ -28,8 +29,8 @@ def write(shapes: Bundle, tmp_path: Path) -> Write:
     """Writes a program for the embedded model and two lanes."""
 
     def program(name: str = "test.program", **options: Any) -> Path:
-        given: dict[str, Any] = {"mode": "aggressive", "k": 2, "steps": 4} | options
-        made = program_of(shapes, parse_devices("cpu*2"), **given)
+        given: dict[str, Any] = {"mode": "aggressive", "k": 2, "num_inference_steps": 4} | options
+        made = program_of(shapes, parse_devices("cpu*2"), Call("", **given))
         write_program(made, tmp_path / name)
         return tmp_path / name
 

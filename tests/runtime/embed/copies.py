@@ -12,6 +12,7 @@ from typing import Any
 from engines.devices import parse_devices
 from engines.manifest import MANIFEST
 from engines.store import Bundle
+from runtime.call import Call
 from runtime.embed.program import program_of, write_program
 
 
@@ -30,6 +31,8 @@ def altered_tokenizer(
     manifest = json.loads((shapes.folder / MANIFEST).read_text())
     manifest["tokenizers"][0]["file"] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    program = program_of(Bundle.open(str(folder)), parse_devices("cpu@1"), mode="sequential", steps=1)
+    program = program_of(
+        Bundle.open(str(folder)), parse_devices("cpu@1"), Call("", mode="sequential", num_inference_steps=1)
+    )
     write_program(program, folder / "one.program")
     return folder, folder / "one.program"

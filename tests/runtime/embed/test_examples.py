@@ -1,4 +1,5 @@
 """The example programs, and the ways in which a stranger's build finds the library."""
+# covers: runtime/embed/example, runtime/embed/CMakeLists.txt, runtime/embed/include/driffusion.hpp
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def test_what_goes_wrong_is_said(shapes: Bundle, write: Write, tmp_path: Path, p
 
 def test_the_server_loop(shapes: Bundle, write: Write, tmp_path: Path) -> None:
     """Two images at once with previews, one of them cancelled, and a line that means nothing."""
-    arguments = [built() / "example" / "serve", shapes.folder, write(steps=40), tmp_path]
+    arguments = [built() / "example" / "serve", shapes.folder, write(num_inference_steps=40), tmp_path]
     with subprocess.Popen([*map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdin and run.stdout
         run.stdin.write(f"draw one 1 {PROMPT}\ndraw two 2 a ring\ndance\n")
@@ -72,7 +73,7 @@ def test_an_installed_library_is_found(shapes: Bundle, write: Write, tmp_path: P
     other = tmp_path / "other"
     command("cmake", "-S", SOURCE / "example", "-B", other, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     command("cmake", "--build", other, "--target", "draw_c")
-    command(other / "draw_c", shapes.folder, write(steps=1), PROMPT, tmp_path / "image.ppm")
+    command(other / "draw_c", shapes.folder, write(num_inference_steps=1), PROMPT, tmp_path / "image.ppm")
     (folder,) = prefix.glob("lib*/**/pkgconfig")
     text = (folder / "driffusion.pc").read_text()
     library = next(prefix.rglob("libdriffusion.so.1"))

@@ -1,4 +1,5 @@
 """The ids of prompts, against the `tokenizers` library on every code point and thousands of random texts."""
+# covers: runtime/embed/src/tokenizer.cc, runtime/embed/src/unicode.cc, runtime/embed/src/json.cc
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import tokenizers
 
 from engines.devices import parse_devices
 from engines.store import Bundle
+from runtime.call import Call
 from runtime.embed import unicode
 from runtime.embed.program import program_of, write_program
 from tests.runtime.embed.copies import altered_tokenizer
@@ -46,7 +48,7 @@ WORDS = (
 @pytest.fixture(scope="module")
 def engine(library: Library, shapes: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     path = tmp_path_factory.mktemp("words") / "one.program"
-    write_program(program_of(shapes, parse_devices("cpu@1"), mode="sequential", steps=1), path)
+    write_program(program_of(shapes, parse_devices("cpu@1"), Call("", mode="sequential", num_inference_steps=1)), path)
     opened = library.open(shapes.folder, path)
     yield opened
     opened.close()
