@@ -1,5 +1,6 @@
 """Captures and graphs. Every test breaks one rule of the driver."""
 
+# covers: tests/libcuda/graphs.cc
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,6 @@
 """Faults on request: failing calls, lost and hanging devices, forgotten waits; and what the machine counts."""
 
+# covers: tests/libcuda/control.cc
 from __future__ import annotations
 
 import re

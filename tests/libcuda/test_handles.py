@@ -1,5 +1,6 @@
 """Handles, contexts, and what must belong together. Every test breaks one rule of the driver."""
 
+# covers: tests/libcuda/handles.cc
 from __future__ import annotations
 
 import ctypes

@@ -1,5 +1,6 @@
 """The imaginary driver against what cuda-python says of the real one."""
 
+# covers: tests/libcuda/driver_api.h, tests/libcuda/plugin.py
 from __future__ import annotations
 
 import re

@@ -1,5 +1,6 @@
 """Memory and copies. Every test breaks one rule of the driver."""
 
+# covers: tests/libcuda/memory.cc
 from __future__ import annotations
 
 import ctypes

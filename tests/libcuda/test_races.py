@@ -1,5 +1,6 @@
 """Order: what may overlap does, and two that meet in memory without an order between them are found, in every run."""
 
+# covers: tests/libcuda/races.cc, tests/libcuda/modules.cc
 from __future__ import annotations
 
 import ctypes
