@@ -58,7 +58,7 @@ def test_previews_are_spread_over_the_steps() -> None:
 
 
 def test_a_service_needs_no_protocol(pipeline: Pipeline) -> None:
-    """What a further one builds on: a call in, its own encoding out, previews, a deadline, cancelling, neutral errors."""
+    """What a further one builds on: a call in, an encoding out, previews, a deadline, cancelling, neutral errors."""
     service, previews = Service(pipeline, Limits(queue=1)), list[tuple[int, tuple[int, int]]]()
     call = Call(PROMPT, num_inference_steps=6, mode="sequential", seed=3)
 
