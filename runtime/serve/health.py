@@ -91,7 +91,7 @@ class Health:
 
     def _working(self) -> bool:
         """Whether rounds of images, or of the last second, say all that a probe would."""
-        return bool(self._pipeline.lanes.seated) or (self._probe is None and time.monotonic() < self._fresh_until)
+        return bool(self._pipeline.lanes.running) or (self._probe is None and time.monotonic() < self._fresh_until)
 
     async def _round(self) -> None:
         if self._probe is None:
