@@ -15,6 +15,9 @@ RUN = .venv/bin/python
 TENSORRT ?= trt
 SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
 
+# what `gpu-check` is told: --only PART…, --lanes 1 2, --within SECONDS, --again
+PARTS ?=
+
 # two processes, each with whole files: what one makes serves all its tests
 TOGETHER = -n 2 --dist loadfile --durations 40
 
@@ -79,8 +82,7 @@ bench-full: bench ## quality of all samplers and kinds of drafts, too, which tak
 	@$(RUN) -m bench report
 
 gpu-check: ## test and measure everything that this machine's GPUs can do, without network; says what cannot be done
-	@test -x .venv/bin/python || $(PYTHON) -m venv --system-site-packages .venv
-	@$(RUN) -m bench gpu --json bench/results/gpu.json
+	@$(if $(wildcard .venv/bin/python),$(RUN),python3) -m bench.gpu --json bench/results/gpu.json $(PARTS)
 
 train: .venv/.dev ## train the embedded model again: an hour and a half on two idle cores
 	@$(RUN) -m export.shapes.train

@@ -23,14 +23,13 @@ class TorchNetwork:
     """`model(sample, timestep, **conditioning) → output` on one device; see engines.cuda.Network.
 
     A binding is captured as a graph of PyTorch's own, in its own memory pool, so that it needs no launch of single
-    kernels; a graph within a graph is not tried, so that rounds go through streams.
+    kernels; rounds then go through streams. With `inside` the model's kernels become part of the round's graph instead:
+    PyTorch's allocator knows nothing of that capture, so all that the model needs must be in its cache by then.
     """
 
-    capturable = False
-
-    def __init__(self, model: Callable[..., Any], device: int, *, captured: bool = True) -> None:
-        self.device = device
-        self._model, self._captured = model, captured
+    def __init__(self, model: Callable[..., Any], device: int, *, captured: bool = True, inside: bool = False) -> None:
+        self.device, self.capturable = device, inside
+        self._model, self._captured = model, captured and not inside
         self._pool: Any = None
 
     def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:

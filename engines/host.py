@@ -15,7 +15,9 @@ import numpy as np
 
 from engines.base import Array, Call, Measurements, Rows, combine
 from engines.errors import DeviceError, ParameterError
+from engines.process import Owner
 
+CLOSED = "the model is closed: load it again"
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
 Run = Callable[[], None]
 
@@ -54,6 +56,7 @@ class HostBackend:
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
+        self._owner = Owner()
         self._dead: set[int] = set()
         self._critical, self._spans = 0.0, list[tuple[float, float]]()
         self.measurements = Measurements(self._timed, self._critical, self._spans)
@@ -115,8 +118,9 @@ class HostBackend:
         The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
         interpreter lock, and its lane would start late.
         """
+        self._owner.check()
         if self._closed:
-            raise DeviceError("the lanes are closed: load the model again")
+            raise DeviceError(CLOSED)
         busy = self._prepare(calls)
         self.mark("python")
         for _, bound in busy:
@@ -197,6 +201,8 @@ class HostBackend:
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
         self._closed = True
+        self._bound, self._inputs, self._shape = {}, {}, ()  # calls hold the lanes' sessions
+        self._slots, self._conditioning = np.empty((0, 0), np.float32), []
         for todo, thread in zip(self._todo, self._threads, strict=False):  # none of those that are another backend's
             todo.put(None)
             thread.join()

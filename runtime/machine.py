@@ -40,6 +40,7 @@ class Machine:
         self.bundle = bundle
         self._wanted = self.devices = devices
         self.lost: tuple[str, ...] = ()
+        self.closed = False
         self._repairing = threading.Lock()
         self._open()
         self.lanes = Lanes(len(devices), self._backend_of)
@@ -65,7 +66,9 @@ class Machine:
     def close(self) -> None:
         """Stops the lanes, after what runs on them."""
         with self.lanes.alone(wait=True):
-            self.engines.close()
+            if not self.closed:
+                self.engines.close()
+            self.closed = True
 
     def on_lanes(
         self, work: Callable[[Lease], Made], seconds: Seconds, before_round: Callable[[], None], most: int,

@@ -118,14 +118,24 @@ class Pipeline:
         self._here = threading.local()
 
     @classmethod
-    def load(cls, model: str, devices: str = "auto", build: Path = BUILD) -> Pipeline:
+    def load(cls, model: str, devices: str = "auto", build: Path | str = BUILD) -> Pipeline:
         """Loads an exported and compiled model by name or by bundle folder.
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         lanes = parse_devices(devices)
         check_lanes(lanes)
-        return cls(Bundle.open(model, build, precision(lanes)), devices)
+        return cls(Bundle.open(model, Path(build), precision(lanes)), devices)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.machine.closed else f"on {', '.join(map(str, self.devices))}"
+        return f"<Pipeline {self.manifest.model} ({self.manifest.family}) {state}>"
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # --- the machine, for those who have a pipeline ---------------------------------------------------------------
 
@@ -158,7 +168,7 @@ class Pipeline:
         return self.machine.revive()
 
     def close(self) -> None:
-        """Stops the lanes, after the images that are being made."""
+        """Stops the lanes, after the images that are being made, and frees their memory. A second time does nothing."""
         self.machine.close()
 
     # --- what mode auto knows -------------------------------------------------------------------------------------

@@ -15,12 +15,18 @@ from runtime.auto import call_seconds
 from runtime.pipeline import Pipeline
 from tests import ROOT
 from tests.client import serving
+from tests.libcuda import plugin
 from tests.transcription import stable_diffusion_alphas_cumprod
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where the image of the page for the README goes."""
     parser.addoption("--page-image", type=Path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds what runs tests on imaginary GPUs."""
+    config.pluginmanager.register(plugin)
 
 
 @pytest.fixture

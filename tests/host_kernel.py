@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -15,13 +14,14 @@ from typing import ClassVar
 import pytest
 
 from engines.cuda.kernels import SOURCE, STORAGE, Combination
+from engines.store import BUILD
 
 SHIM = Path(__file__).with_name("kernel_host.cc")
-CACHE = Path(tempfile.gettempdir()) / f"combine-on-host-{os.getuid()}"
+CACHE = BUILD / "libcuda" / "host-kernels"
 
 
 @cache
-def library(dtype: str) -> ctypes.CDLL:
+def compiled(dtype: str) -> Path:
     """The shared library of one storage type, compiled once per source."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -29,7 +29,7 @@ def library(dtype: str) -> ctypes.CDLL:
     key = hashlib.sha256(SOURCE.read_bytes() + SHIM.read_bytes()).hexdigest()[:16]
     path = CACHE / f"{dtype}-{key}.so"
     if not path.is_file():
-        CACHE.mkdir(exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
         command += [
@@ -42,7 +42,7 @@ def library(dtype: str) -> ctypes.CDLL:
         ]
         subprocess.run(command, check=True)
         os.replace(partial, path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 class HostKernel:
@@ -51,7 +51,7 @@ class HostKernel:
     sizes: ClassVar[dict[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
     def __init__(self, dtype: str) -> None:
-        self._library = library(dtype)
+        self._library = ctypes.CDLL(str(compiled(dtype)))
 
     def combine(self, parameters: Combination, outputs: int, width: int, grid: int, block: int) -> None:
         assert self._library.run_combine(outputs, width, grid, block, ctypes.byref(parameters)) == 0

@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from bench import moves
+from bench.page.document import anchor
 from bench.page.options import TABLES as OPTION_TABLES
 from bench.page.tables import RESULTS, block, load, readmes, rebuilt
 from engines.errors import ParameterError
@@ -57,6 +58,7 @@ EXPLAINED = {
     "make engines MODEL=owner/name": "needs the hub; tests/export/test_loading.py exports folders, LoRA and sizes",
     "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
     "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
+    "machine.forgive()": "shows the shape of a test; tests/libcuda and tests/engines/cuda are full of them",
     "make test\n": "is what runs this",
     "pre-commit install": "changes the checkout; tests/test_commands.py runs the hooks",
 }
@@ -308,20 +310,18 @@ def test_every_field_and_option_of_the_server_is_documented() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """The names that GitHub gives to headings."""
-    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    return {anchor(head) for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])
 def test_links_and_images_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        path, _, anchor = target.partition("#")
+        path, _, name_there = target.partition("#")
         if not target.startswith("http"):
             found = (ROOT / name).parent / path if path else ROOT / name
             assert found.exists(), f"{name}: {target}"
-            assert not anchor or anchor in anchors(found.read_text()), f"{name}: {target}"
+            assert not name_there or name_there in anchors(found.read_text()), f"{name}: {target}"
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md"])

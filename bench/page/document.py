@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAME = Path(__file__).parent / "frame.html"
+_HEAD = re.compile(r"^(##+) (.+)$", re.MULTILINE)
 # result files that have a heading, a paragraph and a table
 _SECTIONS = {
     "drafts": ("Kinds of drafts", words.DRAFTS),
@@ -88,21 +90,28 @@ class Page:
         body = []
         for part in parts:
             if isinstance(part, str):
-                body.append(re.sub(r"<table>.*?</table>", _folded, render(part), flags=re.DOTALL))
+                tables = re.sub(r"<table>.*?</table>", _folded, render(part), flags=re.DOTALL)
+                body.append(re.sub(r"<(h[23])>(.*?)</h", _named, tables))
                 continue
             with part.draw() as figure:
                 body.append(f"<figure>{svg(figure)}<figcaption>{part.caption}</figcaption></figure>")
         return FRAME.read_text().replace("/* colours */", style_sheet()).replace("<!-- body -->", "\n".join(body))
 
     def parts(self) -> Iterator[Part]:
-        """The page from top to bottom."""
+        """The page from top to bottom: figures, one plot and the table of contents first."""
         yield words.INTRODUCTION
-        yield self._short()
+        yield self._summary()
         if rows := self.rows("run"):
-            yield "## The latency of one image\n\n" + words.RUN
-            yield Plot("run", "Denoising time of one image in seconds: median, with p20 to p80.",
-                       lambda: figures.bars(rows))  # fmt: skip
-            yield self._table("run")
+            caption = "Denoising time of one image in seconds: median, with p20 to p80."
+            yield Plot("run", caption, lambda: figures.bars(rows))
+        sections = [words.TERMS, *self._sections()]
+        heads = [head for part in sections if isinstance(part, str) for head in _HEAD.findall(part)]
+        yield "\n".join(f"{'  ' * (len(level) - 2)}- [{title}](#{anchor(title)})" for level, title in heads)
+        yield from sections
+
+    def _sections(self) -> Iterator[Part]:
+        if rows := self.rows("run"):
+            yield f"## The latency of one image\n\n{words.RUN}\n\n{self._table('run')}"
             yield "### Where the time of a round goes\n\n" + words.ROUND
             yield Plot("rounds", "Overhead per round beside the model calls, in µs.",
                        lambda: figures.overheads(rows))  # fmt: skip
@@ -149,9 +158,12 @@ class Page:
             lines.append(f"| `{name}.json` | `{made_by(name)}` | {hardware(file)} | {' | '.join(versions)} |")
         return "\n".join(lines)
 
-    def _short(self) -> str:
-        """The numbers that a hurried reader wants, each from its file."""
-        lines = ["## Summary", ""]
+    def _summary(self) -> str:
+        """The figures of each file that matter most."""
+        said = [*self._fastest(), *predicted.in_short(self.rows("simulate")), *self._fewest_rounds()]
+        return "\n".join(["## Summary", "", *(f"- {words}" for words in said)])
+
+    def _fastest(self) -> Iterator[str]:
         rows = [row for row in self.rows("run") if "speedups" in row]
         for cell in dict.fromkeys((row["scheduler"], row["steps"], row["guidance_scale"]) for row in rows):
             here = [r for r in rows if (r["scheduler"], r["steps"], r["guidance_scale"]) == cell]
@@ -160,28 +172,29 @@ class Page:
                 continue
             best = min(ours, key=lambda row: float(row["seconds"]["p50"]))
             guided = f"with guidance {cell[2]:g}" if cell[2] > 1 else "without guidance"
-            against = [f"{interval(ratio)}× {name}" for name, ratio in best["speedups"].items() if ratio]
+            against = [f"{interval(ratio)}× as fast as {name}" for name, ratio in best["speedups"].items() if ratio]
             played = f" ({best['mode']}, k = {best['k']})" if best["asked_mode"] == "auto" else ""
-            lines.append(
-                f"- {cell[0]}, {cell[1]} steps, {guided}: the fastest is **{best['name']}**{played}, "
+            yield (
+                f"{cell[0]}, {cell[1]} steps, {guided}: the fastest is **{best['name']}**{played}, "
                 f"{best['seconds']['p50']:.3f} s (median of {best['images']} images, drift "
                 f"{best['drift']['median']:.1e}): {', '.join(against)}."
             )
-        lines += [f"- {words}" for words in predicted.in_short(self.rows("simulate"))]
+
+    def _fewest_rounds(self) -> Iterator[str]:
         judged = [row for row in self.rows("quality") if "caption_accuracy" in row]
-        if judged:
-            reference = judged[0]
-            alike = [r for r in judged if all(r[key] == reference[key] for key in ("scheduler", "images", "shapes"))]
-            right = [r for r in alike if r["caption_accuracy"] >= reference["caption_accuracy"]]
-            same = [r for r in right if r["mode"] != "sequential"]
-            if same:
-                best = min(same, key=lambda row: float(row["rounds"]))
-                lines.append(
-                    f"- Caption accuracy stays that of sequential ({100 * reference['caption_accuracy']:.0f} % of "
-                    f"{reference['images']}) down to {best['rounds']:g} rounds instead of {reference['rounds']:g} "
-                    f"({best['name']})."
-                )
-        return "\n".join(lines)
+        if not judged:
+            return
+        reference = judged[0]
+        alike = [r for r in judged if all(r[key] == reference[key] for key in ("scheduler", "images", "shapes"))]
+        right = [r for r in alike if r["caption_accuracy"] >= reference["caption_accuracy"]]
+        same = [r for r in right if r["mode"] != "sequential"]
+        if same:
+            best = min(same, key=lambda row: float(row["rounds"]))
+            yield (
+                f"Caption accuracy stays that of sequential ({100 * reference['caption_accuracy']:.0f} % of "
+                f"{reference['images']}) down to {best['rounds']:g} rounds instead of {reference['rounds']:g} "
+                f"({best['name']})."
+            )
 
     def _gpus(self) -> Iterator[Part]:
         files = {name: file for name, file in self.files.items() if name.startswith("gpu")}
@@ -204,6 +217,16 @@ make bench-full   # {made(FULL)} as well, which takes much longer
 make gpu-check    # gpu, on any NVIDIA machine
 .venv/bin/{MADE_BY["export"]} --json bench/results/export.json   # 60 GB of disk, 24 GB of memory
 .venv/bin/python -m bench report   # this page, and the tables of the READMEs"""
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives to a heading, and the page as well."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _named(heading: re.Match[str]) -> str:
+    """An HTML heading that the table of contents can link to."""
+    return f'<{heading[1]} id="{anchor(unescape(heading[2]))}">{heading[2]}</h'
 
 
 def _ours(path: Path) -> bool:

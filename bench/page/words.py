@@ -6,8 +6,13 @@ INTRODUCTION = """# What the engine does, measured
 
 A diffusion model makes an image in N denoising steps, each of which needs the one before, so a second device usually
 does not make a single image any faster. This engine drafts the states of the next few steps, predicts their noise
-concurrently on several devices, and refines them with the scheduler's own steps. The modes differ in how they draft
-and in what they accept:
+concurrently on several devices, and refines them with the scheduler's own steps. Unless a table says otherwise, the
+model is `shapes`, which comes with this project: small enough for processor cores, it draws 64×64 images of one or two
+coloured shapes, so that a program can check whether an image matches its caption."""
+
+TERMS = """## Modes and terms
+
+The modes differ in how they draft and in what they accept:
 
 - `sequential`: no drafts, one step after another; the reference for all other modes.
 - `conservative`, `aggressive`: the two modes of the DRiffusion paper. The first evaluates the model afresh between two
@@ -30,10 +35,7 @@ Terms:
   the usual alternative; *diffusers* is the diffusers pipeline in PyTorch, eager or *compiled* (`torch.compile`).
 - *Drift* is the relative L2 distance of the final latents from the sequential ones with the same noise; 0 is the same
   image.
-- p20, p50, … are percentiles. A range in brackets after a ratio is its 95 % bootstrap interval.
-
-Most tables use `shapes`, a model that comes with this project: small enough for processor cores, it draws 64×64 images
-of one or two coloured shapes, so that a program can check whether an image matches its caption."""
+- p20, p50, … are percentiles. A range in brackets after a ratio is its 95 % bootstrap interval."""
 
 RUN = """All rows of a table are interleaved image by image and start from the same noise. The columns with × give the
 speed-up over each baseline. *Of N/rounds* is the speed-up over one lane as a share of what the algorithm allows;

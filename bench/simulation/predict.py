@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench import moves
-from bench.gpu import schedule as stable_diffusion
+from bench.gpu.engine import schedule as stable_diffusion
 from bench.moves import Link
 from bench.simulation.costs import LinkCosts
 from engines.null import NullBackend

@@ -11,7 +11,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import plots
-from bench.page.document import Page, Plot
+from bench.page.document import Page, Plot, anchor
 from bench.page.tables import MADE_BY, RESULTS, block, made_by, rebuilt
 from tests import ROOT
 
@@ -37,6 +37,17 @@ def test_both_forms_say_the_same(folder: Path) -> None:
     numbers = re.findall(r"\d+\.\d+", text)
     assert len(numbers) > 500 and set(numbers) <= set(re.findall(r"\d+\.\d+", html))
     assert "http" not in re.sub(r"http://www\.w3\.org\S*", "", html), "one file, no network"
+
+
+def test_the_page_begins_with_figures_one_plot_and_its_contents(folder: Path) -> None:
+    page = Page.read(folder)
+    parts = list(page.parts())
+    assert str(parts[1]).startswith("## Summary") and isinstance(parts[2], Plot)
+    linked = re.findall(r"\]\(#([^)]+)\)", str(parts[3]))
+    named = re.findall(r'<h[23] id="([^"]+)"', page.html([part for part in parts[4:] if isinstance(part, str)]))
+    assert linked == named and len(named) > 10
+    heads = re.findall(r"^##+ (.+)$", "\n".join(part for part in parts if isinstance(part, str)), re.MULTILINE)
+    assert [anchor(head) for head in heads[1:]] == linked
 
 
 def test_the_page_names_every_file_and_machine(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import moves, simulate
-from bench.gpu import schedule
+from bench.gpu.engine import schedule
 from bench.moves import Link, gathered
 from bench.page.tables import load
 from bench.simulation import costs as simulated_costs

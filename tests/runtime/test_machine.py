@@ -68,7 +68,7 @@ def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: py
             time.sleep(0.001)
 
         session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "session", Broken(session.session))
+        monkeypatch.setattr(session, "_session", Broken(session.session))
         results = [one.result() for one in made]
     assert pipeline.lost == ("cpu/1",) and pipeline.lanes.count == 2
     for a, b in zip(alone, results, strict=True):
@@ -84,7 +84,7 @@ def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert pipeline.revive(), "nothing is lost"
     before = pipeline.generate(PROMPT, **options)
     session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-    monkeypatch.setattr(session, "session", Broken(session.session))
+    monkeypatch.setattr(session, "_session", Broken(session.session))
     pipeline.generate(PROMPT, **options)
     assert pipeline.lost == ("cpu/1",)
     with monkeypatch.context() as patch:

@@ -363,3 +363,24 @@ def test_an_error_that_is_no_lanes_is_not_hidden(shapes: Bundle, monkeypatch: py
         draw(pipeline)
     assert pipeline.lost == ()
     pipeline.close()
+
+
+def test_a_pipeline_closes_itself_and_says_what_it_is(shapes: Bundle) -> None:
+    with Pipeline.load("shapes", "cpu", str(shapes.folder.parent)) as loaded:
+        assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) on cpu/0>"
+        assert len(draw(loaded).images) == 1
+    assert repr(loaded) == "<Pipeline shapes (StableDiffusionPipeline) closed>"
+    loaded.close()
+    with pytest.raises(DeviceError, match="closed"):
+        draw(loaded)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "a \udcff star"), ("prompt", ["a star", "\ud800"]), ("negative_prompt", "\udfff")]
+)
+def test_text_that_is_no_unicode(pipeline: Pipeline, field: str, value: str | list[str]) -> None:
+    """As a shell passes bytes that are no UTF-8, and JSON a lone surrogate."""
+    options: dict[str, Any] = {"prompt": PROMPT, field: value}
+    with pytest.raises(ParameterError, match=rf"{field} is no valid Unicode: .*ud.* at character \d") as error:
+        pipeline.generate(**options)
+    assert error.value.param == field

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.base import Array
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor
+from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow
 from engines.cuda.driver import Driver
-from engines.cuda.kernels import BYTES, Variant
 from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
@@ -22,21 +19,15 @@ from runtime.sampling.place import place
 from runtime.sampling.program import GuidedCombine, Round, program
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import schedule_from_config
-from tests.fake_cuda import Event, FakeCuda, Stream
+from tests.libcuda.lanes import FunctionNetwork, checked, extent, floats, view
+from tests.libcuda.machine import KERNELS, Machine
 from tests.transcription import stable_diffusion_alphas_cumprod
 
 CONFIG = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
           "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "num_train_timesteps": 1000}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _code_is_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine code that the imaginary driver loads says which variant of the kernel to run."""
-
-    def code(variant: Variant, arch: str, cache: Path) -> bytes:
-        return json.dumps(variant.__dict__).encode()
-
-    monkeypatch.setattr("engines.cuda.kernels.machine_code", code)
+pytestmark = pytest.mark.imaginary_gpus
 
 
 @np.errstate(invalid="ignore")
@@ -45,39 +36,6 @@ def model(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> 
     shift = conditioning["encoder_hidden_states"].mean(axis=(1, 2)).reshape(-1, 1, 1, 1)
     phase = (timestep / 300).reshape(-1, 1, 1, 1).astype(np.float32)
     return np.asarray(np.sin(sample * 1.3 + phase) + shift * np.cos(sample), np.float32)
-
-
-class FakeNetwork:
-    """The model on a stream of the imaginary machine."""
-
-    def __init__(self, cuda: FakeCuda, device: int, *, capturable: bool = True) -> None:
-        self.cuda, self.device, self.capturable = cuda, device, capturable
-
-    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Stream) -> Enqueue:
-        arrays = {name: self._view(tensor) for name, tensor in inputs.items()}
-        into = self._view(output)
-
-        def work() -> None:
-            values = {name: _floats(array, inputs[name].dtype) for name, array in arrays.items()}
-            result = model(values.pop("sample"), values.pop("timestep"), values)
-            into[...] = _stored(result, output.dtype)
-
-        assert stream.device == self.device == self.cuda.current, "a lane is bound on another device"
-        return lambda: self.cuda.submit(stream, work)
-
-    def _view(self, tensor: Tensor) -> Any:
-        size = int(np.prod(tensor.shape)) * BYTES[tensor.dtype]
-        raw = self.cuda.view(tensor.pointer, size, self.device)
-        return raw.view("uint16" if tensor.dtype == "bfloat16" else tensor.dtype).reshape(tensor.shape)
-
-
-def _floats(array: Any, dtype: str) -> Array:
-    wide = (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
-    return np.array(wide, np.float32)
-
-
-def _stored(array: Array, dtype: str) -> Any:
-    return ((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16) if dtype == "bfloat16" else array.astype(dtype)
 
 
 def run(
@@ -108,11 +66,17 @@ def reference(mode: str, options: Options, schedule: Schedule, **more: Any) -> A
 
 
 def open_cuda(
-    devices: Sequence[int], seed: int, dtype: str = "float32", eager: int | None = None, **more: Any
-) -> tuple[FakeCuda, CudaBackend]:
-    cuda = FakeCuda(max(devices) + 1, seed, seed % 4 if eager is None else eager)
-    networks = [FakeNetwork(cuda, device) for device in devices]
-    return cuda, CudaBackend(Driver(cuda), networks, dtype, Path("unused"), **more)
+    devices: Sequence[int], seed: int, dtype: str = "float32", eager: int | None = None, peers: bool = True, **more: Any
+) -> tuple[Machine, CudaBackend]:
+    machine = Machine(max(devices) + 1, seed=seed, eager=seed % 4 if eager is None else eager, peers=peers)
+    networks = [FunctionNetwork(machine, device, model) for device in devices]
+    return machine, CudaBackend(Driver(), networks, dtype, KERNELS, **more)
+
+
+def left(machine: Machine) -> None:
+    """Nothing is, but for what the engine keeps for as long as the process lives."""
+    kinds = {"context", "context reference", "module", "function"}
+    assert set(machine.live()) <= kinds, f"close leaves behind {machine.live()}"
 
 
 def distance(a: Array, b: Array) -> float:
@@ -137,13 +101,12 @@ PLACES: list[tuple[int, ...]] = [(0,), (0, 0), (0, 1), (0, 1, 2), (0, 0, 1, 1), 
 def test_equal_to_the_cpu(case: tuple[str, Options, int, str], places: tuple[int, ...], graphs: bool) -> None:
     mode, options, steps, name = case
     plan = schedule(steps, name)
-    cuda, backend = open_cuda(places, seed=1, graphs=graphs)
+    machine, backend = open_cuda(places, seed=1, graphs=graphs)
     for _ in range(2):  # the second image replays what the first one captured
         assert distance(run(backend, mode, options, plan), reference(mode, options, plan)) < 1e-5
-    assert (cuda.calls["cuGraphLaunch"] > 0) == graphs
+    assert (machine.calls("cuGraphLaunch") > 0) == graphs
     backend.close()
-    assert not cuda.memory, "close leaves memory behind"
-    assert not cuda.streams
+    left(machine)
 
 
 @pytest.mark.slow
@@ -157,8 +120,9 @@ def test_ten_thousand_orders(part: int, monkeypatch: pytest.MonkeyPatch) -> None
         which = int(chance.integers(len(CASES)))
         mode, options, steps, name = CASES[which]
         places = PLACES[int(chance.integers(len(PLACES)))]
-        _, backend = open_cuda(places, seed=1000 * part + number, graphs=bool(chance.integers(2)))
+        machine, backend = open_cuda(places, seed=1000 * part + number, graphs=bool(chance.integers(2)))
         assert distance(run(backend, mode, options, schedule(steps, name)), wanted[which]) < 1e-5, (part, number)
+        machine.check()
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -169,13 +133,13 @@ def test_some_orders(seed: int) -> None:
     assert distance(got, reference(mode, options, schedule(steps, name))) < 1e-5
 
 
-def ignore(kind: str, backend: CudaBackend) -> Callable[[Stream, Event], bool]:
+def ignore(kind: str, backend: CudaBackend) -> Callable[[int, int], bool]:
     """Which waits to forget: for a round's numbers, of a lane for home, or of home for the lanes."""
-    main, uploaded = backend._main, backend._uploaded
+    main, uploaded = int(backend._main), {int(event) for event in backend._uploaded}
     return {
         "upload": lambda stream, event: event in uploaded,
-        "fork": lambda stream, event: stream is not main,
-        "join": lambda stream, event: stream is main and event not in uploaded,
+        "fork": lambda stream, event: stream != main,
+        "join": lambda stream, event: stream == main and event not in uploaded,
     }[kind]
 
 
@@ -187,12 +151,13 @@ def test_a_removed_wait_is_caught(kind: str, graphs: bool) -> None:
     wanted = reference("aggressive", options, plan)
     caught = 0
     for seed in range(30):
-        cuda, backend = open_cuda((0, 1), seed=seed, graphs=graphs, eager=0)
-        cuda.ignored = ignore(kind, backend)
+        machine, backend = open_cuda((0, 1), seed=seed, graphs=graphs, eager=0)
+        machine.ignore_waits(ignore(kind, backend))
         try:
             caught += not distance(run(backend, "aggressive", options, plan), wanted) < 1e-5
         except (DeviceError, NonFiniteError):
             caught += 1
+        assert machine.forgive(), "the rules were kept without it"
     assert caught > 3
 
 
@@ -237,31 +202,31 @@ def test_in_place_beyond_one_launch() -> None:
 
 def test_a_graph_serves_other_guidance_steps_and_noise() -> None:
     """What a request may change is not part of a graph."""
-    cuda, backend = open_cuda((0, 1), seed=7)
+    machine, backend = open_cuda((0, 1), seed=7)
     for n, (steps, guidance, name) in enumerate([(9, 3.0, "ddim")] * 2 + [(9, 7.5, "euler"), (7, 2.0, "ddim")]):
         plan, options = schedule(steps, name), Options(k=2)
         got = run(backend, "aggressive", options, plan, guidance=guidance)
         assert distance(got, reference("aggressive", options, plan, guidance=guidance)) < 1e-5
         if n == 1:
-            captured = cuda.calls["cuGraphInstantiate"]
-    assert cuda.calls["cuGraphInstantiate"] == captured
+            captured = machine.calls("cuGraphInstantiate")
+    assert machine.calls("cuGraphInstantiate") == captured
 
 
 def test_lanes_that_cannot_be_captured_use_streams() -> None:
-    cuda = FakeCuda(1)
-    networks = [FakeNetwork(cuda, 0), FakeNetwork(cuda, 0, capturable=False)]
-    backend = CudaBackend(Driver(cuda), networks, "float32", Path("unused"))
+    machine = Machine(1)
+    networks = [FunctionNetwork(machine, 0, model), FunctionNetwork(machine, 0, model, capturable=False)]
+    backend = CudaBackend(Driver(), networks, "float32", KERNELS)
     plan, options = schedule(6), Options(k=2)
     assert distance(run(backend, "aggressive", options, plan), reference("aggressive", options, plan)) < 1e-5
-    assert cuda.calls["cuGraphLaunch"] == 0
+    assert machine.calls("cuGraphLaunch") == 0
 
 
 @pytest.mark.parametrize("fault", ["peer zeros", "peer refused"])
 def test_peer_copies_that_lie(fault: str, caplog: pytest.LogCaptureFixture) -> None:
-    cuda = FakeCuda(2, seed=8)
-    cuda.fault[fault] = 1
-    networks = [FakeNetwork(cuda, 0), FakeNetwork(cuda, 1)]
-    backend = CudaBackend(Driver(cuda), networks, "float32", Path("unused"))
+    machine = Machine(2, seed=8, peers=fault != "peer refused")
+    machine.set("peer_zeros", fault == "peer zeros")
+    networks = [FunctionNetwork(machine, 0, model), FunctionNetwork(machine, 1, model)]
+    backend = CudaBackend(Driver(), networks, "float32", KERNELS)
     assert backend.measurements.staged == ((0, 1), (1, 0))
     assert "go through host memory" in caplog.text
     assert ("changed data" if fault == "peer zeros" else "are not possible") in caplog.text
@@ -274,10 +239,9 @@ def test_staged_copies_in_many_orders() -> None:
     plan, options = schedule(7), Options(k=3)
     wanted = reference("conservative", options, plan)
     for seed in range(30):
-        cuda = FakeCuda(3, seed=seed)
-        cuda.fault["peer zeros"] = 1
-        networks = [FakeNetwork(cuda, device) for device in (1, 0, 2)]
-        backend = CudaBackend(Driver(cuda), networks, "float32", Path("unused"), graphs=seed % 2 == 0)
+        machine = Machine(3, seed=seed, peers=False)
+        networks = [FunctionNetwork(machine, device, model) for device in (1, 0, 2)]
+        backend = CudaBackend(Driver(), networks, "float32", KERNELS, graphs=seed % 2 == 0)
         assert distance(run(backend, "conservative", options, plan), wanted) < 1e-5
 
 
@@ -290,16 +254,16 @@ def test_not_finite_is_an_error_and_the_next_image_is_right() -> None:
 
 
 def test_out_of_memory_says_what_to_do() -> None:
-    cuda = FakeCuda(1)
-    cuda.fault["out of memory"] = 3
+    machine = Machine(1)
+    machine.fail("cuMemAlloc", 3, "CUDA_ERROR_OUT_OF_MEMORY")
     with pytest.raises(DeviceError, match="fewer lanes"):
-        CudaBackend(Driver(cuda), [FakeNetwork(cuda, 0)], "float32", Path("unused"))
+        CudaBackend(Driver(), [FunctionNetwork(machine, 0, model)], "float32", KERNELS)
 
 
 def test_a_failed_launch_is_an_error_and_the_next_image_is_right() -> None:
     plan, options = schedule(6), Options(k=2)
-    cuda, backend = open_cuda((0, 0), seed=10)
-    cuda.fault["launch"] = 4
+    machine, backend = open_cuda((0, 0), seed=10)
+    machine.fail("cuLaunchKernel", 4)
     with pytest.raises(DeviceError, match="cuLaunchKernel failed"):
         run(backend, "aggressive", options, plan)
     assert distance(run(backend, "aggressive", options, plan), reference("aggressive", options, plan)) < 1e-5
@@ -307,8 +271,8 @@ def test_a_failed_launch_is_an_error_and_the_next_image_is_right() -> None:
 
 def test_a_lost_device_is_an_error() -> None:
     plan, options = schedule(20), Options(k=2)
-    cuda, backend = open_cuda((0, 1), seed=11)
-    cuda.fault["lost"] = cuda.work_done[1] + 5
+    machine, backend = open_cuda((0, 1), seed=11)
+    machine.set("lost_after", 5, device=1)
     with pytest.raises(DeviceError, match="lost"):
         run(backend, "aggressive", options, plan)
     assert backend.dead() == [1]
@@ -318,46 +282,34 @@ def test_a_lost_device_is_an_error() -> None:
 def test_a_hanging_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.cuda.driver.Driver.wait.__defaults__", (0.2,))
     plan, options = schedule(20), Options(k=2)
-    cuda, backend = open_cuda((0,), seed=12)
-    cuda.fault["hang"] = 1
+    machine, backend = open_cuda((0,), seed=12)
+    machine.set("hangs", 1)
     with pytest.raises(DeviceError, match=r"did not end within 0\.2 s"):
         run(backend, "aggressive", options, plan)
 
 
 def test_an_old_driver_and_a_device_that_is_not_there() -> None:
-    cuda = FakeCuda(2)
+    machine = Machine(2)
     with pytest.raises(DeviceError, match="this machine has cuda:0 … cuda:1"):
-        Driver(cuda).device(2)
-    cuda.version = 12080
+        Driver().device(2)
+    machine.set("version", 12080)
     with pytest.raises(DeviceError, match=r"is for CUDA 12\.8, this program needs 13\.0"):
-        Driver(cuda)
-
-
-def test_without_a_driver_the_message_says_so() -> None:
-    try:
-        import ctypes
-
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        with pytest.raises(DeviceError, match="no NVIDIA driver"):
-            Driver()
-    else:
         Driver()
 
 
 def test_host_waits_only_where_an_answer_is_needed() -> None:
     """Rounds are enqueued without a wait: the host asks only for `bind`, `read`, and a table that is full."""
-    cuda, backend = open_cuda((0, 1), seed=13)
+    machine, backend = open_cuda((0, 1), seed=13)
     plan, options = schedule(8), Options(k=4)
     run(backend, "aggressive", options, plan)
-    cuda.eager = 1000
+    machine.set("eager", 1000)
     queries: list[int] = []
     predict = backend.predict
 
     def counted(calls: Any) -> None:
-        before = cuda.calls["cuEventQuery"]
+        before = machine.calls("cuEventQuery")
         predict(calls)
-        queries.append(cuda.calls["cuEventQuery"] - before)
+        queries.append(machine.calls("cuEventQuery") - before)
 
     backend.predict = counted  # type: ignore[method-assign]
     run(backend, "aggressive", options, plan)
@@ -367,23 +319,31 @@ def test_host_waits_only_where_an_answer_is_needed() -> None:
 # --- several images at once ------------------------------------------------------------------------------------
 
 
-class ScratchNetwork(FakeNetwork):
+class ScratchNetwork(FunctionNetwork):
     """The model in two kernels with memory of the lane between them, as compiled engines have."""
 
-    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Stream) -> Enqueue:
-        arrays, into = {name: self._view(tensor) for name, tensor in inputs.items()}, self._view(output)
-        assert stream.device == self.device == self.cuda.current, "a lane is bound on another device"
+    def __init__(self, machine: Machine, device: int, model: Any) -> None:
+        super().__init__(machine, device, model)
+        driver = Driver()
+        driver("cuCtxSetCurrent", driver.device(device).context)
+        self.scratch_memory = int(driver("cuMemAlloc", 256)), 256
 
+    def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
         def first() -> None:
-            self.scratch = {name: _floats(array, inputs[name].dtype) for name, array in arrays.items()}
+            self.scratch = {name: floats(self.machine, tensor) for name, tensor in inputs.items()}
 
         def second() -> None:
             values = dict(self.scratch)
-            into[...] = _stored(model(values.pop("sample"), values.pop("timestep"), values), output.dtype)
+            result = model(values.pop("sample"), values.pop("timestep"), values)
+            view(self.machine, output)[...] = narrow(result, output.dtype)
+
+        reads = [extent(tensor) for tensor in inputs.values()]
+        begin = self.machine.work(stream, first, reads, [self.scratch_memory], model=False)
+        end = self.machine.work(stream, second, [self.scratch_memory], [extent(output)])
 
         def run() -> None:
-            self.cuda.submit(stream, first)
-            self.cuda.submit(stream, second)
+            checked(begin())
+            checked(end())
 
         return run
 
@@ -392,11 +352,11 @@ class ScratchNetwork(FakeNetwork):
 @pytest.mark.parametrize("seed", range(6))
 def test_two_images_take_turns_on_the_same_lanes(devices: list[int], seed: int) -> None:
     """Each on half of the lanes, which they change in the middle, and each with its latents on another device."""
-    cuda = FakeCuda(max(devices) + 1, seed, seed % 4)
-    networks = [ScratchNetwork(cuda, device) for device in devices]
-    driver = Driver(cuda)
-    first = CudaBackend(driver, networks, "float32", Path("unused"))
-    second = CudaBackend(driver, networks, "float32", Path("unused"), home=len(devices) - 1, sibling_of=first)
+    machine = Machine(max(devices) + 1, seed=seed, eager=seed % 4)
+    networks = [ScratchNetwork(machine, device, model) for device in devices]
+    driver = Driver()
+    first = CudaBackend(driver, networks, "float32", KERNELS)
+    second = CudaBackend(driver, networks, "float32", KERNELS, home=len(devices) - 1, sibling_of=first)
     whole, options = schedule(24), Options(k=2)
     half = len(devices) // 2
     shares = [tuple(range(half)), tuple(range(half, len(devices)))]

@@ -79,7 +79,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
     with serving(pipeline) as client:
         before = ask(client, seed=3)
         session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "session", Broken(session.session))
+        monkeypatch.setattr(session, "_session", Broken(session.session))
         assert "burnt out" in ask(client)["report"]["warnings"][0]
         found = [client.get("/health/ready") for _ in range(3)]
         assert all((one.status_code, one.json()["lost"]) == (503, ["cpu/1"]) for one in found)
