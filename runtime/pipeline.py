@@ -16,12 +16,13 @@ from PIL import Image
 
 from engines.base import Array, Backend
 from engines.devices import LaneSpec, parse_devices, precision
-from engines.errors import NonFiniteError
+from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, seconds_by_lanes
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
 from runtime.conditioning import Conditioner, Conditioning
+from runtime.embed.program import program_of, write_program
 from runtime.initial_state import InitialState, initial_noise
 from runtime.lanes import Lanes, Lease
 from runtime.machine import Machine
@@ -238,6 +239,17 @@ class Pipeline:
             "decode": ended - finished, "total": ended - started,
         }  # fmt: skip
         return Result(images, denoised.latents, self._report(task, denoised, seconds))
+
+    def program(self, path: Path | str, **options: Any) -> None:
+        """Writes a sampler as a file that `libdriffusion` plays without Python (`runtime/embed/README.md`).
+
+        Options are those of `generate` that shape a sampler; prompt, seed and the like are parameters of each call.
+        ParameterError for what cannot be played, such as a sampler that decides by what it measures.
+        """
+        call, callbacks = read_arguments("", **options)
+        if callbacks != NO_CALLBACKS:
+            raise ParameterError("progress", "callbacks belong to a call, no program holds them: leave them out")
+        write_program(program_of(self.machine.bundle, self.devices, call), Path(path))
 
     def check(self, call: Call) -> Task:
         """What a call means for this model; ParameterError names the first argument that it cannot use."""
