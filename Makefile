@@ -24,7 +24,7 @@ PARTS ?=
 TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
-.PHONY: help engines serve test test-all soak lint bench bench-full gpu-check train clean-engines clean
+.PHONY: help engines embed serve test test-all soak lint bench bench-full gpu-check train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,16 @@ engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVIC
 	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES)) $(if $(CONFIG),--config "$(CONFIG)")
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
+
+.venv/.embed: .venv/.export
+	@$(PIP) --editable '.[cpu,export,embed]'
+	@touch $@
+
+embed: .venv/.embed ## the C library and its examples into build/embed/install; `runtime/embed/README.md` has the rest
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; options="$$($(RUN) -m runtime.embed)" || exit 1; \
+	cmake -S runtime/embed -B build/embed/release -G Ninja $$options -DDRIFFUSION_TOOLS=ON --log-level=WARNING && \
+	cmake --build build/embed/release && \
+	cmake --install build/embed/release --prefix build/embed/install
 
 serve: engines ## engines, then the server on http://127.0.0.1:8000
 	@$(RUN) -m runtime.serve --model "$(NAME)" --devices "$(DEVICES)"

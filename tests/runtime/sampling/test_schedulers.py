@@ -49,7 +49,7 @@ def play(schedule: Schedule, noise: Array, z: dict[int, Array], mode: str = "seq
         backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
         for i in schedule.stochastic_steps:
             backend.write(fresh(i), z[i])
-        execute(program(mode, schedule, Options(**options), 1, 1.0), backend, lambda finished: None)
+        execute(program(mode, schedule, Options(**options), 1.0), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
