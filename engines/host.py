@@ -13,9 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Rows, combine
+from engines.base import Array, Call, Measurements, Rows, combine
 from engines.errors import DeviceError, ParameterError
+from engines.process import Owner
 
+CLOSED = "the model is closed: load it again"
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
 Run = Callable[[], None]
 
@@ -42,9 +44,8 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `beside` is for another image at the same time, on the same lanes and threads: the two must not share a round.
-    `critical` adds up the seconds of the longest call of every round since the start, `spans` is when each lane's last
-    call began and ended, `played` lists the rounds of the image.
+    `sibling` is for another image at the same time, on the same lanes and threads: the two must not share a round.
+    `played` lists the rounds of the image.
     `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
 
@@ -55,8 +56,10 @@ class HostBackend:
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
+        self._owner = Owner()
         self._dead: set[int] = set()
-        self.critical_path_seconds = 0.0
+        self._critical, self._spans = 0.0, list[tuple[float, float]]()
+        self.measurements = Measurements(self._timed, self._critical, self._spans)
         self.mark: Callable[[str], None] = lambda part: None
         own = [] if sibling_of else self._todo
         self._threads = [threading.Thread(target=_work, args=(q,), daemon=True) for q in own]
@@ -88,7 +91,7 @@ class HostBackend:
         self._conditioning = [dict(one) for one in conditioning]
         for branches, arrays in self._inputs.items():
             self._fill(branches, arrays)
-        self.spans = [(0.0, 0.0)] * len(self._lanes)
+        self.measurements.spans = self._spans = [(0.0, 0.0)] * len(self._lanes)
         self.played: list[Sequence[Call]] = []
 
     def write(self, slot: str, value: Array) -> None:
@@ -115,8 +118,9 @@ class HostBackend:
         The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
         interpreter lock, and its lane would start late.
         """
+        self._owner.check()
         if self._closed:
-            raise DeviceError("the lanes are closed: load the model again")
+            raise DeviceError(CLOSED)
         busy = self._prepare(calls)
         self.mark("python")
         for _, bound in busy:
@@ -143,7 +147,8 @@ class HostBackend:
             if error is not None:
                 raise error
         self.mark("lanes")
-        self.critical_path_seconds += max(self.spans[n][1] - self.spans[n][0] for n, _ in busy)
+        self._critical += max(self._spans[n][1] - self._spans[n][0] for n, _ in busy)
+        self.measurements.critical_path_seconds = self._critical
         self.played.append(calls)
         self.mark("python")
         for _, bound in busy:
@@ -177,30 +182,10 @@ class HostBackend:
         self.mark("combine")
         return found
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """See Backend.timed."""
-        before = self.critical_path_seconds
+    def _timed(self, calls: Sequence[Call]) -> float:
+        before = self._critical
         self.predict(calls)
-        return self.critical_path_seconds - before
-
-    @property
-    def copied(self) -> Mapping[str, int]:
-        """None: there is one memory."""
-        return {}
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """None: there is one memory."""
-        return ()
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """None: what is bound to memory is small."""
-        return {}
-
-    def stalled(self) -> float:
-        """See Backend.stalled: nothing runs when `predict` has returned."""
-        return 0.0
+        return self._critical - before
 
     def dead(self) -> list[int]:
         """See Backend.dead: lanes whose runtime raised."""
@@ -216,6 +201,8 @@ class HostBackend:
     def close(self) -> None:
         """Stops the lanes' threads and waits for them."""
         self._closed = True
+        self._bound, self._inputs, self._shape = {}, {}, ()  # calls hold the lanes' sessions
+        self._slots, self._conditioning = np.empty((0, 0), np.float32), []
         for todo, thread in zip(self._todo, self._threads, strict=False):  # none of those that are another backend's
             todo.put(None)
             thread.join()
@@ -296,7 +283,7 @@ class HostBackend:
             if isinstance(error, DeviceError):
                 self._dead.add(n)
             return error
-        self.spans[n] = (start, time.perf_counter())
+        self._spans[n] = (start, time.perf_counter())
         return None
 
 

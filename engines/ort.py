@@ -15,8 +15,10 @@ import onnxruntime
 from engines.base import Array, Progress
 from engines.devices import LaneSpec, cores
 from engines.errors import BundleError, DeviceError
-from engines.host import HostBackend, Run
+from engines.host import CLOSED, HostBackend, Run
 from engines.manifest import DENOISER
+from engines.memory import give_back
+from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
 
 
@@ -114,12 +116,28 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
         self.network = network
         self.spec = bundle.manifest.networks[network]
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
+        self._owner = Owner()
+
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        """ONNX Runtime's session; DeviceError when it is closed, or of the process that this one was forked from."""
+        self._owner.check()
+        if self._session is None:
+            raise DeviceError(CLOSED)
+        return self._session
+
+    def close(self) -> None:
+        """Frees the network's memory and threads now, rather than when the garbage collector comes by."""
+        self._session = None
 
     def run(self, **inputs: np.ndarray) -> dict[str, Array]:
         """See load.Runner."""
+        session = self.session
         try:
-            found = self.session.run(None, inputs)
+            found = session.run(None, inputs)
         except Exception as error:  # the library raises many types of its own
             raise DeviceError(f"{self.network} failed in ONNX Runtime: {error}") from error
         return {output.name: value for output, value in zip(self.spec.outputs, found, strict=True)}
@@ -140,8 +158,9 @@ class SessionLane:
         binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(output))
 
         def run() -> None:
+            session = self._session.session
             try:
-                self._session.session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding)
             except Exception as error:  # the library raises many types of its own
                 raise DeviceError(f"{self._session.network} failed in ONNX Runtime: {error}") from error
 
@@ -159,11 +178,17 @@ class Engines:
         self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes]
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
         self.backend = HostBackend([SessionLane(session) for session in self._sessions])
+        self._siblings: list[HostBackend] = []
 
     def sibling(self, home: int) -> HostBackend:
         """See load.Engines."""
-        return self.backend.sibling()
+        self._siblings.append(self.backend.sibling())
+        return self._siblings[-1]
 
     def close(self) -> None:
-        """Stops the lanes."""
-        self.backend.close()
+        """Stops the lanes and frees their memory."""
+        for backend in (*self._siblings, self.backend):
+            backend.close()
+        for session in (*self.runners.values(), *self._sessions):
+            session.close()
+        give_back()

@@ -82,7 +82,19 @@ class Option:
             raise ParameterError(self.name, f"unknown {self.name} {value!r}: use one of {', '.join(self.choices)}")
         if self.kind is bool and not isinstance(value, bool):
             raise ParameterError(self.name, f"{self.name} must be True or False, not {value!r}")
+        if self.kind is str:
+            for text in value if self.several and isinstance(value, list | tuple) else (value,):
+                self._text(text)
         return self._number(value, high or self.high) if self.kind in (int, float) else value
+
+    def _text(self, value: Any) -> None:
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            wrong = ascii(value[error.start : error.end])
+            message = f"{self.name} is no valid Unicode: it holds {wrong} at character {error.start}: send UTF-8"
+            raise ParameterError(self.name, message) from None
 
     def _number(self, value: Any, high: float | None) -> float:
         whole, low = self.kind is int, self.low

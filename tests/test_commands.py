@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import shlex
@@ -106,7 +107,7 @@ def test_the_version_is_that_of_the_project(
     assert stopped.value.code == 0 and capsys.readouterr().out == f"{project['name']} {project['version']}\n"
 
 
-def test_a_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
+def test_an_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
     out, report = tmp_path / "star.png", tmp_path / "report.json"
     parallel = ["--devices", "cpu*2", "--mode", "conservative", "--k", "2", "--steps", "3"]
     done = python(checkout, "runtime", PROMPT, *parallel, "--out", str(out), "--report", str(report), "--quiet")
@@ -399,3 +400,31 @@ def test_an_engines_command_in_a_process_ends_with_exit_code_1(bundle: Bundle, c
     done = python(checkout, "engines", "verify", "nothing", "--build", str(bundle.folder.parent))
     assert (done.returncode, done.stdout) == (1, "")
     only_error(done.stderr, ["'nothing'", "exported: shapes"])
+
+
+def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    words: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "runtime",
+        b"a \xff star",
+        "--quiet",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert run.returncode == 1 and not list(tmp_path.iterdir())
+    assert run.stderr == "error: prompt is no valid Unicode: it holds '\\udcff' at character 2: send UTF-8\n"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; an image of this size takes more than 1 kB."""
+    code = (
+        "import resource, runpy, sys\n"
+        "sys.argv = ['runtime', 'a star', '--steps', '1', '--quiet', '--out', sys.argv[1]]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); runpy.run_module('runtime', run_name='__main__')"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "a.png cannot be written: File too large" in run.stderr
+    assert not list(tmp_path.iterdir())

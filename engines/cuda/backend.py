@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Array, Call, Rows
+from engines.base import Array, Call, Measurements, Rows
 from engines.cuda.cache import RoundCache
 from engines.cuda.driver import LANE_TIMEOUT, SPIN_SECONDS, Device, Driver, abandon
 from engines.cuda.kernels import DISTANCE_BLOCK, DISTANCE_GRID, MAX_OUTPUTS, PARTIALS, Kernels
@@ -70,7 +70,9 @@ class CudaBackend:
         ]
         self._main = self._lanes[home].stream
         self._queries = {device.ordinal: (memory.stream(device), memory.event(device)) for device in self._devices}
-        self._staged = sibling_of.staged if sibling_of else staged_pairs(driver, self._devices)
+        self._staged: tuple[tuple[int, int], ...] = (
+            sibling_of._staged if sibling_of else staged_pairs(driver, self._devices)
+        )
         self._table = Table(
             memory.allocate(self._home, 4 * TABLE_ROUNDS * TABLE_FLOATS), memory.allocate(self._home, 8),
             memory.allocate(self._home, 4), words.ctypes.data,
@@ -178,8 +180,8 @@ class CudaBackend:
             found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
         return found
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """See Backend.timed: from an idle device to an idle device, with what a round costs beside its calls."""
+    def _timed(self, calls: Sequence[Call]) -> float:
+        """From an idle device to an idle device, with what a round costs beside its calls."""
         self._flush(())
         self._settle()
         start = time.perf_counter()
@@ -188,34 +190,16 @@ class CudaBackend:
         return time.perf_counter() - start
 
     @property
-    def critical_path_seconds(self) -> None:
-        """Not known: rounds are enqueued and not waited for."""
-        return None
+    def measurements(self) -> Measurements:
+        """See Backend.measurements. The host does not wait for rounds, and knows neither spans nor a critical path.
 
-    @property
-    def spans(self) -> None:
-        """Not known, for the same reason."""
-        return None
-
-    @property
-    def copied(self) -> Mapping[str, int]:
-        """See Backend.copied."""
-        return self._copied
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """See Backend.staged."""
-        return self._staged
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """See Backend.counts. Contexts are those of its home's lane, so that backends on the same lanes add up."""
+        Contexts are those of home's lane, so that the backends on the same lanes add up.
+        """
         contexts = next(lane.network.contexts for lane in self._lanes if lane.stream is self._main)
-        return self._cache.counts | {"contexts": contexts}
-
-    def stalled(self) -> float:
-        """See Backend.stalled: by what the device itself counts."""
-        return self._progress.stalled()
+        counts = self._cache.counts | {"contexts": contexts}
+        return Measurements(
+            self._timed, copied=self._copied, staged=self._staged, counts=counts, stalled=self._progress.stalled
+        )
 
     def settle(self) -> None:
         """See Backend.settle."""

@@ -119,6 +119,7 @@ class Context:
     def run(self, stream: int) -> None:
         """Enqueues one run."""
         if not self.context.execute_async_v3(stream):
+            self.engine.driver("cuMemGetInfo")  # says it when the device was lost, which TensorRT does not
             raise DeviceError(f"{self.engine.name} failed in TensorRT: {self.engine.said()}")
 
     def capturable(self, stream: int) -> bool:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
-from engines.base import Branch, Call
+from engines.base import Backend, Branch, Call
+
+Play = Callable[[Sequence[Branch]], Sequence[Call]]  # runs the branches of a round; returns the calls by lane
 
 
-def place(branches: Sequence[Branch], lanes: int) -> list[Call]:
-    """Deals the guidance branches of a round evenly over the lanes, in order; each lane runs its share as one call.
+@lru_cache(maxsize=4096)
+def place(branches: tuple[Branch, ...], held: Sequence[int], lanes: int) -> tuple[Call, ...]:
+    """Deals a round's branches evenly over the lanes held, of so many, in order: one call per lane, empty on others.
 
-    With enough lanes each branch has one of its own, a lone evaluation uses two lanes, and one lane gets one batch.
+    With enough lanes each branch has one of its own, a lone guided evaluation uses two, and one lane gets one batch.
+    The same round gives the same object, by which a backend knows it again.
     """
-    share, extra = divmod(len(branches), lanes)
-    calls, start = [], 0
-    for lane in range(lanes):
-        end = start + share + (lane < extra)
-        calls.append(branches[start:end])
+    calls: list[Call] = [()] * lanes
+    share, extra = divmod(len(branches), len(held))
+    start = 0
+    for lane in held:
+        end = start + share
+        if extra:
+            end, extra = end + 1, extra - 1
+        calls[lane] = branches[start:end]
         start = end
-    return calls
+    return tuple(calls)
+
+
+def on_all_lanes(backend: Backend) -> Play:
+    """Rounds on a backend that nobody shares."""
+    predict, lanes = backend.predict, backend.lanes
+    held = range(lanes)
+
+    def play(branches: Sequence[Branch]) -> Sequence[Call]:
+        calls = place(tuple(branches), held, lanes)
+        predict(calls)
+        return calls
+
+    return play

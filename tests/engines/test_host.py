@@ -134,7 +134,7 @@ def test_closed_lanes_say_so() -> None:
     backend = host(echo, echo)
     backend.write("x", np.ones((1, 4, 3, 3), np.float32))
     backend.close()
-    with pytest.raises(DeviceError, match="closed: load the model again"):
+    with pytest.raises(DeviceError, match="the model is closed: load it again"):
         backend.predict([[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]])
 
 

@@ -104,6 +104,10 @@ class Machine:
         arguments = ctypes.c_void_p(int(stream)), callback, None, len(ranges), addresses, sizes, kinds, int(model)
         return lambda: int(self._library.imaginary_model(*arguments))
 
+    def library_call(self, what: str) -> int:
+        """What another library does on the current device that may wait for all its streams: the driver's status."""
+        return int(self._library.imaginary_library_call(what.encode()))
+
     # --- answers -------------------------------------------------------------------------------------------------
 
     def calls(self, function: str = "") -> int:
@@ -137,9 +141,9 @@ class Machine:
 
     def check(self) -> None:
         """Fails when a rule was broken or a model call raised an error."""
+        found = self.violations()
         if self._errors:
             raise self._errors.pop(0)
-        found = self.violations()
         assert not found, "\n".join(found)
 
     def _text(self, function: Any) -> str:

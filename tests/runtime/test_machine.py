@@ -17,7 +17,7 @@ from engines.manifest import DENOISER
 from engines.store import Bundle
 from runtime.machine import Machine, probe_inputs
 from runtime.pipeline import Pipeline
-from tests.runtime.test_lanes import usual
+from tests.runtime.test_lanes import USUAL
 
 PROMPT = "a large red star at the left on blue background"
 
@@ -64,11 +64,11 @@ def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: py
     alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(5)]
     with ThreadPoolExecutor(5) as pool:
         made = [pool.submit(pipeline.generate, PROMPT, seed=seed, **options) for seed in range(5)]
-        while pipeline.lanes.seated < 2:
+        while pipeline.lanes.running < 2:
             time.sleep(0.001)
 
         session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "session", Broken(session.session))
+        monkeypatch.setattr(session, "_session", Broken(session.session))
         results = [one.result() for one in made]
     assert pipeline.lost == ("cpu/1",) and pipeline.lanes.count == 2
     for a, b in zip(alone, results, strict=True):
@@ -84,7 +84,7 @@ def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert pipeline.revive(), "nothing is lost"
     before = pipeline.generate(PROMPT, **options)
     session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-    monkeypatch.setattr(session, "session", Broken(session.session))
+    monkeypatch.setattr(session, "_session", Broken(session.session))
     pipeline.generate(PROMPT, **options)
     assert pipeline.lost == ("cpu/1",)
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def refuse() -> None:
 def test_a_probe_finds_a_dead_lane_before_an_image_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*2")
     assert pipeline.probe() and pipeline.probe()
-    with pipeline.lanes.seat(usual):
+    with pipeline.lanes.lease(USUAL):
         assert not pipeline.probe(), "it does not wait for images"
 
     def broken() -> None:
