@@ -102,7 +102,7 @@ class FakeCuda:
         if not name.startswith("cu"):
             raise AttributeError(name)
         assert hasattr(real, name), f"cuda.bindings.driver has no {name}"
-        method = getattr(self, f"_{name}")
+        method = getattr(self, f"_{name.replace('CtxReset', 'CtxRelease')}")
 
         def call(*arguments: Any) -> Any:
             self.calls[name] += 1
@@ -432,8 +432,6 @@ class FakeCuda:
 
     def _cuDevicePrimaryCtxRelease(self, device: int) -> Any:
         return (OK,)
-
-    _cuDevicePrimaryCtxReset = _cuDevicePrimaryCtxRelease
 
     def _cuCtxSetCurrent(self, context: int) -> Any:
         self.current = context
