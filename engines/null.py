@@ -51,8 +51,8 @@ class NullBackend:
     """Checks every slot access of a plan and counts; its clock, `seconds`, runs on costs instead of on hardware.
 
     Distances are zero, or what was once measured: `answers` gives them in the order in which they were asked for.
-    Reading a slot that nobody wrote, or two branches of a round writing one slot, is an AssertionError: this engine makes
-    the programs itself.
+    Reading a slot that nobody wrote, or two branches of a round writing one slot, is an AssertionError: this engine
+    makes the programs itself.
     """
 
     def __init__(self, lanes: int, costs: Costs | None = None, answers: Iterator[float] | None = None) -> None:
