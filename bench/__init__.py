@@ -1,1 +1,1 @@
-"""Measures: speed against the floor, quality against an independent checker; results are files that anyone can redo."""
+"""Measurements: speed against a floor, quality against an independent checker; results are reproducible files."""

@@ -1,4 +1,4 @@
-"""`python -m bench COMMAND`: every claim of speed, quality or cost that this project makes comes from one of these.
+"""`python -m bench COMMAND`: the source of every claim of speed, quality or cost.
 
 Each command is a module of its name with `arguments(parser)`, `measure(**options) → rows` and `table(rows) → text`; its
 docstring is its help.
@@ -22,13 +22,13 @@ COMMANDS = ("run", "scenario", "simulate", "quality", "drafts", "kernel", "serve
 
 
 def summary(module: ModuleType) -> str:
-    """What a command is for: the first line of its docstring, without its own name."""
+    """The first line of a command's docstring, without its name."""
     return (module.__doc__ or "").splitlines()[0].split(": ", 1)[-1].rstrip(".")
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    description = "Measures speed, quality and cost. `COMMAND --help` says how, bench/README.md what comes out."
+    description = "Measures speed, quality and cost. `COMMAND --help` has the options, bench/README.md the files."
     parser = argparse.ArgumentParser(prog="python -m bench", description=description)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
@@ -44,14 +44,14 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def dumped(result: dict[str, Any]) -> str:
-    """A result file as JSON with a row per line, for people and for diffs; ValueError for NaN and infinity."""
+    """A result file as JSON with a row per line, readable and easy to diff; ValueError for NaN and infinity."""
     frame = json.dumps(result | {"rows": []}, indent=1, allow_nan=False)
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in result["rows"])
     return frame.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n"
 
 
 def main() -> int:
-    """Exit code 1 with one message on any error, and where a row of the result says that it failed."""
+    """Exit code 1 with one message on any error, or when a row has status `failed`."""
     parser = arguments()
     options = vars(parser.parse_args())
     command = options.pop("command")

@@ -1,4 +1,4 @@
-"""A contact sheet: one row per caption, one column per mode, so that a person can see what the numbers say."""
+"""A contact sheet: one row per caption, one column per mode, to see what the numbers mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contact_sheet(
     images: Sequence[Sequence[Image.Image]],
     wrong: Sequence[Sequence[Sequence[str]]],
 ) -> None:
-    """Writes a PNG; `images[column][row]`, and what the checker found wrong in each, written beneath it."""
+    """Writes a PNG; `images[column][row]`, with the checker's findings beneath each."""
     line = CELL + GAP + 18
     sheet = Image.new("RGB", (CAPTION + len(columns) * (CELL + GAP), HEAD + len(captions) * line), PAPER)
     pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)

@@ -1,4 +1,4 @@
-"""How far an image is from another one of the same noise."""
+"""Distances between images of the same noise."""
 
 from __future__ import annotations
 

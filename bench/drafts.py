@@ -1,4 +1,4 @@
-"""`python -m bench drafts`: kinds of drafts beside the paper's, how far each ends from the sequential latents.
+"""`python -m bench drafts`: drift of each kind of drafts, compared with the paper's.
 
 k = 2, 3, 4; 50 and 28 steps; guidance 4 and 7.5; `--seed` chooses the captions.
 """

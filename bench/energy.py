@@ -1,4 +1,4 @@
-"""Energy of the GPUs that a lane set uses, as their own counters say."""
+"""Energy of the GPUs that lanes use, from the GPUs' own counters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from engines.errors import DeviceError
 
 
 def bus_id(number: int) -> bytes:
-    """Where a GPU sits, by its CUDA number: NVML counts them in another order."""
+    """The PCI bus id of a CUDA device number: NVML numbers GPUs in another order."""
     driver = Driver()
     place: bytes = driver("cuDeviceGetPCIBusId", 32, driver("cuDeviceGet", number))
     return place.split(b"\0", 1)[0]
 
 
 class Meter:
-    """Joules that the GPUs of some lanes have used since their drivers were loaded; `reason` where none can say."""
+    """Joules used by the GPUs of some lanes since their driver was loaded; `reason` where that is unknown."""
 
     def __init__(self, lanes: Sequence[LaneSpec], place: Callable[[int], bytes] = bus_id) -> None:
         self.reason: str | None = None
@@ -41,5 +41,5 @@ class Meter:
             self.reason = f"the driver says: {error}"
 
     def joules(self) -> float | None:
-        """None where nothing can be said."""
+        """None where it cannot be measured."""
         return None if self.reason else sum(self._read(handle) for handle in self._handles) / 1e3

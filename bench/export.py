@@ -1,8 +1,8 @@
 """`python -m bench export`: full-size models with random weights through the export: time, memory, parity, plans.
 
-Architectures and sizes are those of the published checkpoints; diffusers makes and saves the folders. Every step is a
-process of its own, as it is for a user, and its memory is that of the process with its children, without what the
-system can read again from files. Takes about 60 GB of disk below `--folder`, and for SDXL most of 24 GB of memory.
+Architectures and sizes are those of the published checkpoints; diffusers makes and saves the folders. Every step runs
+in a process of its own, as for a user; memory is that of the process and its children, without pages that the system
+can read again from files. Takes about 60 GB of disk below `--folder`, and for SDXL most of 24 GB of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engines.errors import ExportError
 from engines.store import Bundle, bundle_name
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPABILITY = (8, 9)  # of the card that plans are built for, which need not be here
+CAPABILITY = (8, 9)  # of the GPU that plans are built for, which need not be present
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def measure(models: Sequence[str], folder: Path, keep: bool) -> list[dict[str, A
         for precision in precisions:
             devices = "cpu" if precision == "fp32" else f"cuda:0@{precision}"
             bundles = folder / "bundles"
-            shutil.rmtree(bundles, ignore_errors=True)  # what a run that was cut off has exported would not be measured
+            shutil.rmtree(bundles, ignore_errors=True)  # networks exported by an interrupted run would not be measured
             networks = _exported(source, bundles, devices, bundle_name(name, precision))
             for network, row in networks.items():
                 if precision == "fp16":
@@ -76,7 +76,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _exported(source: Path, bundles: Path, devices: str, name: str) -> dict[str, dict[str, Any]]:
-    """Runs `python -m export` and says of every network how long it took and how much memory."""
+    """Runs `python -m export`; seconds and peak memory per network."""
     command = [sys.executable, "-m", "export", str(source), "--build", str(bundles), "--devices", devices]
     networks: dict[str, dict[str, Any]] = {}
     state = {"since": time.perf_counter(), "peak": 0}
@@ -91,7 +91,7 @@ def _exported(source: Path, bundles: Path, devices: str, name: str) -> dict[str,
 
     _watched(command, look)
     manifest = Bundle.open(str(bundles / name)).manifest
-    for network in manifest.networks:  # the last one is in its place before anyone can look
+    for network in manifest.networks:  # the last file may be renamed before it can be sampled
         row = {"seconds": round(time.perf_counter() - state["since"], 1), "peak_bytes": state["peak"]}
         networks.setdefault(network, row)
     for network, row in networks.items():
@@ -132,7 +132,7 @@ def _plan(bundle: Path, network: str) -> dict[str, Any]:
 
 
 def _watched(command: Sequence[str], look: Callable[[int], None]) -> None:
-    """Runs a command and says ten times a second how much memory it and its children have."""
+    """Runs a command and samples its memory, children included, ten times a second."""
     import psutil
 
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:

@@ -1,7 +1,7 @@
-"""The floor: what the model calls of an image cost by themselves.
+"""The floor: the time of an image's model calls alone.
 
 The rounds of a real image are replayed as bare calls on the same lanes and memory, with a barrier after each round and
-nothing else: no gathering, no combining, no schedule. No engine that makes the same calls can be faster.
+nothing else: no copies, no combinations, no schedule. No engine that makes the same calls can be faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def replay(backend: HostBackend) -> float:
         for runs in rounds:
             if number in runs:
                 runs[number]()
-            for other in range(backend.lanes):  # the barrier: tell everyone, hear from everyone
+            for other in range(backend.lanes):  # the barrier
                 if other != number:
                     arrivals[other].put(None)
             for _ in range(backend.lanes - 1):
@@ -43,7 +43,7 @@ def replay(backend: HostBackend) -> float:
 
 
 def enqueued(backend: Backend, rounds: Sequence[Sequence[Call]]) -> float:
-    """Seconds for the calls of the last image alone on lanes that order themselves, as GPUs do: no sums between."""
+    """Seconds for the calls of the last image alone on lanes ordered by events, as GPUs are, without combinations."""
     backend.read(STATE)  # idle
     start = time.perf_counter()
     for calls in rounds:

@@ -1,4 +1,4 @@
-"""What a scenario measured, in the formats that others' tools read: MLPerf's logs and folders, AIPerf, perf_analyzer.
+"""A scenario's results in the formats of other tools: MLPerf's logs and folders, AIPerf, perf_analyzer.
 
 Modelled on what LoadGen 6.0 writes and on what its submission checker looks up. Unofficial: MLPerf is a trademark of
 MLCommons, which has verified nothing of this.
@@ -28,7 +28,7 @@ PERCENTILES = (50, 90, 95, 97, 99, 99.9)
 
 @dataclass(frozen=True)
 class Request:
-    """One image that was asked for: times in seconds since the start; `image` is None until it is answered."""
+    """One requested image; times in seconds since the start."""
 
     number: int
     prompt: int
@@ -39,14 +39,14 @@ class Request:
 
     @property
     def latency(self) -> float:
-        """From when it should have been sent to its answer."""
+        """From the scheduled time to the answer."""
         return self.completed - self.scheduled
 
 
 def overlatency_allowed(queries: int, percentile: float) -> int:
-    """LoadGen's early stopping: how many of so many queries may be over the percentile at 99 % confidence; −1: none.
+    """LoadGen's early stopping: how many queries may exceed the percentile at 99 % confidence; −1 for too few queries.
 
-    The largest t for which P(at most t of n are over) is no more than 1 % when each is over with probability 1 − p.
+    The largest t for which P(at most t of n exceed it) is no more than 1 % when each does with probability 1 − p.
     """
     from scipy.stats import binom
 
@@ -64,7 +64,7 @@ def early_stopping_estimate(latencies: Sequence[float], percentile: float) -> fl
 
 @dataclass
 class Outcome:
-    """What a scenario is judged by, and why it does not count where it does not."""
+    """The requests of a scenario, its metric and its validity."""
 
     scenario: str
     requests: list[Request]
@@ -89,7 +89,7 @@ class Outcome:
         return sorted(self.latencies)[min(int(len(self.latencies) * q / 100), len(self.latencies) - 1)]
 
     def _early_stopping(self) -> str:
-        """What early stopping says; nothing where there are too few queries for it."""
+        """The early-stopping result; empty with too few queries."""
         if self.scenario == "SingleStream":
             estimate = early_stopping_estimate(self.latencies, 0.9)
             return "" if estimate is None else f"{estimate * 1e9:.0f}"
@@ -105,7 +105,7 @@ class Outcome:
 
     @property
     def metric(self) -> tuple[str, float]:
-        """What the scenario is judged by."""
+        """Name and value of the scenario's metric."""
         if self.scenario == "SingleStream":
             return "90.0th percentile latency (ns)", round(self._percentile(90) * 1e9)
         if self.scenario == "Server":
@@ -114,7 +114,7 @@ class Outcome:
 
     @property
     def valid(self) -> bool:
-        """Whether a run this short would count."""
+        """Whether all conditions of this (short) run are met and no request failed."""
         return all(self.met.values()) and not self.failed
 
     def summary(self, name: str, parameters: dict[str, Any]) -> str:
@@ -175,7 +175,7 @@ class Outcome:
         return "".join([*map(self._line, found, found.values()), *self._error_lines()])
 
     def accuracy_detail(self, name: str) -> str:
-        """mlperf_log_detail.txt of the accuracy run, which nothing is timed in."""
+        """mlperf_log_detail.txt of the accuracy run, in which nothing is timed."""
         found = {"sut_name": name, "effective_scenario": self.scenario, "effective_test_mode": "AccuracyOnly"}
         return "".join(map(self._line, [*found, "num_errors"], [*found.values(), 0]))
 
@@ -228,7 +228,7 @@ CSV = ("Concurrency", "Inferences/Second", "Client Send", "Network+Server Send/R
 
 
 def perf_analyzer(outcome: Outcome, stages: dict[str, list[float]]) -> list[Any]:
-    """The one line of perf_analyzer's CSV, microseconds: no network lies in between; text is input, decoding output."""
+    """The one line of perf_analyzer's CSV, microseconds: without a network; text is input, decoding output."""
     queue = float(np.mean([r.issued - r.scheduled for r in outcome.good] or [0.0]))
     compute = [float(np.mean(stages.get(name) or [0.0])) for name in ("text", "denoise", "decode")]
     tail = [outcome._percentile(q) for q in (50, 90, 95, 99)]
@@ -241,7 +241,7 @@ def perf_analyzer(outcome: Outcome, stages: dict[str, list[float]]) -> list[Any]
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the files of a scenario lie: MLPerf's layout, and beside it one folder with the other tools' files."""
+    """The output folder of a scenario: MLPerf's layout, and a folder with the files of other tools."""
 
     root: Path
     benchmark: str

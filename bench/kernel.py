@@ -1,7 +1,7 @@
-"""`python -m bench kernel`: one combination against what it replaces, operation by operation, and against a copy.
+"""`python -m bench kernel`: one fused combination against separate operations and against a copy.
 
-The engine refines a block, applies guidance and makes the next drafts in one pass over the latents. The equivalent is
-what a pipeline does: guidance, k scheduler steps and k drafts, each an operation of its own, in NumPy and in PyTorch.
+The engine refines a block, applies guidance and makes the next drafts in one pass over the latents. The equivalent in
+a pipeline is guidance, k scheduler steps and k drafts, as separate operations, in NumPy and in PyTorch.
 
 On processor cores this measures `engines.base.combine` (NumPy), which is what lanes there use, not the CUDA kernel.
 With `--device cuda:0` it is the CUDA kernel against PyTorch's and, where it is installed, CuPy's launches.
@@ -30,7 +30,7 @@ SECONDS = 0.002  # of one measurement at least: calls are repeated until it take
 class Block:
     """A block of aggressive drafts: x and the branches of k predictions in, the refined x and k drafts out.
 
-    The coefficients are like a scheduler's; what is timed does not depend on them.
+    The coefficients resemble a scheduler's; timing does not depend on them.
     """
 
     def __init__(self, k: int, seed: int = 0) -> None:
@@ -87,7 +87,7 @@ def measure(device: str, ks: Sequence[int], repeats: int) -> list[dict[str, Any]
 def _row(
     name: str, k: int, block: Block, elements: int, size: int, taken: dict[str, list[float]], error: float, **more: Any
 ) -> dict[str, Any]:  # fmt: skip
-    """What every device's row has; `taken` has a list for combine and for copy, and one per library.
+    """A row; `taken` has lists of seconds for combine, copy and each library.
 
     The copy moves as many bytes as the combination must: it reads 1 + 2k latents and writes 1 + k.
     """
@@ -104,7 +104,7 @@ def _row(
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of one call, when it is called again and again."""
+    """Of one call, from repeated calls."""
     count = 1
     while True:
         start = time.perf_counter()
@@ -191,7 +191,7 @@ def _gpu_row(bench: Any, name: str, elements: int, k: int, repeats: int) -> dict
 
 
 def _library(name: str, branches: Any, block: Block) -> tuple[Callable[[], float], Any] | None:
-    """What times the operations of a library on the GPU, where it is installed and can use one."""
+    """A timer for a library's operations on the GPU; None where it is not installed or has no GPU support."""
     k = block.k
     if name == "torch":
         import torch

@@ -1,4 +1,4 @@
-"""Judges of real models' images: FID, CLIP score, PickScore, HPSv2.1 and LPIPS, with weights from a local folder.
+"""Image metrics for real models: FID, CLIP score, PickScore, HPSv2.1 and LPIPS, with weights from a local folder.
 
 Nothing is downloaded. The folder that `--weights` names holds what the wanted metrics need:
 

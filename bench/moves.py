@@ -1,6 +1,6 @@
-"""`python -m bench moves`: two ways to move latents between GPUs, played on a clock.
+"""`python -m bench moves`: two ways to move latents between GPUs, on a virtual clock.
 
-What a round costs beside its model calls.
+The cost of a round beside its model calls.
 
 Gather: one device holds the latents. It combines, sends each device its draft, and gets each ε back: two hops.
 All-gather: every device holds all latents. Each sends its ε to all others and combines for itself: one hop.
@@ -23,7 +23,7 @@ LATENTS = {"SD 1.5": 32 << 10, "SDXL": 128 << 10, "SD 3": 512 << 10}  # bytes in
 
 @dataclass(frozen=True)
 class Link:
-    """Seconds and bytes per second of a copy between two devices; `event` is what waiting for another stream costs."""
+    """Seconds and bytes per second of a copy between two devices; `event` is the cost of waiting for another stream."""
 
     name: str
     latency: float
@@ -31,11 +31,11 @@ class Link:
     event: float = 1.5e-6
 
     def busy(self, size: int) -> float:
-        """How long a copy keeps the link."""
+        """Seconds that a copy occupies the link."""
         return size / self.bandwidth
 
 
-# Typical of each kind, not measured by this project: it has not met two GPUs yet.
+# Typical values, not measured by this project.
 NVLINK, PCIE = Link("NVLink", 6e-6, 200e9), Link("PCIe 4", 10e-6, 22e9)
 STAGED, ETHERNET = Link("staged", 25e-6, 11e9), Link("100 Gb Ethernet", 40e-6, 11.5e9, event=10e-6)
 LINKS = (NVLINK, PCIE, STAGED)

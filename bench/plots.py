@@ -1,4 +1,4 @@
-"""How every plot of this project looks: as PNG on white, and as SVG that follows the page into the dark."""
+"""The style of all plots: PNG on white, and SVG that follows the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def colour(name: str) -> str:
 
 @contextmanager
 def drawing(width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure in inches with its axes, in the project's looks."""
+    """A figure in inches with its axes, in the project's style."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

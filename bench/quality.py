@@ -1,13 +1,13 @@
-"""`python -m bench quality`: does the image show what the caption says, and how far is it from the sequential one?
+"""`python -m bench quality`: caption accuracy, and the distance from the sequential image.
 
 For `shapes` the captions are combinations that training never showed, and an independent checker reads colour, shape,
-size, place and background back from the pixels. Other models are asked for the prompts of a file or of MS-COCO, and
-`--metrics` judges their images (bench/metrics.py says what they need). Every sampler is held against the sequential
-images of the same noise: distance of the latents, PSNR, SSIM, and LPIPS where its weights are. So is what one would
-do instead, fewer sequential steps in the same number of rounds. What the distance cannot be blamed for, another batch
-size and lane count, comes first.
+size, place and background back from the pixels. Other models draw the prompts of a file or of MS-COCO, and
+`--metrics` scores their images (bench/metrics.py says what they need). Every sampler is compared with the sequential
+images of the same noise: distance of the latents, PSNR, SSIM, and LPIPS where its weights are. The usual alternative,
+fewer sequential steps for the same number of rounds, is included. The noise floor, another batch size and lane count,
+comes first.
 
-Every row is kept in `build/bench` as soon as it is drawn, so that an interrupted run continues where it was.
+Every row is stored in `build/bench` as soon as it is drawn, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OTHER_SCHEDULERS = ("ddpm", "euler", "euler_a", "dpm++2m")
 
 
 def wrong_attributes(image: Any, scene: Scene) -> list[str]:
-    """What the checker finds wrong in an image of a scene."""
+    """The attributes that the checker reads differently from the scene."""
     words = [(s.size, s.colour, s.kind, s.place) for s in scene.shapes]
     return mistakes(read(np.asarray(image)), scene.background, words)
 
@@ -253,9 +253,9 @@ class Gallery:
 
 @cache
 def _code() -> str:
-    """The content of everything that a drawn row depends on beside the model."""
+    """A hash of the code that a drawn row depends on."""
     root = Path(__file__).parent.parent
-    return sha256_files(root, [*(path for name in ("engines", "runtime") for path in (root / name).glob("*.py"))])
+    return sha256_files(root, [*(path for name in ("engines", "runtime") for path in (root / name).rglob("*.py"))])
 
 
 def compare(case: Case, drawn: Drawn, reference: Drawn, seed: int) -> dict[str, Any]:

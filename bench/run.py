@@ -1,9 +1,9 @@
-"""`python -m bench run`: seconds of the denoising loop: samplers, lanes, schedulers and steps beside the alternatives.
+"""`python -m bench run`: latency of the denoising loop: samplers, lanes, schedulers and steps, with baselines.
 
-Everything in one cell (scheduler, steps, guidance) is interleaved image by image, so that what else the machine
-does hits all alike, and speed-ups are medians of ratios measured side by side.
+Everything in one cell (scheduler, steps, guidance) is interleaved image by image, so that other load on the machine
+affects all rows alike, and speed-ups are medians of ratios measured side by side.
 
-The alternatives: sequential on one lane; the whole machine on one session; `diffusers`' own pipeline, eager and
+The baselines: sequential on one lane; one session with all cores; `diffusers`' own pipeline, eager and
 compiled, in a process of its own. On GPUs, sequential on the first of them is TensorRT replayed as CUDA graphs.
 """
 
@@ -66,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Clock:
-    """Adds up what a host backend says of its work: seconds by part, since the latents were bound."""
+    """Adds up a host backend's measurements: seconds by part since the latents were bound."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -95,7 +95,7 @@ class Clock:
 
 @dataclass
 class Contender:
-    """One way to make the same image, and what was measured of it. `draw` returns seconds, latents and the result."""
+    """One way to make the same image, with its measurements. `draw` returns seconds, latents and the result."""
 
     name: str
     baseline: str | None
@@ -215,7 +215,7 @@ def _recorded(backend: Any) -> list[Sequence[Call]]:
 
 @dataclass
 class Machine:
-    """What is loaded once for all cells: pipelines by their lanes, and diffusers in its processes."""
+    """What all cells share: pipelines by lanes, and the processes with diffusers."""
 
     model: str
     build: Path
@@ -229,7 +229,7 @@ class Machine:
         return self.pipelines[devices]
 
     def diffusers(self, checkpoint: Checkpoint, device: str, *, compiled: bool) -> TorchBaseline | str:
-        """The process with diffusers in it, or why there is none."""
+        """The process with diffusers, or the reason why there is none."""
         if compiled not in self.torches:
             try:
                 wanted = Wanted(checkpoint.folder, compiled, device, checkpoint.loras)

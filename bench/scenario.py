@@ -1,13 +1,13 @@
-"""`python -m bench scenario single-stream|server|offline`: requests as MLPerf inference sends them. Unofficial.
+"""`python -m bench scenario single-stream|server|offline`: MLPerf-style requests, unofficial.
 
-In the manner of its text-to-image benchmark: every image from the same fixed latents, prompts in random order from a
+Modelled on its text-to-image benchmark: every image from the same fixed latents, prompts in random order from a
 fixed seed; for SDXL Euler, 20 steps, guidance 8 and its negative prompt, for other models their own scheduler and this
-engine's defaults. A performance run, then an accuracy run whose images are held against sequential ones of the same
-latents and against the window of quality. The MLPerf name is a trademark of MLCommons; these results are not verified
-by it, and the short defaults are not those of its rules (`--min-queries 1024 --min-duration 600`).
+engine's defaults. A performance run, then an accuracy run whose images are compared with sequential ones of the same
+latents and checked against the quality window. The MLPerf name is a trademark of MLCommons; these results are not
+verified by it, and the short defaults are not those of its rules (`--min-queries 1024 --min-duration 600`).
 
-The folder is laid out as its submission tools read it, with AIPerf's and perf_analyzer's formats beside it: see
-bench/README.md. The exit code is 1 when a request failed, or when quality is out of the window.
+The output has the layout that its submission tools read, and AIPerf's and perf_analyzer's formats: see
+bench/README.md. The exit code is 1 when a request failed or quality is outside the window.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEED = 3066443479025735752  # of the order of prompts and of arrivals
 
 @dataclass(frozen=True)
 class Setting:
-    """How every image of a benchmark is made, and what it must be; windows are (metric, lowest, highest).
+    """How the images of a benchmark are made and judged; windows are (metric, lowest, highest).
 
     `judged` are the windows that apply beside when there are judges, weights and images to compare with.
     """
@@ -74,7 +74,7 @@ Draw = Callable[[Sequence[int]], list[Any]]
 
 @dataclass
 class Load:
-    """Sends requests and keeps what came of them. `draw(prompts)` makes images, one per prompt, or raises."""
+    """Sends requests and records their outcomes. `draw(prompts)` makes images, one per prompt, or raises."""
 
     draw: Draw
     order: Sequence[int]
@@ -84,7 +84,7 @@ class Load:
     answers: dict[int, Any] = field(default_factory=dict)
 
     def single_stream(self) -> None:
-        """One after another, until there are enough of them and enough time has passed."""
+        """One after another, until count and duration suffice."""
         start = time.perf_counter()
         while len(self.requests) < self.minimum or time.perf_counter() - start < self.min_duration:
             number = len(self.requests)
@@ -92,7 +92,7 @@ class Load:
             self._serve(start, [(number, now)])
 
     def server(self, qps: float) -> None:
-        """Poisson arrivals; the engine takes them first come, first served, and latency counts from the arrival."""
+        """Poisson arrivals, served first come, first served; latency counts from arrival."""
         gaps = np.random.default_rng(SEED).exponential(1 / qps, 1_000_000)
         arrivals, start = np.cumsum(gaps), time.perf_counter()
         while len(self.requests) < self.minimum or arrivals[len(self.requests)] < self.min_duration:
@@ -159,7 +159,7 @@ def quality(
 
 
 def outside(found: dict[str, float | None], windows: Sequence[tuple[str, float, float]]) -> list[str]:
-    """What is out of its window, in words; a metric that was not measured is out."""
+    """The metrics outside their windows, in words; an unmeasured metric is outside."""
     wrong = []
     for name, low, high in windows:
         value = found.get(name)
@@ -359,23 +359,23 @@ def _bound(value: float) -> float | None:
 
 # the short names of what MLPerf's logs say is not met, in words
 UNMET = {
-    "duration not met": "shorter than asked for",
-    "queries not met": "fewer requests were answered than asked for",
-    "performance not met": "the 99th percentile is over the target latency",
-    "early_stopping not met": "too few requests, or too many of them late, to be 99 % sure of the percentile "
+    "duration not met": "the run was too short",
+    "queries not met": "too few requests were answered",
+    "performance not met": "the 99th percentile exceeds the target latency",
+    "early_stopping not met": "too few requests, or too many late ones, for 99 % confidence in the percentile "
     "(MLPerf's early stopping)",
 }
 WORDS = {
-    "psnr": "PSNR {:.1f} dB", "drift": "drift {:.1e}", "drift_p90": "its p90 {:.1e}",
-    "caption_accuracy": "{:.1%} of captions right", "sequential_caption_accuracy": "sequentially {:.1%}",
-    "share_of_sequential_accuracy": "{:.0%} of what is right sequentially",
+    "psnr": "PSNR {:.1f} dB", "drift": "drift {:.1e}", "drift_p90": "drift p90 {:.1e}",
+    "caption_accuracy": "{:.1%} of captions right", "sequential_caption_accuracy": "{:.1%} sequentially",
+    "share_of_sequential_accuracy": "{:.0%} of the sequential share",
     "CLIP_SCORE": "CLIP score {:.2f}", "FID_SCORE": "FID {:.2f}",
 }  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per scenario, and what its columns mean; unofficial."""
-    lines = ["| unofficial, in the manner of MLPerf | mode, devices | requests | result | latency p50 / p90 / p99 "
+    lines = ["| unofficial, MLPerf-style | mode, devices | requests | result | latency p50 / p90 / p99 "
              "| quality | verdict |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         value, latency = row["metric"], row["metrics"].get("request_latency")
@@ -385,7 +385,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         tail = " / ".join(f"{latency[q]:.0f}" for q in ("p50", "p90", "p99")) + " ms" if latency else ""
         quality = ", ".join(_words(name, v) for name, v in row["quality"].items() if v is not None)
         reasons = "; ".join(UNMET.get(reason, reason) for reason in row["reasons"])
-        good = "quality in its window, " if row["status"] == "passed" else "failed, "
+        good = "quality within its window, " if row["status"] == "passed" else "failed, "
         verdict = good + (f"not valid: {reasons}" if reasons else "valid")
         lines.append(
             f"| {row['name']} | {row['config']['mode']}, {row['devices']} | {row['queries']} | {shown} | {tail} "
@@ -401,12 +401,12 @@ def _words(name: str, value: float) -> str:
 def _notes(rows: Sequence[dict[str, Any]]) -> str:
     """What the columns mean, of the scenarios that are there."""
     windows = {tuple(window): None for row in rows for window in row["config"]["windows"]}
-    notes = [f"The window of quality: {'; '.join(_window(*window) for window in windows)}."] if windows else []
+    notes = [f"The quality window: {'; '.join(_window(*window) for window in windows)}."] if windows else []
     if any(row["metric"]["name"].endswith("(ns)") for row in rows):
-        notes.append("MLPerf's 90th percentile is the latency of one request (nearest rank); AIPerf's, in the column")
-        notes.append("beside it, lie between two (interpolated).")
+        notes.append("MLPerf's 90th percentile is the latency of one request (nearest rank); the percentiles of the")
+        notes.append("latency column are AIPerf's, interpolated between two requests.")
     if any(row["scenario"] == "Offline" for row in rows):
-        notes.append("Offline asks for everything at once: latencies count from then.")
+        notes.append("Offline requests arrive at once, and latencies count from then.")
     return " ".join(notes)
 
 

@@ -1,7 +1,8 @@
-"""`python -m bench serve`: elastic lanes against all lanes for each image and one lane for each, under load.
+"""`python -m bench serve`: the server under load: elastic lanes against fixed policies.
 
-Clients over HTTP ask for the next image when they have the last one. The three policies take turns within one
-server, so that what else the machine does hits them alike. Beside that: what HTTP adds to a call in the same process.
+Closed-loop HTTP clients: each sends its next request when it has the last image. The policies (elastic, all lanes per
+image, one lane per image) take turns within one server, so that other load affects them alike. Also measured: the
+latency that HTTP adds to a call in the same process.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MODES = ("sequential", "conservative", "aggressive")
 
 @dataclass
 class Load:
-    """What one policy did under one number of clients; one entry per turn in the first three."""
+    """One policy under one number of clients; one entry per turn in the first three."""
 
     throughput: list[float] = field(default_factory=list)
     medians: list[float] = field(default_factory=list)
@@ -94,7 +95,7 @@ def ask(connection: http.client.HTTPConnection, **body: Any) -> dict[str, Any]:
 
 
 def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps: int, load: Load) -> None:
-    """Clients that always wait for an image, for so long."""
+    """Closed-loop clients for some seconds."""
     begun, ends, latencies, lanes = time.perf_counter(), list[float](), list[float](), list[float]()
 
     def client(number: int) -> None:

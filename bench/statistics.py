@@ -1,4 +1,4 @@
-"""What benchmarks say of repeated measurements: quantiles, and ratios with their uncertainty."""
+"""Statistics of repeated measurements: quantiles, and ratios with their uncertainty."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DRAWS = 2000
 
 
 def quantile(values: Sequence[float], q: float) -> float | None:
-    """A quantile, six digits; None of nothing."""
+    """A quantile, six digits; None without values."""
     return float(f"{np.quantile(values, q):.6g}") if len(values) else None
 
 
 def median(values: Sequence[float]) -> float | None:
-    """The median, six digits; None of nothing."""
+    """The median, six digits; None without values."""
     return quantile(values, 0.5)
 
 
@@ -31,14 +31,14 @@ def middle(values: Sequence[float]) -> int:
 
 
 def bootstrap(values: Sequence[float], *, draws: int = DRAWS) -> dict[str, float]:
-    """The median with the 95 % percentile interval of the medians of samples drawn from the values, with repetition."""
+    """The median with the 95 % percentile interval of the medians of bootstrap samples."""
     picked = np.random.default_rng(0).choice(np.asarray(values, np.float64), (draws, len(values)))
     low, high = np.quantile(np.median(picked, axis=1), (0.025, 0.975))
     return {"median": _four(np.median(values)), "low": _four(low), "high": _four(high)}
 
 
 def mean(values: Sequence[float], *, draws: int = DRAWS) -> dict[str, float]:
-    """The mean with the 95 % percentile interval of the means of samples drawn from the values, with repetition."""
+    """The mean with the 95 % percentile interval of the means of bootstrap samples."""
     picked = np.random.default_rng(0).choice(np.asarray(values, np.float64), (draws, len(values)))
     low, high = np.quantile(picked.mean(axis=1), (0.025, 0.975))
     return {"mean": _four(float(np.mean(values))), "low": _four(low), "high": _four(high)}

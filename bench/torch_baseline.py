@@ -1,4 +1,4 @@
-"""diffusers' own pipeline as a baseline, in a process of its own: its threads and its compiler disturb nobody there.
+"""diffusers' own pipeline as a baseline, in a process of its own, where its threads and compiler disturb nothing.
 
 Only the denoising loop is timed, from the first call of the denoiser to the latents.
 """
@@ -49,7 +49,7 @@ class Setting:
 class TorchBaseline:
     """A running process. NotPossibleHereError where it fails, or where an answer takes more than `limit` seconds.
 
-    With `compiled`, the first image of a batch size compiles, and is as slow as that.
+    With `compiled`, the first image of a batch size includes compilation.
     """
 
     def __init__(self, wanted: Wanted, limit: float) -> None:
@@ -85,7 +85,7 @@ class TorchBaseline:
     def _answer(self, late: str) -> Any:
         if not self._ours.poll(self._limit):
             self._broken = late
-            self.close()  # what it still may answer belongs to nobody
+            self.close()  # a late answer belongs to no request
             raise NotPossibleHereError(late)
         try:
             good, answer = self._ours.recv()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from cuda.bindings import driver
 
-from tests.fake_cuda import FakeCuda, Stream
+from tests.libcuda.machine import Machine
 
 SCRATCH = 4096
+LARGEST = 16
 _TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
@@ -27,9 +31,9 @@ class FakeTensorRT:
     class ExecutionContextAllocationStrategy(Enum):
         USER_MANAGED = 0
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
-        self.contexts = 0
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()  # that are alive
         self.loaded: list[str] = []
 
     def Runtime(self, logger: Any) -> Any:
@@ -50,13 +54,28 @@ class FakeEngine:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.device = module.cuda.current
+        self.device = current_device()
+        self._output_bytes: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, int]] = {}
+
+    def output_bytes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """How big outputs are for inputs of these shapes, which only a run tells: the file does not name every axis."""
+        key = tuple(shapes.items())
+        if key not in self._output_bytes:
+            inputs = {one.name: np.zeros(shapes[one.name], _TYPES[one.type]) for one in self.session.get_inputs()}
+            names = [one.name for one in self.session.get_outputs()]
+            results = self.session.run(None, inputs)
+            self._output_bytes[key] = {name: result.nbytes for name, result in zip(names, results, strict=True)}
+        return self._output_bytes[key]
 
     def create_execution_context(self, strategy: Any) -> Any:
+        """As the real one, it must not meet a capture, not even one of another thread."""
         assert strategy is FakeTensorRT.ExecutionContextAllocationStrategy.USER_MANAGED
-        assert self.module.cuda.current == self.device, "a context is made on another device"
-        self.module.contexts += 1
-        return FakeContext(self)
+        assert current_device() == self.device, "a context is made on another device"
+        if self.module.machine.library_call("create_execution_context"):
+            return None
+        context = FakeContext(self)
+        self.module.contexts.add(context)
+        return context
 
 
 class FakeContext:
@@ -65,39 +84,51 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = 0
+        self.prepared: dict[int, Callable[[], int]] = {}
 
     def set_device_memory(self, pointer: int, size: int) -> None:
         assert size >= SCRATCH and pointer % 256 == 0
-        self.engine.module.cuda.view(pointer, size, self.engine.device)
+        self.engine.module.machine.view(pointer, size)
         self.scratch = pointer
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         wanted = next(one for one in self.engine.session.get_inputs() if one.name == name)
         self.shapes[name] = shape
         fits = (axis == size or isinstance(axis, str) for axis, size in zip(wanted.shape[1:], shape[1:], strict=True))
-        return all(fits) and shape[0] <= 16
+        return all(fits) and shape[0] <= LARGEST
 
     def set_tensor_address(self, name: str, pointer: int) -> None:
+        assert not self.prepared, "an address is changed after a run was enqueued"
         self.addresses[name] = pointer
 
     def execute_async_v3(self, handle: int) -> bool:
-        cuda, session = self.engine.module.cuda, self.engine.session
-        stream: Stream = next(one for one in cuda.streams if int(one) == handle)
-        assert stream.device == self.engine.device and self.scratch
-        views = {}
-        for one in session.get_inputs():
-            dtype = np.dtype(_TYPES[one.type])
-            size = int(np.prod(self.shapes[one.name])) * dtype.itemsize
-            raw = cuda.view(self.addresses[one.name], size, self.engine.device)
-            views[one.name] = raw.view(dtype).reshape(self.shapes[one.name])
-        names = [one.name for one in session.get_outputs()]
-        goals = {name: cuda.view(self.addresses[name], 1, self.engine.device) for name in names}
+        assert self.scratch and current_device() == self.engine.device
+        if handle not in self.prepared:
+            self.prepared[handle] = self._prepare(handle)
+        return self.prepared[handle]() == 0
+
+    def _prepare(self, handle: int) -> Callable[[], int]:
+        machine, session = self.engine.module.machine, self.engine.session
+        dtypes = {one.name: np.dtype(_TYPES[one.type]) for one in (*session.get_inputs(), *session.get_outputs())}
+        sizes = {name: int(np.prod(shape)) * dtypes[name].itemsize for name, shape in self.shapes.items()}
+        inputs = {name: (self.addresses[name], size) for name, size in sizes.items()}
+        outputs = {name: (self.addresses[name], size) for name, size in self.engine.output_bytes(self.shapes).items()}
+        myself = weakref.ref(self)
 
         def work() -> None:
-            results = session.run(None, {name: view.copy() for name, view in views.items()})
-            for name, result in zip(goals, results, strict=True):
-                into = cuda.view(self.addresses[name], result.nbytes, self.engine.device)
-                into[:] = np.ascontiguousarray(result).view(np.uint8).reshape(-1)
+            context = myself()
+            assert context is not None, "an execution context is gone before its work has run"
+            views = {name: machine.view(*where).view(dtypes[name]) for name, where in inputs.items()}
+            feeds = {name: view.reshape(context.shapes[name]).copy() for name, view in views.items()}
+            for (name, where), result in zip(outputs.items(), session.run(None, feeds), strict=True):
+                machine.view(*where).view(dtypes[name])[:] = result.reshape(-1)
 
-        cuda.submit(stream, work)
-        return True
+        writes = [*outputs.values(), (self.scratch, SCRATCH)]
+        return machine.work(handle, work, list(inputs.values()), writes)
+
+
+def current_device() -> int:
+    """The number of the device that is current in this thread."""
+    status, device = driver.cuCtxGetDevice()
+    assert not status, status
+    return int(device)

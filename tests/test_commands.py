@@ -107,7 +107,7 @@ def test_the_version_is_that_of_the_project(
     assert stopped.value.code == 0 and capsys.readouterr().out == f"{project['name']} {project['version']}\n"
 
 
-def test_a_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
+def test_an_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, checkout: Path) -> None:
     out, report = tmp_path / "star.png", tmp_path / "report.json"
     parallel = ["--devices", "cpu*2", "--mode", "conservative", "--k", "2", "--steps", "3"]
     done = python(checkout, "runtime", PROMPT, *parallel, "--out", str(out), "--report", str(report), "--quiet")

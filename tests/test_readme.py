@@ -58,6 +58,7 @@ EXPLAINED = {
     "make engines MODEL=owner/name": "needs the hub; tests/export/test_loading.py exports folders, LoRA and sizes",
     "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
     "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
+    "machine.forgive()": "shows the shape of a test; tests/libcuda and tests/engines/cuda are full of them",
     "make test\n": "is what runs this",
     "pre-commit install": "changes the checkout; tests/test_commands.py runs the hooks",
 }

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from engines.errors import ParameterError
+from engines.runtimes import RUNTIMES
 from runtime.call import markdown
 
 
@@ -24,6 +25,18 @@ def server() -> str:
     return "\n".join(lines)
 
 
+def runtimes() -> str:
+    """The registry of runtimes, as device strings name them."""
+    lines = ["| device string | runtime | types, the default first | module |", "|---|---|---|---|"]
+    for runtime in RUNTIMES.values():
+        kind = {"cuda": "cuda:0"}.get(runtime.device, runtime.device)
+        name = kind if runtime.option == runtime.device else f"{kind}@{runtime.option}"
+        said = "" if runtime.by_default else ", only when named"
+        path = f"{runtime.module.replace('.', '/')}.py"
+        lines.append(f"| `{name}` | {runtime.title}{said} | {', '.join(runtime.precisions)} | `{path}` |")
+    return "\n".join(lines)
+
+
 def _default(action: argparse.Action) -> str:
     if action.default in (None, [], ()):
         return ""
@@ -36,6 +49,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "python": markdown,
     "http": lambda: markdown(http=True),
     "server": server,
+    "runtimes": runtimes,
 }
 
 

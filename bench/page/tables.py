@@ -116,7 +116,7 @@ def gpu_summary(results: Path) -> str:
     files = sorted(results.glob("gpu*.json"))
     if not files:
         return words.NO_GPU
-    lines = ["| GPU | commit | parts passed | failed | not possible there | file |", "|---|---|---|---|---|---|"]
+    lines = ["| GPU | commit | parts passed | failed | not possible or not run | file |", "|---|---|---|---|---|---|"]
     for path in files:
         result = load(path.stem, results)
         counts = [sum(row["status"] == status for row in result["rows"]) for status in ("passed", "failed")]

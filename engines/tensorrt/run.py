@@ -106,6 +106,7 @@ class Engine:
 
         def enqueue() -> None:
             if not execute(handle):
+                self.driver("cuMemGetInfo")  # says it when the device was lost, which TensorRT does not
                 raise DeviceError(f"{self.name} failed in TensorRT: {'; '.join(self._messages[-3:])}")
 
         return enqueue, context

@@ -186,7 +186,7 @@ def test_two_shapes_are_paired_with_the_fewest_mistakes() -> None:
     assert mistakes(Reading("white", (one,)), "black", asked) == ["background", "count"]
 
 
-def test_a_image_of_noise_is_read_as_anything_but_a_scene(seed: int) -> None:
+def test_an_image_of_noise_is_read_as_anything_but_a_scene(seed: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert judge(noise, SCENE)
 

@@ -151,10 +151,7 @@ def test_the_table_is_in_words() -> None:
     rows = load("scenario")["rows"]
     shown, keys = scenario.table(rows), {key for row in rows for key in row["quality"]}
     assert not any("_" in word for word in shown.split()) and keys <= set(scenario.WORDS)
-    assert (
-        "MLPerf's 90th percentile" in shown
-        and "98 % of what is right sequentially or more; PSNR 30.0 dB or more" in shown
-    )
+    assert "MLPerf's 90th percentile" in shown and "98 % of the sequential share or more; PSNR 30.0 dB or more" in shown
     unmet = outcome([9.0] * 10, "Server", target_latency=1.0, minimum=11, min_duration=1e3).met
     assert [f"{name} not met" for name, met in unmet.items() if not met] == list(scenario.UNMET)
 

@@ -187,6 +187,21 @@ CONTROL void *imaginary_bytes(uintptr_t address, size_t size) {
     return bytes_at(address, size);
 }
 
+// What another library does that may wait for all streams of the current context, as one that makes an execution context.
+CONTROL int imaginary_library_call(const char *what) {
+    std::lock_guard<std::mutex> guard(machine.lock);
+    if (!current()) violate("%s: this thread has no current context", what);
+    if (const CUresult status = usable(current())) return status;
+    bool capturing = false;
+    for (const CapturePointer &capture : std::vector<CapturePointer>(machine.captures))
+        for (const Stream *stream : capture->streams)
+            if (stream->context == current() && !capturing) {
+                invalidate(capture, what, "may wait for all streams, one of which is capturing");
+                capturing = true;
+            }
+    return capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+}
+
 // Puts a model call on a stream: `run(data)` when its turn comes. It reads and writes the ranges that are given.
 CONTROL int imaginary_model(CUstream handle, void (*run)(void *), void *data, int count, const uintptr_t *addresses,
                             const size_t *sizes, const unsigned char *writes, int is_model) {
@@ -199,6 +214,6 @@ CONTROL int imaginary_model(CUstream handle, void (*run)(void *), void *data, in
     work->context = stream->context;
     work->model = is_model;
     for (int n = 0; n < count; ++n) work->accesses.push_back({addresses[n], addresses[n] + sizes[n], writes[n] != 0});
-    if (run) work->run = [=] { run(data); };
+    if (run) work->run = [=](const Stamp &) { run(data); };
     return submit(stream, std::move(work));
 }

@@ -37,7 +37,7 @@ void run_work(const Work &work, const Stamp &when) {
     if (work.context->sticky || !reachable(known)) return;
     check_races(work, accesses, when);
     inside_callback = true;
-    if (work.run) work.run();
+    if (work.run) work.run(when);
     inside_callback = false;
 }
 

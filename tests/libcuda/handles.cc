@@ -283,7 +283,8 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 }
 
 CUresult cuCtxGetDevice(CUdevice *device) {
-    return call(F_cuCtxGetDevice, CONTEXT, [&] {
+    return call(F_cuCtxGetDevice, DRIVER, [&] {
+        if (!current()) return CUDA_ERROR_INVALID_CONTEXT;
         *device = current()->device;
         return CUDA_SUCCESS;
     });

@@ -84,7 +84,7 @@ struct Work {
     bool model = false;
     std::vector<Access> accesses;
     std::function<void(std::vector<Access> &)> dynamic;
-    std::function<void()> run;
+    std::function<void(const Stamp &)> run;
 };
 using WorkPointer = std::shared_ptr<Work>;
 

@@ -104,6 +104,10 @@ class Machine:
         arguments = ctypes.c_void_p(int(stream)), callback, None, len(ranges), addresses, sizes, kinds, int(model)
         return lambda: int(self._library.imaginary_model(*arguments))
 
+    def library_call(self, what: str) -> int:
+        """What another library does on the current device that may wait for all its streams: the driver's status."""
+        return int(self._library.imaginary_library_call(what.encode()))
+
     # --- answers -------------------------------------------------------------------------------------------------
 
     def calls(self, function: str = "") -> int:

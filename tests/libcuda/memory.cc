@@ -163,7 +163,7 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     if (sides[1] && sides[1]->device < 0 && !stream->capture) watched = watch(source, size);
     const bool to_host = sides[0] && sides[0]->device < 0, to_pageable = !sides[0];
     auto done = std::make_shared<bool>(false);
-    work->run = [=, held = std::move(held)]() {
+    work->run = [=, held = std::move(held)](const Stamp &) {
         unsigned char *into = to_pageable ? reinterpret_cast<unsigned char *>(target) : bytes_at(target, size);
         const unsigned char *of = held.empty() ? bytes_at(source, size) : held.data();
         if (watched && memcmp(of, watched->expected.data(), size))
@@ -196,7 +196,7 @@ static CUresult fill(Function function, uintptr_t target, unsigned int value, si
     work->what = name;
     work->context = stream->context;
     work->accesses.push_back({target, target + size, true});
-    work->run = [=] {
+    work->run = [=](const Stamp &) {
         unsigned char *into = bytes_at(target, size);
         for (size_t n = 0; n < size; n += width) memcpy(into + n, &value, width);
     };

@@ -119,7 +119,7 @@ static CUresult combine(KernelFunction *function, Work &work, void **parameters,
     const auto run = kernel<int(int, int, unsigned, unsigned, const void *)>(variant.dtype, "run_combine");
     if (!run) return CUDA_ERROR_NO_BINARY_FOR_GPU;
     work.dynamic = [given, &variant](std::vector<Access> &found) { block_accesses(*given, variant, found); };
-    work.run = [given, &variant, run, grid, block] {
+    work.run = [given, &variant, run, grid, block](const Stamp &) {
         Combination p = *given;
         p.data = content(p.data), p.round = content(p.round), p.not_finite = content(p.not_finite);
         for (unsigned int n = 0; n < p.inputs; ++n) p.input[n] = content(p.input[n]);
@@ -151,18 +151,39 @@ static CUresult distance(KernelFunction *function, Work &work, void **parameters
     using Run = void(unsigned, unsigned, const void *, const void *, unsigned long long, float *);
     const auto run = kernel<Run>(dtype, "run_distance");
     if (!run) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-    work.run = [=] { run(grid, block, content(const_cast<void *>(a)), content(const_cast<void *>(b)), elements, content(partial)); };
+    work.run = [=](const Stamp &) { run(grid, block, content(const_cast<void *>(a)), content(const_cast<void *>(b)), elements, content(partial)); };
     return CUDA_SUCCESS;
 }
 
-static CUresult advance_round(KernelFunction *function, Work &work, void **parameters, unsigned int grid, unsigned int block) {
-    if (grid != 1 || block != 1) violate("cuLaunchKernel: more than one thread advances the round");
+// The host may read what a kernel writes into its memory at any time, and knows then that what came before has ended.
+static void tells_the_host(const Stamp &when) {
+    join(machine.host, when.clock);
+    machine.host_chain = std::max(machine.host_chain, when.chain);
+}
+
+// The kernel is the same for every storage type; its parameters are taken from its declaration.
+static void prepare(void (*advance)(unsigned int *, unsigned int), Work &work, void **parameters) {
     auto *round = argument<unsigned int *>(parameters, 0);
     const auto blocks = argument<unsigned int>(parameters, 1);
     work.accesses = {{address(round), address(round) + 4, true}};
-    const auto run = kernel<void(unsigned *, unsigned)>(function->module->variant->dtype, "run_advance");
-    if (!run) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-    work.run = [=] { run(content(round), blocks); };
+    work.run = [=](const Stamp &) { advance(content(round), blocks); };
+}
+
+[[maybe_unused]] static void prepare(void (*advance)(unsigned int *, unsigned int, volatile unsigned int *), Work &work,
+                                     void **parameters) {
+    auto *state = argument<unsigned int *>(parameters, 0);
+    const auto blocks = argument<unsigned int>(parameters, 1);
+    auto *seen = argument<unsigned int *>(parameters, 2);
+    work.accesses = {{address(state), address(state) + 8, true}, {address(seen), address(seen) + 4, true}};
+    work.run = [=](const Stamp &when) {
+        advance(content(state), blocks, content(seen));
+        tells_the_host(when);
+    };
+}
+
+static CUresult advance_round(KernelFunction *, Work &work, void **parameters, unsigned int grid, unsigned int block) {
+    if (grid != 1 || block != 1) violate("cuLaunchKernel: more than one thread advances the round");
+    prepare(source::advance, work, parameters);
     return CUDA_SUCCESS;
 }
 
