@@ -4,10 +4,12 @@ DEVICES ?= auto
 # LoRA files to fuse, FILE.safetensors or FILE.safetensors:0.8, and the sides of images in pixels, as in 512-1024
 LORA ?=
 SIZES ?=
+# for a MODEL that is one file (x.safetensors): the folder of a diffusers model with the same layout
+CONFIG ?=
 # the folder of a model and the LoRA files give its bundle its name, as `python -m export` does
 empty :=
 FUSED = $(foreach file,$(LORA),+$(subst .safetensors,,$(notdir $(file))))
-NAME = $(notdir $(abspath $(MODEL)))$(subst $(empty) $(empty),,$(FUSED))
+NAME = $(patsubst %.ckpt,%,$(patsubst %.safetensors,%,$(notdir $(abspath $(MODEL)))))$(subst $(empty) $(empty),,$(FUSED))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
@@ -24,7 +26,7 @@ PYTHON_THERE ?= 3.12
 TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
-.PHONY: help engines serve test test-all soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
+.PHONY: help engines embed serve test test-all soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,9 +51,19 @@ help: ## this list
 	@touch $@
 
 engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVICES; a second run does nothing
-	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES))
+	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES)) $(if $(CONFIG),--config "$(CONFIG)")
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
+
+.venv/.embed: .venv/.export
+	@$(PIP) --editable '.[cpu,export,embed]'
+	@touch $@
+
+embed: .venv/.embed ## the C library and its examples into build/embed/install; `runtime/embed/README.md` has the rest
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; options="$$($(RUN) -m runtime.embed)" || exit 1; \
+	cmake -S runtime/embed -B build/embed/release -G Ninja $$options -DDRIFFUSION_TOOLS=ON --log-level=WARNING && \
+	cmake --build build/embed/release && \
+	cmake --install build/embed/release --prefix build/embed/install
 
 serve: engines ## engines, then the server on http://127.0.0.1:8000
 	@$(RUN) -m runtime.serve --model "$(NAME)" --devices "$(DEVICES)"

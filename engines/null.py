@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Progress, Rows
+from engines.base import Array, Call, Measurements, Progress, Rows
 from engines.devices import LaneSpec
 from engines.manifest import DENOISER, Axes, Network, axes_of
 from engines.store import Bundle, Plan
@@ -66,6 +67,7 @@ class NullBackend:
         self.shape = shape
         self.steps = len(timesteps)
         self.rounds = self.branches = self.calls = self.combines = 0
+        self.sizes: Counter[int] = Counter()  # rounds by their number of branches
         self.seconds = 0.0
         self.written: set[str] = set()
 
@@ -92,6 +94,7 @@ class NullBackend:
         self.written.update(outputs)
         self.rounds += 1
         self.branches += len(branches)
+        self.sizes[len(branches)] += 1
         self.calls += sum(1 for call in calls if call)
         self.seconds += self._costs.round(calls)
 
@@ -114,31 +117,15 @@ class NullBackend:
         self.seconds += self._costs.distances(len(pairs))
         return [0.0 if self._answers is None else next(self._answers) for _ in pairs]
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """The virtual seconds of one round."""
+    @property
+    def measurements(self) -> Measurements:
+        """Virtual seconds since the image began."""
+        return Measurements(self._timed, self.seconds)
+
+    def _timed(self, calls: Sequence[Call]) -> float:
         before = self.seconds
         self.predict(calls)
         return self.seconds - before
-
-    @property
-    def critical_path_seconds(self) -> float:
-        """The virtual seconds since the image began."""
-        return self.seconds
-
-    @property
-    def spans(self) -> None:
-        """Not known: no time passes here."""
-        return None
-
-    @property
-    def copied(self) -> dict[str, int]:
-        """None: nothing is copied."""
-        return {}
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """None: nothing is copied."""
-        return ()
 
     def settle(self) -> None:
         """Nothing runs."""

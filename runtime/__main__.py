@@ -112,6 +112,10 @@ def run(options: dict[str, Any]) -> None:
 
 def main() -> int:
     """Exit code 1 with one message on any error."""
+    if sys.argv[1:2] == ["program"]:
+        from runtime.embed.command import main as write_program
+
+        return write_program(sys.argv[2:])
     options = vars(arguments().parse_args())
     return exit_code(lambda: run(options))
 

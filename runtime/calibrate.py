@@ -28,11 +28,12 @@ def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     """Median seconds of a call per batch size, with all lanes at work; larger batches only while the budget lasts."""
     pipeline.generate(pipeline.manifest.examples[0], num_inference_steps=1)  # binds an image
     backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
+    timed = backend.measurements.timed
     for batch in BATCHES:
         calls = [[Branch(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
-        once = backend.timed(calls)
+        once = timed(calls)
         left = budget - (time.monotonic() - started)
-        found[batch] = float(np.median([backend.timed(calls) for _ in range(min(REPEATS, int(left / once)))] or [once]))
+        found[batch] = float(np.median([timed(calls) for _ in range(min(REPEATS, int(left / once)))] or [once]))
         if left < 2 * once:
             break  # larger ones are taken to cost in proportion
     return found

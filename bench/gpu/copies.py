@@ -24,7 +24,7 @@ def peers(settings: Settings) -> Iterator[Row]:
     for of in range(driver.count):
         for to in range(driver.count):
             if of != to:
-                yield {"from": of, "to": to, "copies": "staged" if (of, to) in backend.staged else "peer"}
+                yield {"from": of, "to": to, "copies": "staged" if (of, to) in backend.measurements.staged else "peer"}
     backend.close()
 
 

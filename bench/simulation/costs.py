@@ -97,7 +97,7 @@ def measured_costs(backend: Backend, shapes: Iterable[tuple[int, int]]) -> Measu
             taken = []
             for _ in range(REPEATS):
                 start = time.perf_counter()
-                taken.append(backend.timed(calls))
+                taken.append(backend.measurements.timed(calls))
                 beside.append(time.perf_counter() - start - taken[-1])
             found.calls[busy][batch] = float(np.median(taken))
         found.launch[busy] = float(np.median(beside)) if waits else 0.0

@@ -67,6 +67,7 @@ static void choices_of(Stream *stream, std::vector<Choice> &choices) {
             if (head.event->done >= head.version) choices.push_back({stream, -1});
             return;
         case Operation::LAUNCH:
+            if (head.replay->number != head.replay->executable->ended) return;  // another launch of it runs
             for (const int node : head.replay->ready)
                 if (!hangs(head.replay->executable->nodes[node].work->context)) choices.push_back({stream, node});
             if (!head.replay->left) choices.push_back({stream, -1});
@@ -114,7 +115,7 @@ bool advance() {
     } else if (head.type == Operation::WORK) {
         run_work(*head.work, head.stamp);
     } else if (head.type == Operation::LAUNCH) {
-        --head.replay->executable->flying;
+        ++head.replay->executable->ended;
     }
     stream->queue.pop_front();
     return true;

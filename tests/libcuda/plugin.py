@@ -75,7 +75,7 @@ class _Child:
 
 def _ended(item: pytest.Item, status: int, text: str) -> pytest.TestReport:
     reason = f"the process with the imaginary driver ended with status {status} before this test did\n{text}"
-    return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", reason, "call")
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", reason, "call")
 
 
 def _wanted(item: pytest.Item) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -131,6 +133,19 @@ def test_fewer_lanes_change_nothing_but_rounding(mode: str, pipeline: Pipeline) 
     assert one.report.k == both.report.k == both.report.lanes == 2
     assert one.report.rounds == both.report.rounds == one.report.calls
     assert one.report.timeline and {span.lane for span in one.report.timeline} == {None, 0}
+
+
+def test_the_report_names_the_lanes_that_were_used(pipeline: Pipeline) -> None:
+    """One lane of two is the second where another request owns the first."""
+    with pipeline.lanes.lease((1.0, 1.0)) as other, ThreadPoolExecutor(1) as pool:
+        limited = pool.submit(draw, pipeline, lanes=1, timeline=True)
+        while not limited.done():
+            pipeline.lanes.update(other)
+            time.sleep(0.002)
+    report = limited.result().report
+    assert (report.lanes, report.devices, report.lanes_per_round) == (1, "cpu/1", 1)
+    assert report.timeline is not None and {span.lane for span in report.timeline if span.kind == "call"} == {1}
+    assert draw(pipeline, lanes=1).report.devices == "cpu/0"
 
 
 @pytest.mark.parametrize("lanes", [0, 3, True, 1.0])

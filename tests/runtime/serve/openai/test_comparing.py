@@ -66,6 +66,8 @@ def test_the_image_of_the_readme(
         page.get_by_role("button", name="Compare").click()
         done(page)
         expect(page.locator(".verdict")).to_contain_text("Largest difference")
+        print(page.locator(".verdict").inner_text())  # with -s, whether the machine was quiet
+        page.evaluate("for (const each of document.querySelectorAll('details')) each.open = false")
         page.set_viewport_size({"width": 1280, "height": int(page.evaluate("document.body.scrollHeight"))})
         height = page.evaluate("document.querySelector('#result').getBoundingClientRect().bottom + 14")
         page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1280, "height": height})

@@ -1,0 +1,147 @@
+// driffusion.hpp: driffusion.h with owners that release and errors that throw. C++17, header only.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "driffusion.h"
+
+namespace driffusion {
+
+class error : public std::runtime_error {
+   public:
+    error(driffusion_status status, const std::string &message) : std::runtime_error(message), status_(status) {}
+    driffusion_status status() const noexcept { return status_; }
+
+   private:
+    driffusion_status status_;
+};
+
+inline void check(driffusion_status status) {
+    if (status != DRIFFUSION_OK) throw error(status, std::string(driffusion_status_name(status)) + ": " + driffusion_last_error());
+}
+
+struct image {
+    std::uint32_t width = 0, height = 0;
+    std::vector<std::uint8_t> rgb;  // rows from the top
+    driffusion_result result = DRIFFUSION_RESULT_INIT;
+};
+
+// What to make. Callbacks return true to go on; they run between two rounds, and may not throw.
+struct call {
+    std::string prompt;
+    std::string negative_prompt = {};
+    std::uint64_t seed = 0;
+    double guidance = DRIFFUSION_DEFAULT_GUIDANCE;
+    std::function<bool(std::uint32_t finished, std::uint32_t steps)> progress = {};
+    std::function<bool(const std::uint8_t *rgb, std::uint32_t width, std::uint32_t height, std::uint32_t finished)> preview = {};
+    std::uint32_t preview_every = 0;
+};
+
+class engine;
+
+// An image that is being made in a thread of the library. Its destructor cancels it and waits.
+class request {
+   public:
+    request(request &&other) noexcept : handle_(std::exchange(other.handle_, 0)), state_(std::move(other.state_)) {}
+    request &operator=(request &&other) noexcept {
+        std::swap(handle_, other.handle_);
+        std::swap(state_, other.state_);
+        return *this;
+    }
+    ~request() {
+        if (handle_) driffusion_release(handle_);
+    }
+    void cancel() { check(driffusion_cancel(handle_)); }
+    bool done() { return driffusion_poll(handle_, nullptr) != DRIFFUSION_ERROR_TIMEOUT; }
+    // The image; throws what the request came to, and TIMEOUT when it is not finished after so many seconds.
+    image wait(double seconds = -1) {
+        check(driffusion_wait(handle_, seconds, &state_->made.result));
+        return state_->made;
+    }
+
+   private:
+    friend class engine;
+    struct state {
+        call asked;
+        image made;
+    };
+    request() = default;
+    driffusion_request handle_ = 0;
+    std::unique_ptr<state> state_;
+};
+
+class engine {
+   public:
+    engine(const std::string &bundle, const std::string &program, const std::string &devices = "", std::vector<std::pair<std::string, std::string>> options = {}) {
+        std::vector<driffusion_option> raw;
+        for (auto &[key, value] : options) raw.push_back({key.c_str(), value.c_str()});
+        driffusion_open_info info = DRIFFUSION_OPEN_INIT;
+        info.bundle = bundle.c_str(), info.program = program.c_str();
+        info.devices = devices.empty() ? nullptr : devices.c_str();
+        info.options = raw.data(), info.option_count = raw.size();
+        check(driffusion_open(&info, &handle_));
+    }
+    engine(engine &&other) noexcept : handle_(std::exchange(other.handle_, 0)) {}
+    engine &operator=(engine &&other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    ~engine() {
+        if (handle_) driffusion_close(handle_);
+    }
+    driffusion_engine handle() const { return handle_; }
+
+    driffusion_sizes_info sizes(std::uint32_t images = 1) const {
+        driffusion_sizes_info sizes = DRIFFUSION_SIZES_INIT;
+        check(driffusion_sizes(handle_, images, &sizes));
+        return sizes;
+    }
+
+    image generate(call asked) const {
+        image made;
+        driffusion_call raw = prepare(asked, made);
+        check(driffusion_generate(handle_, &raw, &made.result));
+        return made;
+    }
+
+    request start(call asked) const {
+        request started;
+        started.state_ = std::make_unique<request::state>();
+        started.state_->asked = std::move(asked);
+        driffusion_call raw = prepare(started.state_->asked, started.state_->made);
+        check(driffusion_start(handle_, &raw, &started.handle_));
+        return started;
+    }
+
+   private:
+    driffusion_call prepare(call &asked, image &made) const {
+        driffusion_sizes_info needed = sizes();
+        made.width = needed.width, made.height = needed.height;
+        made.rgb.resize(needed.rgb_bytes);
+        driffusion_call raw = DRIFFUSION_CALL_INIT;
+        raw.seed = asked.seed, raw.guidance = asked.guidance;
+        raw.prompt = asked.prompt.c_str();
+        raw.negative_prompt = asked.negative_prompt.empty() ? nullptr : asked.negative_prompt.c_str();
+        raw.rgb = made.rgb.data(), raw.rgb_bytes = made.rgb.size();
+        raw.user = &asked, raw.preview_every = asked.preview_every;
+        if (asked.progress) {
+            raw.progress = [](void *user, std::uint32_t finished, std::uint32_t steps) -> int { return !static_cast<call *>(user)->progress(finished, steps); };
+        }
+        if (asked.preview) {
+            raw.preview = [](void *user, const std::uint8_t *rgb, std::uint32_t width, std::uint32_t height, std::uint32_t finished) -> int {
+                return !static_cast<call *>(user)->preview(rgb, width, height, finished);
+            };
+        }
+        return raw;
+    }
+
+    driffusion_engine handle_ = 0;
+};
+
+}  // namespace driffusion

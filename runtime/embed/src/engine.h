@@ -1,0 +1,117 @@
+// A model opened for a program: its networks, lanes, and the requests that run on them.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "driffusion.h"
+#include "lanes.h"
+#include "ort.h"
+#include "player.h"
+#include "program.h"
+#include "tokenizer.h"
+#include "workers.h"
+
+namespace driffusion {
+
+struct Settings {
+    std::string bundle, program, runtime;
+    u32 lanes = 0, threads = 0;  // 0: as the program says
+    double spin_seconds = 50e-6;
+    u32 max_requests = 256;
+    bool compiled = true;
+    void (*log)(void *, driffusion_log_level, const char *) = nullptr;
+    void *log_user = nullptr;
+
+    static Settings of(const driffusion_open_info &info);
+};
+
+// A checked call. It owns what a caller may free after driffusion_start().
+struct Call {
+    u32 images = 1;
+    u64 seed = 0;
+    double guidance = 0;
+    std::string prompt, negative_prompt;
+    bool has_prompt = false, has_negative = false;
+    std::vector<i64> ids, negative_ids;
+    std::vector<float> latents, noise;
+    std::uint8_t *rgb = nullptr;
+    float *latents_out = nullptr;
+    driffusion_progress progress = nullptr;
+    driffusion_preview preview = nullptr;
+    void *user = nullptr;
+    u32 preview_every = 0;
+};
+
+struct Request {
+    Call call;
+    std::atomic<bool> cancelled{false};
+    std::atomic<u32> finished{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool done = false;  // these four under the mutex
+    driffusion_status status = DRIFFUSION_ERROR_TIMEOUT;
+    std::string message;
+    driffusion_result result = DRIFFUSION_RESULT_INIT;
+    std::thread thread;
+    std::weak_ptr<class Engine> engine;
+};
+
+class Engine {
+   public:
+    explicit Engine(const Settings &settings);
+    ~Engine();
+
+    const Program &program() const { return program_; }
+    driffusion_sizes_info sizes(u32 images) const;
+    Call checked(const driffusion_call &call) const;
+    std::vector<i64> tokenize(std::string_view text, u32 *truncated) const;
+
+    // Makes the images of a request in this thread; what went wrong is in its status and message.
+    void perform(Request &request) noexcept;
+    // Counts a request as running; Error with BUSY or STATE where it may not begin.
+    void begin(const std::shared_ptr<Request> &request);
+    void end(const Request *request);
+    // Cancels everything and waits until nothing runs any more. False when called from one of its own callbacks.
+    bool close();
+    void wake() { lanes_.wake(); }
+    void log(driffusion_log_level level, const std::string &message) const noexcept;
+
+   private:
+    struct Encoded {
+        std::vector<Conditioning> branches;
+        u32 truncated = 0;
+    };
+    std::unique_ptr<Session> open_session(Role role, u32 threads, bool spin);
+    std::vector<i64> ids_of(std::string_view text, u32 *truncated) const;
+    driffusion_result make(Request &request);
+    Encoded encode(const Call &call) const;
+    void decode(const float *latents, u32 images, std::uint8_t *rgb) const;
+    Seconds seconds(u32 images, u32 branches) const;
+    void notify(Request &request, Player &player, u32 finished, u32 *previewed) const;
+
+    Settings settings_;
+    Program program_;
+    std::shared_ptr<Runtime> runtime_;
+    std::vector<std::unique_ptr<Tokenizer>> tokenizers_;  // null where the file is of another kind
+    std::vector<std::string> tokenizer_problems_;
+    std::unique_ptr<Session> encoder_, decoder_;
+    std::vector<std::unique_ptr<Session>> denoisers_;
+    Lanes lanes_;
+    std::unique_ptr<Workers> workers_;
+    std::vector<std::unique_ptr<Player>> players_;  // by desk
+    std::mutex mutex_;
+    std::condition_variable idle_;
+    std::vector<std::shared_ptr<Request>> running_;
+    bool closing_ = false;
+};
+
+// Whether this thread is inside a callback of the engine.
+bool inside_callback();
+
+}  // namespace driffusion

@@ -1,0 +1,79 @@
+// What driffusion_open() is told, read and checked.
+#include <algorithm>
+
+#include "engine.h"
+#include "error.h"
+#include "files.h"
+
+#ifndef DRIFFUSION_ONNXRUNTIME
+#define DRIFFUSION_ONNXRUNTIME "libonnxruntime.so.1"
+#endif
+
+namespace driffusion {
+namespace {
+
+constexpr u32 MOST_LANES = 64;
+
+u32 number(const std::string &key, const std::string &text, u32 low, u32 high) {
+    u64 value = 0;
+    bool digits = !text.empty() && text.size() < 10;
+    for (char c : text) digits = digits && c >= '0' && c <= '9', value = value * 10 + u64(c - '0');
+    if (!digits || value < low || value > high) {
+        fail(DRIFFUSION_ERROR_ARGUMENT, key + " must be a whole number from " + std::to_string(low) + " to " + std::to_string(high) + ", not '" + text + "'");
+    }
+    return u32(value);
+}
+
+// cpu, cpu@THREADS, cpu*LANES: what `engines.devices` knows of processor cores.
+void parse_devices(const std::string &text, Settings &settings) {
+    const u32 all = cores();
+    auto unknown = [&](const std::string &why) { fail(DRIFFUSION_ERROR_DEVICE, "unknown device '" + text + "': " + why); };
+    std::string rest = text.substr(0, 3) == "cpu" ? text.substr(3) : "?";
+    try {
+        if (rest.empty()) {
+            settings.lanes = 1, settings.threads = all;
+        } else if (rest[0] == '@') {
+            settings.lanes = 1, settings.threads = number("threads", rest.substr(1), 1, all);
+        } else if (rest[0] == '*') {
+            settings.lanes = number("lanes", rest.substr(1), 1, MOST_LANES);
+            settings.threads = std::max(1u, all / settings.lanes);
+        } else {
+            unknown("use cpu, cpu@THREADS or cpu*LANES; this build has no GPU lanes");
+        }
+    } catch (const Error &error) {
+        if (error.status() != DRIFFUSION_ERROR_ARGUMENT) throw;
+        unknown(error.what());
+    }
+}
+
+}  // namespace
+
+Settings Settings::of(const driffusion_open_info &info) {
+    Settings settings;
+    settings.bundle = info.bundle, settings.program = info.program;
+    settings.log = info.log, settings.log_user = info.log_user;
+    settings.runtime = DRIFFUSION_ONNXRUNTIME;
+    if (info.devices) parse_devices(info.devices, settings);
+    for (std::size_t n = 0; n < info.option_count; ++n) {
+        const char *raw_key = info.options[n].key, *raw_value = info.options[n].value;
+        if (!raw_key || !raw_value) fail(DRIFFUSION_ERROR_ARGUMENT, "option " + std::to_string(n) + " has no key or no value");
+        const std::string key = raw_key, value = raw_value;
+        if (key == "threads") {
+            settings.threads = number(key, value, 1, 1024);
+        } else if (key == "spin_us") {
+            settings.spin_seconds = number(key, value, 0, 100000) * 1e-6;
+        } else if (key == "max_requests") {
+            settings.max_requests = number(key, value, 1, 100000);
+        } else if (key == "onnxruntime") {
+            settings.runtime = value;
+        } else if (key == "compiled") {
+            if (value != "auto" && value != "no") fail(DRIFFUSION_ERROR_ARGUMENT, "compiled must be auto or no, not '" + value + "'");
+            settings.compiled = value == "auto";
+        } else {
+            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, onnxruntime or compiled");
+        }
+    }
+    return settings;
+}
+
+}  // namespace driffusion

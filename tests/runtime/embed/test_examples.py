@@ -1,0 +1,84 @@
+"""The example programs, and the ways in which a stranger's build finds the library."""
+# covers: runtime/embed/example, runtime/embed/CMakeLists.txt, runtime/embed/include/driffusion.hpp
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.store import Bundle
+from runtime.embed.building import SOURCE
+from runtime.pipeline import Pipeline
+from tests.runtime.embed.building import built, command
+from tests.runtime.embed.conftest import Write
+
+PROMPT = "a large red star at the left on blue background"
+
+
+@pytest.mark.parametrize(("program", "suffix"), [("draw_c", "ppm"), ("draw", "png")])
+def test_an_image_is_drawn(
+    shapes: Bundle, pipeline: Pipeline, write: Write, tmp_path: Path, program: str, suffix: str
+) -> None:
+    out = tmp_path / f"image.{suffix}"
+    command(built() / "example" / program, shapes.folder, write(), PROMPT, out, "18446744073709551615")
+    own = pipeline.generate(PROMPT, mode="aggressive", k=2, num_inference_steps=4, seed=2**64 - 1)
+    with Image.open(out) as image:
+        image.load()
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(own.images[0]))
+
+
+@pytest.mark.parametrize("program", ["draw_c", "draw"])
+def test_what_goes_wrong_is_said(shapes: Bundle, write: Write, tmp_path: Path, program: str) -> None:
+    for words in ([tmp_path / "none", write()], [shapes.folder, shapes.folder / "manifest.json"]):
+        run = subprocess.run(
+            [built() / "example" / program, *words, PROMPT, tmp_path / "image"], capture_output=True, text=True
+        )
+        assert run.returncode == 1
+        assert "error: " in run.stderr and str(words[0] if "none" in str(words[0]) else "program") in run.stderr
+
+
+def test_the_server_loop(shapes: Bundle, write: Write, tmp_path: Path) -> None:
+    """Two images at once with previews, one of them cancelled, and a line that means nothing."""
+    arguments = [built() / "example" / "serve", shapes.folder, write(num_inference_steps=40), tmp_path]
+    with subprocess.Popen([*map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdin and run.stdout
+        run.stdin.write(f"draw one 1 {PROMPT}\ndraw two 2 a ring\ndance\n")
+        run.stdin.flush()
+        lines = [run.stdout.readline()]
+        while not lines[-1].startswith("preview two"):
+            assert lines[-1], lines
+            lines.append(run.stdout.readline())
+        run.stdin.write("cancel two\n")
+        run.stdin.close()
+        lines += run.stdout.readlines()
+    assert run.returncode == 0
+    said = "".join(lines)
+    assert "what? dance" in said and "preview one 10" in said and re.search(r"^done one \d", said, re.MULTILINE)
+    assert re.search(r"^failed two CANCELLED: cancelled after \d+ steps$", said, re.MULTILINE)
+    for name in ("one.png", "two.preview.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (64, 64)
+    assert not (tmp_path / "two.png").exists()
+
+
+def test_an_installed_library_is_found(shapes: Bundle, write: Write, tmp_path: Path) -> None:
+    """By find_package, with the examples as the stranger's project, and by pkg-config."""
+    prefix = tmp_path / "prefix"
+    command("cmake", "--install", built(), "--prefix", prefix)
+    other = tmp_path / "other"
+    command("cmake", "-S", SOURCE / "example", "-B", other, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    command("cmake", "--build", other, "--target", "draw_c")
+    command(other / "draw_c", shapes.folder, write(num_inference_steps=1), PROMPT, tmp_path / "image.ppm")
+    (folder,) = prefix.glob("lib*/**/pkgconfig")
+    text = (folder / "driffusion.pc").read_text()
+    library = next(prefix.rglob("libdriffusion.so.1"))
+    found = re.search(r"^libdir=\$\{prefix\}/(.*)$", text, re.MULTILINE)
+    up = re.search(r"^prefix=\$\{pcfiledir\}/(.*)$", text, re.MULTILINE)
+    assert found and up and (folder / up[1]).resolve() == prefix
+    assert (prefix / found[1]).resolve() == library.parent.resolve()
+    assert (prefix / "include" / "driffusion.h").is_file() and "-ldriffusion" in text
