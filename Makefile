@@ -82,7 +82,7 @@ test-all: lint engines ## lint and every test this machine can run, but for the 
 soak: .venv/.dev engines ## the server under hundreds of clients and thousands of images: half an hour
 	@$(RUN) -m pytest -m soak -s
 
-bench: .venv/.dev engines ## speed, predictions, requests, server and kernel in under 15 minutes; rebuilds the page and the README's tables
+bench: .venv/.dev engines ## speed, predictions, requests, server and kernel in under 15 minutes; rebuilds the page and the READMEs' tables
 	@$(RUN) -m bench run --devices "$(DEVICES)" --json bench/results/run.json
 	@$(RUN) -m bench simulate --devices "$(DEVICES)" --json bench/results/simulate.json
 	@$(RUN) -m bench scenario single-stream server offline --devices "$(DEVICES)" --json bench/results/scenario.json
