@@ -321,6 +321,12 @@ def test_the_readme_is_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
 
 
+def test_the_first_screen_has_what_strangers_ask_for() -> None:
+    first = "\n".join(TEXTS["README.md"].splitlines()[:32])
+    assert "](LICENSE)" in first and "](#gpus)" in first and first.count("![") == 1 and "bench:summary" in first
+    assert ("](Dockerfile)" in first) == (ROOT / "Dockerfile").is_file()
+
+
 def test_every_field_and_option_of_the_server_is_documented() -> None:
     text = TEXTS["runtime/serve/README.md"]
     bodies = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
