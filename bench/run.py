@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             action.nargs, action.help = "+", f"one or several: {action.help}"
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES[1:], "auto"], metavar="MODE")
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of srds, adaptive and auto")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="of srds and adaptive; auto has its own")
     parser.add_argument("--schedulers", nargs="+", default=[None], help="default: the model's own")
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument(
@@ -270,7 +270,7 @@ def contenders(
         options: dict[str, Any] = {"mode": mode, "num_inference_steps": cell["steps"], "scheduler": cell["scheduler"],
                                    "guidance_scale": cell["guidance_scale"]}  # fmt: skip
         options |= {"k": k} if mode != "auto" and k is not None else {}
-        options |= {"tolerance": tolerance} if mode in ("srds", "adaptive", "auto") else {}
+        options |= {"tolerance": tolerance} if mode in ("srds", "adaptive") else {}
 
         def draw(prompt: str, seed: int, noise: Array) -> tuple[float, Array, Result | None]:
             result = pipeline.generate(prompt, seed=seed, latents=noise, **options)
@@ -283,7 +283,7 @@ def contenders(
         yield engine(NAMES.get(lanes, f"sequential, {lanes}, {how}"), name, lanes, "sequential")
     for lanes, mode in product(devices, modes):
         count = len(machine.pipeline(lanes).devices)
-        suffix = f", tolerance {tolerance:g}" if mode in ("srds", "adaptive", "auto") else ""
+        suffix = f", tolerance {tolerance:g}" if mode in ("srds", "adaptive") else ""
         where = f"{count} lanes" if len(devices) == 1 else lanes
         yield engine(f"{mode}, {where}{suffix}", None, lanes, mode)
     if torch:

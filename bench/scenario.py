@@ -188,7 +188,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--mode", choices=MODES, default="auto")
     parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of auto, srds and adaptive")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="of srds and adaptive; auto has its own")
     parser.add_argument("--steps", type=int, help="default: what the benchmark of this model says")
     parser.add_argument("--guidance", type=float, dest="guidance_scale")
     parser.add_argument("--scheduler")
@@ -241,7 +241,7 @@ class Bench:
         self.pipeline, self.mode, self.judges = pipeline, mode, judges
         self.options: dict[str, Any] = {"mode": mode}
         self.options |= {"k": k} if k is not None and mode != "auto" else {}
-        self.options |= {"tolerance": tolerance} if mode in ("auto", "srds", "adaptive") else {}
+        self.options |= {"tolerance": tolerance} if mode in ("srds", "adaptive") else {}
         self.scenic = False  # whether the checker knows what the prompts ask for
         self.stages: dict[str, list[float]] = {}
 
