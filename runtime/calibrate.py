@@ -16,6 +16,7 @@ from engines.command import exit_code
 from engines.errors import ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EQUAL_PSNR, EXACT, Calibration, Candidate, Drift, candidates
+from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.operations import STATE
 from runtime.sampling.schedulers import make_schedule
@@ -26,7 +27,7 @@ REPEATS = 7
 
 def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     """Median seconds of a call per batch size, with all lanes at work; larger batches only while the budget lasts."""
-    pipeline.generate(pipeline.manifest.examples[0], num_inference_steps=1)  # binds an image
+    pipeline.run(Call(pipeline.manifest.examples[0], num_inference_steps=1))  # binds an image
     backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
     timed = backend.measurements.timed
     for batch in BATCHES:
@@ -55,10 +56,11 @@ def measure_drifts(
     prompts = [examples[n % len(examples)] for n in range(images)]
 
     def made(candidate: Candidate) -> tuple[Array, Array]:
-        result = pipeline.generate(
+        call = Call(
             prompts, num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler,
             mode=candidate.mode, k=candidate.k, drafts=candidate.drafts,
         )  # fmt: skip
+        result = pipeline.run(call)
         pixels = np.stack([np.asarray(image, np.float32) for image in result.images])
         return result.latents.reshape(images, -1), pixels.reshape(images, -1)
 

@@ -22,8 +22,9 @@ void run_work(const Work &work, const Stamp &when) {
     const auto reachable = [&](size_t first) {
         for (size_t n = first; n < accesses.size(); ++n) {
             const Access &one = accesses[n];
-            const char *why = visible(work.context, allocation_at(one.low, one.high - one.low));
-            if (!why) continue;
+            const Allocation *allocation = allocation_at(one.low, one.high - one.low);
+            const char *why = visible(work.context, allocation);
+            if (!why || (work.through_host && allocation)) continue;
             violate("%s touches %zu bytes at %#lx: %s", work.what, static_cast<size_t>(one.high - one.low),
                     static_cast<unsigned long>(one.low), why);
             break_context(work.context, CUDA_ERROR_ILLEGAL_ADDRESS);

@@ -82,6 +82,7 @@ struct Work {
     Context *context = nullptr;
     const struct Module *module = nullptr;
     bool model = false;
+    bool through_host = false;  // a copy that the driver makes without peer access
     std::vector<Access> accesses;
     std::function<void(std::vector<Access> &)> dynamic;
     std::function<void(const Stamp &)> run;

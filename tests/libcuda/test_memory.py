@@ -56,6 +56,24 @@ def test_a_peer_without_access(cuda: Cuda) -> None:
     broken(cuda.machine, "without peer access")
 
 
+def test_a_copy_between_contexts_needs_no_access(cuda: Cuda) -> None:
+    """Unless it is captured: the driver goes through the host then."""
+    source = cuda.alloc()
+    cuda.on(1)
+    target, stream = cuda.alloc(), cuda.stream()
+    both = target, cuda.contexts[1], source, cuda.contexts[0], 256, stream
+    cuda.machine.view(source, 256)[:] = 9
+    cuda("cuMemcpyPeerAsync", *both)
+    cuda("cuStreamSynchronize", stream)
+    assert (cuda.machine.view(target, 256) == 9).all()
+    swapped = target, cuda.contexts[0], source, cuda.contexts[1], 256, stream
+    assert cuda.status("cuMemcpyPeerAsync", *swapped) == "CUDA_ERROR_INVALID_VALUE"
+    broken(cuda.machine, "of another context than the one that is named")
+    cuda.capture(stream)
+    assert cuda.status("cuMemcpyPeerAsync", *both) == "CUDA_ERROR_INVALID_VALUE"
+    broken(cuda.machine, "without peer access")
+
+
 def test_machines_without_peers(cuda: Cuda) -> None:
     cuda.machine.set("peers", 0)
     assert cuda("cuDeviceCanAccessPeer", 0, 1) == 0
