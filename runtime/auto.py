@@ -8,7 +8,9 @@ latents each candidate ends up.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +18,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.files import written_whole
-from engines.null import CallCosts, NullBackend
+from engines.null import NullBackend
 from runtime.sampling.drafts import resolve
 from runtime.sampling.execute import Counts, execute
 from runtime.sampling.noise import noise_slots
 from runtime.sampling.operations import STATE, Options
 from runtime.sampling.program import program
+from runtime.sampling.samplers import measures
 from runtime.sampling.schedule import Schedule
 
 
@@ -121,28 +124,43 @@ def predicted_seconds(
 ) -> float:
     """The model calls on the critical path of a candidate."""
     seconds = call_seconds(measured)
-    return played_seconds(candidate.mode, candidate.options, schedule, lanes, guidance_scale, seconds, images)
+    return seconds_by_lanes(candidate.mode, candidate.options, schedule, guidance_scale, lanes, seconds, images)[-1]
 
 
-def played_seconds(
-    mode: str, options: Options, schedule: Schedule, lanes: int, guidance_scale: float,
+@lru_cache(maxsize=64)
+def seconds_by_lanes(
+    mode: str, options: Options, schedule: Schedule, guidance_scale: float, lanes: int,
     seconds: Callable[[int], float], images: int,
-) -> float:  # fmt: skip
-    """The model calls on the critical path, on a backend that only keeps a clock."""
-    backend = NullBackend(lanes, CallCosts(lambda branches: seconds(branches * images)))
+) -> tuple[float, ...]:  # fmt: skip
+    """The model calls on the critical path on 1, 2, … so many lanes; `seconds(branches)` is how long a call takes.
+
+    Samplers that decide by what they measure make one image at a time; the others make all of them in every call.
+    """
+    turns, batch = (images, 1) if measures(mode, options) else (1, images)
+    sizes = round_sizes(mode, options, schedule, guidance_scale)
+    return tuple(
+        turns * sum(rounds * seconds(math.ceil(branches / number) * batch) for branches, rounds in sizes)
+        for number in range(1, lanes + 1)
+    )
+
+
+@lru_cache(maxsize=64)
+def round_sizes(
+    mode: str, options: Options, schedule: Schedule, guidance_scale: float
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    """How many rounds a sampler plays by their number of branches; one that measures finds every draft perfect."""
+    backend = NullBackend(1)
     rehearse(mode, options, schedule, guidance_scale, backend)
-    return backend.seconds
+    return tuple(sorted(backend.sizes.items()))
 
 
-def rehearse(
-    mode: str, options: Options, schedule: Schedule, guidance_scale: float, backend: NullBackend
-) -> Counts:  # fmt: skip
+def rehearse(mode: str, options: Options, schedule: Schedule, guidance_scale: float, backend: NullBackend) -> Counts:
     """Plays a sampler on a backend without models."""
     backend.bind((), schedule.timesteps, ())
     backend.written.add(STATE)
     for step in schedule.stochastic_steps:
         backend.written.update(slot for slot, _ in noise_slots(step, schedule.steps, options))
-    return execute(program(mode, schedule, options, backend.lanes, guidance_scale), backend, lambda finished: None)
+    return execute(program(mode, schedule, options, guidance_scale), backend, lambda finished: None)
 
 
 def choose(

@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, access: Access | None = None) -> None:
         config = uvicorn.Config(
-            make_app(service, access or Access()), http=limited_connection(service.limits), log_config=None,
+            make_app(service, access or Access()), http=limited_connection(service.limits), log_config=None, ws="none",
             timeout_graceful_shutdown=int(LATE_SECONDS),
         )  # fmt: skip
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Whether a server can make images now: lanes that are free play a tiny round, lanes at work are watched."""
+"""Readiness: free lanes play a round of one evaluation, busy lanes are watched."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from engines.errors import EngineError
 from runtime.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
-FRESH = 1.0  # seconds that the answer of free lanes is good for
+FRESH = 1.0  # seconds for which the result of a probe holds
 RETRIES = (2.0, 10.0, 60.0)  # seconds, since a loss and between tries, after which lost lanes are tried again
 
 
 class Health:
-    """Readiness. A probe never waits for images, and images at most for one round of a probe.
+    """A probe never waits for images, and images wait at most for one round of a probe.
 
-    Lost lanes are tried again when somebody asks; after the last try they are given up, and the others are what counts.
+    Lost lanes are reopened as readiness is asked for, `RETRIES` seconds apart. After the last try the server is ready
+    without them.
     """
 
     def __init__(self, pipeline: Pipeline, lane_seconds: float, draining: Callable[[], bool]) -> None:
@@ -34,7 +35,7 @@ class Health:
         self._tries, self._tried, self._trying = 0, 0.0, False
 
     async def trouble(self) -> dict[str, Any] | None:
-        """Why nothing should be sent here, or None; answers within `lane_seconds`."""
+        """Why the server is not ready, or None; answers within `lane_seconds`."""
         if self._draining():
             return {"status": "draining"}
         self._retry()
@@ -55,16 +56,16 @@ class Health:
 
     @property
     def given_up(self) -> dict[str, Any]:
-        """Lanes that the server is ready without."""
+        """The lost lanes that the server is ready without."""
         return {"lost": list(self._pipeline.lost)} if self._pipeline.lost else {}
 
     def _whole(self) -> bool:
-        """Whether no lane is lost, those apart that were given up."""
+        """Whether no lane is lost but those that were given up."""
         given_up = self._pipeline.lost == self._lost and self._tries == len(RETRIES)
         return not self._trying and (not self._pipeline.lost or given_up)
 
     def _retry(self) -> None:
-        if self._trying:  # what is lost is in flux
+        if self._trying:  # `lost` may change meanwhile
             return
         if self._pipeline.lost != self._lost:  # another one, also after some were given up, or all are back
             self._lost, self._tries, self._tried = self._pipeline.lost, 0, time.monotonic()
@@ -77,21 +78,21 @@ class Health:
         try:
             back = self._pipeline.revive()
         except Exception:
-            log.exception("lost lanes cannot be tried again")
+            log.exception("lost lanes could not be reopened")
             back = False
         self._tries, self._tried, self._trying = self._tries + 1, time.monotonic(), False
         if back:
             log.warning("%s came back", lost)
         elif self._tries == len(RETRIES):
-            log.error("%s given up: the server goes on without until it is started again", lost)
+            log.error("%s did not come back: the server goes on without until it is restarted", lost)
 
     def _late(self) -> list[str]:
         devices = self._pipeline.devices
         return [str(devices[lane]) for lane in self._pipeline.lanes.overdue(self._seconds) if lane < len(devices)]
 
     def _working(self) -> bool:
-        """Whether rounds of images, or of the last second, say all that a probe would."""
-        return bool(self._pipeline.lanes.seated) or (self._probe is None and time.monotonic() < self._fresh_until)
+        """Whether images run, or a probe of the last second succeeded."""
+        return bool(self._pipeline.lanes.running) or (self._probe is None and time.monotonic() < self._fresh_until)
 
     async def _round(self) -> None:
         if self._probe is None:
@@ -119,6 +120,6 @@ class Health:
             else:
                 self._fresh_until = 0.0
                 probe.set_exception(error)
-                probe.exception()  # looked at, whether or not anyone still waits
+                probe.exception()  # retrieved, also when nobody waits any more
 
         probe.get_loop().call_soon_threadsafe(tell)

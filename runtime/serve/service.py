@@ -65,18 +65,21 @@ class Service:
         previews: Previews | None = None,
         *,
         request_id: str | None = None,
+        seconds: float | None = None,
         warnings: tuple[str, ...] = (),
     ) -> Request:
         """Queues a call. The request's future gets `encode(result)`; QueueFullError or DrainingError at once.
 
         `encode` and `previews.send` run on a thread of the engine, so that an event loop only has bytes to send.
+        `seconds` is the client's own deadline, where its protocol has one; the server's limit holds beside it.
         `warnings` go into the report.
         """
 
         def work(request: Request) -> Any:
             return encode(self._generate(request, previews, warnings))
 
-        request = Request(call, work, self.limits.seconds, request_id)
+        limit = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
+        request = Request(call, work, limit, request_id)
         self.queue.submit(request)
         return request
 

@@ -6,15 +6,30 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines.errors import ParameterError
 from engines.manifest import Manifest
+from engines.null import CallCosts, NullBackend
 from engines.store import Bundle
 from runtime import Pipeline
-from runtime.auto import EXACT, Calibration, Candidate, Drift, Setting, call_seconds, choose, predicted_seconds
+from runtime.auto import (
+    EXACT,
+    Calibration,
+    Candidate,
+    Drift,
+    Setting,
+    call_seconds,
+    choose,
+    predicted_seconds,
+    rehearse,
+    seconds_by_lanes,
+)
 from runtime.calibrate import BATCHES, calibrate
 from runtime.calibrate import main as command
+from runtime.sampling.operations import Options
+from runtime.sampling.samplers import SAMPLERS, measures
 from runtime.sampling.schedulers import make_schedule
 
 SETTING = Setting(scheduler="ddim", eta=0.0, steps=50, guidance_scale=4.0)
@@ -46,6 +61,26 @@ def test_the_cost_model_adds_up_the_critical_path(
     schedule = make_schedule(manifest, "ddim", 50)
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
     assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
+
+
+@pytest.mark.parametrize("mode", SAMPLERS)
+@pytest.mark.parametrize(("k", "guidance", "images"), [(1, 4.0, 1), (3, 1.0, 2), (5, 4.0, 3)])
+def test_the_table_of_lanes_is_what_the_virtual_clock_says(
+    mode: str, k: int, guidance: float, images: int, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    """A table from the sizes of rounds is the same as playing the whole sampler on each number of lanes."""
+    schedule, options = make_schedule(manifest, "ddim", 17), Options(k=k)
+    seconds = call_seconds(dict(zip((1, 2, 4, 9), np.cumsum(rng.uniform(0.1, 1, 4)).tolist(), strict=True)))
+    alone = measures(mode, options)
+
+    def played(lanes: int) -> float:
+        backend = NullBackend(lanes, CallCosts(lambda branches: seconds(branches * (1 if alone else images))))
+        rehearse(mode, options, schedule, guidance, backend)
+        return backend.seconds * (images if alone else 1)
+
+    table = seconds_by_lanes(mode, options, schedule, guidance, 6, seconds, images)
+    assert table == pytest.approx([played(lanes) for lanes in range(1, 7)])
+    assert table is seconds_by_lanes(mode, options, schedule, guidance, 6, seconds, images), "made once"
 
 
 def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engines.errors import ParameterError
 from runtime.call import Call, Callbacks
 from runtime.pipeline import Pipeline, Result
 from runtime.serve.limits import Limits
-from runtime.serve.service import Previews
+from runtime.serve.request import CancelledError, DeadlineError, DrainingError
+from runtime.serve.service import Previews, Service
 from tests.client import (
     GENERATE,
     POST,
@@ -53,6 +55,37 @@ def test_previews_are_spread_over_the_steps() -> None:
     assert finish(3, [17, 18, 19, 20]) == [17, 18, 19]
     assert shown == [0, 1, 2] * 2
     assert finish(0, [*range(1, 21)]) == []
+
+
+def test_a_service_needs_no_protocol(pipeline: Pipeline) -> None:
+    """What a further one builds on: a call in, an encoding out, previews, a deadline, cancelling, neutral errors."""
+    service, previews = Service(pipeline, Limits(queue=1)), list[tuple[int, tuple[int, int]]]()
+    call = Call(PROMPT, num_inference_steps=6, mode="sequential", seed=3)
+
+    def preview(index: int, image: Image.Image) -> None:
+        previews.append((index, image.size))
+
+    request = service.submit(call, lambda result: result, Previews(2, preview), request_id="rpc-1", warnings=("mine",))
+    result: Result = request.future.result(20)
+    assert (request.id, result.report.request_id, result.report.warnings) == ("rpc-1", "rpc-1", ("mine",))
+    assert previews == [(0, (64, 64)), (1, (64, 64))]
+    wanted = pipeline.generate(PROMPT, num_inference_steps=6, mode="sequential", seed=3)
+    assert result.images[0].tobytes() == wanted.images[0].tobytes()
+    assert wanted.report.request_id is None
+    long = replace(call, num_inference_steps=900)
+    with pytest.raises(DeadlineError, match=r"0\.2 s old and was not finished"):
+        service.submit(long, lambda result: result, seconds=0.2).future.result(20)
+    assert service.submit(call, lambda result: "x", seconds=1e9).seconds == Limits.seconds, "the server's holds, too"
+    cancelled = service.submit(long, lambda result: result)
+    until(lambda: cancelled.started is not None)
+    cancelled.cancel()
+    with pytest.raises(CancelledError):
+        cancelled.future.result(20)
+    with pytest.raises(ParameterError, match="lanes"):
+        service.submit(replace(call, lanes=3), lambda result: result).future.result(20)
+    assert service.queue.drain(20) == 0
+    with pytest.raises(DrainingError):
+        service.submit(call, lambda result: result)
 
 
 def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +232,11 @@ def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> No
     with serving(pipeline) as client:
         wanted = [files(ask(client, seed=14, lanes=lanes)) for lanes in (1, 2)]
         with posted(client, LONG), posted(client, LONG):
-            until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            until(lambda: pipeline.lanes.running + pipeline.lanes.waiting == 2)
             with posted(client, LONG), posted(client, LONG):
-                until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 4)
+                until(lambda: pipeline.lanes.running + pipeline.lanes.waiting == 4)
                 assert pipeline.lanes.waiting >= 2
-            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            until(lambda: depth(client) == pipeline.lanes.running + pipeline.lanes.waiting == 2)
         assert files(ask(client, seed=14, lanes=1)) == wanted[0]
         until(lambda: depth(client) == 0)
         assert files(ask(client, seed=14)) == wanted[1]
