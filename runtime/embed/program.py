@@ -247,7 +247,9 @@ def _costs(bundle: Bundle, lanes: Sequence[LaneSpec]) -> list[layout.Cost]:
 def program_of(bundle: Bundle, lanes: Sequence[LaneSpec], call: Call) -> layout.ProgramFile:
     """The program that plays what `Pipeline.run` would play of a call; ParameterError for what cannot be made."""
     for name in (*PARAMETERS, *UNPLAYED):
-        if getattr(call, name) != OPTIONS[name].default and not (name == "prompt" and call.prompt == ""):
+        default = "" if name == "prompt" else OPTIONS[name].default
+        value = getattr(call, name)
+        if value is not default and (value is None or default is None or value != default):
             why = "a parameter of every call" if name in PARAMETERS else "nothing that the player can do"
             raise ParameterError(name, f"{name} is {why}, so that no program holds it: leave it out")
     manifest = bundle.manifest
