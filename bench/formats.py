@@ -100,7 +100,6 @@ class Outcome:
 
     @property
     def per_second(self) -> float:
-        """Images per second."""
         return len(self.good) / self.seconds
 
     @property

@@ -7,6 +7,7 @@ guidance it has two *branches* (unconditional and conditional). A *call* is one 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,7 +27,25 @@ class Branch(NamedTuple):
     conditioning: int
 
 
-Call = Sequence[Branch]
+LaneCall = Sequence[Branch]  # what one lane runs as one batch
+
+
+@dataclass
+class Measurements:
+    """What a backend measured of its own work.
+
+    timed(calls): runs calls like `predict`, waits, and returns the seconds of the longest.
+    critical_path_seconds: of the longest call of every round, added up; None where the host does not wait for rounds.
+    spans: when each lane's last call began and ended, by `time.perf_counter`; None where the host does not wait.
+    copied: copies between devices since the start: `peer`, and `staged` through host memory.
+    staged: ordered pairs of devices whose direct copies failed their test, so that latents go through host memory.
+    """
+
+    timed: Callable[[Sequence[LaneCall]], float]
+    critical_path_seconds: float | None = None
+    spans: Sequence[tuple[float, float]] | None = None
+    copied: Mapping[str, int] = field(default_factory=dict)
+    staged: tuple[tuple[int, int], ...] = ()
 
 
 class Backend(Protocol):
@@ -51,7 +70,7 @@ class Backend(Protocol):
     def read(self, slot: str) -> Array:
         """A copy of a slot; waits for it."""
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """Runs the calls at the same time, call n on lane n; an empty call leaves its lane idle."""
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
@@ -60,24 +79,9 @@ class Backend(Protocol):
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """‖a − b‖ / ‖b‖ of pairs of slots in float32, summed in a fixed order; the host waits for it."""
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """Runs the calls like `predict`, waits, and says how many seconds the longest took."""
-
     @property
-    def critical_path_seconds(self) -> float | None:
-        """Seconds of the longest call of every round, added up; None where the host does not wait for rounds."""
-
-    @property
-    def spans(self) -> Sequence[tuple[float, float]] | None:
-        """When each lane's last call began and ended, by `time.perf_counter`; None where the host does not wait."""
-
-    @property
-    def copied(self) -> Mapping[str, int]:
-        """Copies between devices since the start: `peer`, and `staged` through host memory."""
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """Ordered pairs of devices whose direct copies failed their test, so that latents go through host memory."""
+    def measurements(self) -> Measurements:
+        """What it measured of its own work, up to now."""
 
     def settle(self) -> None:
         """Waits until nothing runs any more of what was asked for: then another backend may use the lanes."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Rows, combine
+from engines.base import Array, LaneCall, Measurements, Rows, combine
 from engines.errors import DeviceError, ParameterError
 from engines.process import Owner
 
@@ -44,9 +44,8 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `beside` is for another image at the same time, on the same lanes and threads: the two must not share a round.
-    `critical` adds up the seconds of the longest call of every round since the start, `spans` is when each lane's last
-    call began and ended, `played` lists the rounds of the image.
+    `sibling` is for another image at the same time, on the same lanes and threads: the two must not share a round.
+    `played` lists the rounds of the image.
     `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
 
@@ -59,7 +58,8 @@ class HostBackend:
         self._closed = False
         self._owner = Owner()
         self._dead: set[int] = set()
-        self.critical_path_seconds = 0.0
+        self._critical, self._spans = 0.0, list[tuple[float, float]]()
+        self.measurements = Measurements(self._timed, self._critical, self._spans)
         self.mark: Callable[[str], None] = lambda part: None
         own = [] if sibling_of else self._todo
         self._threads = [threading.Thread(target=_work, args=(q,), daemon=True) for q in own]
@@ -91,8 +91,8 @@ class HostBackend:
         self._conditioning = [dict(one) for one in conditioning]
         for branches, arrays in self._inputs.items():
             self._fill(branches, arrays)
-        self.spans = [(0.0, 0.0)] * len(self._lanes)
-        self.played: list[Sequence[Call]] = []
+        self.measurements.spans = self._spans = [(0.0, 0.0)] * len(self._lanes)
+        self.played: list[Sequence[LaneCall]] = []
 
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
@@ -108,11 +108,11 @@ class HostBackend:
         self.mark("copy")
         return value
 
-    def runs(self, calls: Sequence[Call]) -> list[tuple[int, Run]]:
+    def runs(self, calls: Sequence[LaneCall]) -> list[tuple[int, Run]]:
         """The bare model calls of a round with their lanes: what a floor is measured with."""
         return [(n, bound.run) for n, bound in self._prepare(calls)]
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped.
 
         The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
@@ -147,7 +147,8 @@ class HostBackend:
             if error is not None:
                 raise error
         self.mark("lanes")
-        self.critical_path_seconds += max(self.spans[n][1] - self.spans[n][0] for n, _ in busy)
+        self._critical += max(self._spans[n][1] - self._spans[n][0] for n, _ in busy)
+        self.measurements.critical_path_seconds = self._critical
         self.played.append(calls)
         self.mark("python")
         for _, bound in busy:
@@ -181,21 +182,10 @@ class HostBackend:
         self.mark("combine")
         return found
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """See Backend.timed."""
-        before = self.critical_path_seconds
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
+        before = self._critical
         self.predict(calls)
-        return self.critical_path_seconds - before
-
-    @property
-    def copied(self) -> Mapping[str, int]:
-        """None: there is one memory."""
-        return {}
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """None: there is one memory."""
-        return ()
+        return self._critical - before
 
     def dead(self) -> list[int]:
         """See Backend.dead: lanes whose runtime raised."""
@@ -231,7 +221,7 @@ class HostBackend:
             self._bound.clear()  # it reads and writes the array before
         return row
 
-    def _prepare(self, calls: Sequence[Call]) -> list[tuple[int, _Bound]]:
+    def _prepare(self, calls: Sequence[LaneCall]) -> list[tuple[int, _Bound]]:
         """The calls of a round, bound to memory and with their timesteps set."""
         wanted = [
             (
@@ -293,7 +283,7 @@ class HostBackend:
             if isinstance(error, DeviceError):
                 self._dead.add(n)
             return error
-        self.spans[n] = (start, time.perf_counter())
+        self._spans[n] = (start, time.perf_counter())
         return None
 
 

@@ -7,14 +7,15 @@ so that a manifest of another version never half works.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engines.errors import BundleError
+from engines.errors import BundleError, ExportError
 
 MANIFEST = "manifest.json"
 DENOISER = "denoiser"  # the network that lanes run; every other one runs once per image
@@ -197,7 +198,13 @@ class Manifest(_Strict):
         return "vae_encoder" in self.networks
 
     def write(self, folder: Path) -> None:
-        """Writes `manifest.json`; the last file of an export, so that a folder with one is complete."""
+        """Writes `manifest.json`; the last file of an export, so that a folder with one is complete.
+
+        ExportError where its parts contradict each other, as they may after a change to a part.
+        """
+        found = contradictions(self)
+        if found:
+            raise ExportError(f"{self.model}: its manifest contradicts itself: {'; '.join(found)}")
         (folder / MANIFEST).write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     @classmethod
@@ -208,11 +215,122 @@ class Manifest(_Strict):
         if not path.is_file():
             raise BundleError(f"there is no exported model in {folder}: {repair}")
         try:
-            return cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise BundleError(f"{path} cannot be read ({where}: {first['msg']}): {repair}") from error
+        found = contradictions(manifest)
+        if found:
+            raise BundleError(f"{path} contradicts itself ({'; '.join(found)}): {repair}")
+        return manifest
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """What does not fit together in a manifest, in words; nothing for a sound one.
+
+    Every input of a network is given by somebody, everything that is made is taken, and shapes agree where networks
+    meet: a name that is no input would otherwise be left out without a word. Absent networks are not asked for.
+    """
+    return [
+        f"{subject}: {says}"
+        for subject, says in (
+            *_interfaces(manifest), *_guidance(manifest), *_shapes(manifest), *_tokens(manifest), *_numbers(manifest),
+        )
+    ]  # fmt: skip
+
+
+_Found = Iterator[tuple[str, str]]
+_TOLD = ("sample", "timestep", "time_ids", "guidance")  # the denoiser's inputs that are no text
+
+
+def _inputs(manifest: Manifest, network: str) -> tuple[str, ...]:
+    return tuple(one.name for one in manifest.networks[network].inputs) if network in manifest.networks else ()
+
+
+def _outputs(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    """What the text encoder makes for the denoiser, with its shapes."""
+    encoder = manifest.networks.get("text_encoder")
+    return {one.name: one.shape for one in encoder.outputs} if encoder else {}
+
+
+def _interfaces(manifest: Manifest) -> _Found:
+    """Names: each network's inputs and outputs are those that the runtime gives and takes."""
+    networks = manifest.networks
+    known = {
+        "text_encoder": ({one.input for one in manifest.tokenizers}, {"clip_skip"}),
+        DENOISER: ({"sample", "timestep", *_outputs(manifest)}, set(_TOLD)),
+        "vae_decoder": ({"latent_sample"}, set[str]()),
+        "vae_encoder": ({"image"}, {"noise"}),
+    }
+    for name, network in networks.items():
+        if name not in known:
+            yield name, f"no network of a bundle; those are {', '.join(known)}"
+            continue
+        inputs = [one.name for one in network.inputs]
+        needed, optional = known[name]
+        if len(set(inputs)) < len(inputs):
+            yield name, f"two inputs of one name among {', '.join(inputs)}"
+        for missing in sorted(needed - set(inputs)):
+            yield name, f"no input {missing}, which it is given"
+        for extra in sorted(set(inputs) - needed - optional):
+            yield name, f"an input {extra}, which nobody gives"
+
+
+def _guidance(manifest: Manifest) -> _Found:
+    told = "guidance" in _inputs(manifest, DENOISER)
+    if DENOISER in manifest.networks and told != (manifest.guidance == "embedded"):
+        yield "guidance", f"{manifest.guidance}, and the denoiser has {'an' if told else 'no'} input guidance"
+    skips = "clip_skip" in _inputs(manifest, "text_encoder")
+    if manifest.clip_skip < 0 or (manifest.clip_skip and not skips):
+        yield "clip_skip", f"{manifest.clip_skip}, and the text encoder has no input for it"
+
+
+def _shapes(manifest: Manifest) -> _Found:
+    """Axes: latents, pixels and embeddings have the same shape on both sides."""
+    networks, factor = manifest.networks, manifest.vae_scale_factor
+    latents = ("batch", manifest.latent_channels, "height", "width")
+    pixels = ("batch", 3, f"{factor}*height", f"{factor}*width")
+    wanted = {
+        (DENOISER, "sample"): latents, (DENOISER, "timestep"): ("batch",), ("vae_decoder", "latent_sample"): latents,
+        ("vae_decoder", "sample"): pixels, ("vae_encoder", "image"): pixels, ("vae_encoder", "noise"): latents,
+        ("vae_encoder", "latent_sample"): latents, (DENOISER, "guidance"): ("batch",),
+        (DENOISER, "time_ids"): ("batch", 6), ("text_encoder", "clip_skip"): ("batch",),
+    }  # fmt: skip
+    wanted |= {(DENOISER, name): shape for name, shape in _outputs(manifest).items()}
+    wanted |= {("text_encoder", one.input): ("batch", one.max_length) for one in manifest.tokenizers}
+    if DENOISER in networks and [one.shape for one in networks[DENOISER].outputs] != [latents]:
+        yield DENOISER, f"its output must be one of shape {latents}"
+    for name, network in networks.items():
+        for one in (*network.inputs, *network.outputs):
+            shape = wanted.get((name, one.name), one.shape)
+            if one.shape != shape:
+                yield name, f"{one.name} has the shape {one.shape}, not {shape}"
+
+
+def _tokens(manifest: Manifest) -> _Found:
+    for one in manifest.tokenizers:
+        if not 1 <= one.max_length <= 10_000 or min(one.pad_token_id, one.eos_token_id) < 0:
+            yield one.input, f"{one.max_length} tokens, padded with {one.pad_token_id}, ended with {one.eos_token_id}"
+
+
+def _numbers(manifest: Manifest) -> _Found:
+    sizes, alphas = manifest.sizes, manifest.alphas_cumprod
+    sides = (sizes.least, sizes.width, sizes.height, sizes.most)
+    if sizes.multiple < 1 or sizes.multiple % manifest.vae_scale_factor or any(one % sizes.multiple for one in sides):
+        yield (
+            "sizes",
+            f"{sides} are not all multiples of {sizes.multiple}, or that is none of {manifest.vae_scale_factor}",
+        )
+    elif not 0 < sizes.least <= min(sides) <= max(sides) <= sizes.most:
+        yield "sizes", f"{sizes.width}×{sizes.height} is not between {sizes.least} and {sizes.most}"
+    if alphas and len(alphas) != manifest.scheduler.get("num_train_timesteps", len(alphas)):
+        yield "alphas_cumprod", f"{len(alphas)} numbers for {manifest.scheduler['num_train_timesteps']} timesteps"
+    if any(not 0 <= one <= 1 for one in alphas) or any(a < b for a, b in itertools.pairwise(alphas)):
+        yield "alphas_cumprod", "not falling from 1 to 0"
+    for name, network in manifest.networks.items():
+        if not 0 <= network.parity.relative_error <= network.parity.bound:
+            yield name, f"differs from torch by {network.parity.relative_error}, more than {network.parity.bound}"
 
 
 def sha256_file(path: Path) -> str:

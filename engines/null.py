@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Progress, Rows
+from engines.base import Array, LaneCall, Measurements, Progress, Rows
 from engines.devices import LaneSpec
 from engines.manifest import DENOISER, Axes, Network, axes_of
 from engines.store import Bundle, Plan
@@ -17,7 +18,7 @@ from engines.store import Bundle, Plan
 class Costs(Protocol):
     """What the virtual clock runs on: seconds that a machine would need."""
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """The calls of a round, with what starting them and moving their latents takes."""
 
     def combine(self, sources: int, targets: int) -> float:
@@ -33,7 +34,7 @@ class CallCosts:
 
     seconds: Callable[[int], float] = lambda branches: 0.0
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """See Costs."""
         return max(self.seconds(len(call)) for call in calls if call)
 
@@ -50,7 +51,8 @@ class NullBackend:
     """Checks every slot access of a plan and counts; its clock, `seconds`, runs on costs instead of on hardware.
 
     Distances are zero, or what was once measured: `answers` gives them in the order in which they were asked for.
-    Reading a slot that nobody wrote, or two jobs of a round meeting in one slot, is an AssertionError: plans are ours.
+    Reading a slot that nobody wrote, or two branches of a round writing one slot, is an AssertionError: this engine
+    makes the programs itself.
     """
 
     def __init__(self, lanes: int, costs: Costs | None = None, answers: Iterator[float] | None = None) -> None:
@@ -66,6 +68,7 @@ class NullBackend:
         self.shape = shape
         self.steps = len(timesteps)
         self.rounds = self.branches = self.calls = self.combines = 0
+        self.sizes: Counter[int] = Counter()  # rounds by their number of branches
         self.seconds = 0.0
         self.written: set[str] = set()
 
@@ -78,7 +81,7 @@ class NullBackend:
         assert slot in self.written, f"slot {slot!r} is read but was never written"
         return np.zeros(self.shape, np.float32)
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """One round."""
         assert len(calls) <= self.lanes, f"{len(calls)} calls for {self.lanes} lanes"
         branches = [branch for call in calls for branch in call]
@@ -92,6 +95,7 @@ class NullBackend:
         self.written.update(outputs)
         self.rounds += 1
         self.branches += len(branches)
+        self.sizes[len(branches)] += 1
         self.calls += sum(1 for call in calls if call)
         self.seconds += self._costs.round(calls)
 
@@ -114,31 +118,15 @@ class NullBackend:
         self.seconds += self._costs.distances(len(pairs))
         return [0.0 if self._answers is None else next(self._answers) for _ in pairs]
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """The virtual seconds of one round."""
+    @property
+    def measurements(self) -> Measurements:
+        """Virtual seconds since the image began."""
+        return Measurements(self._timed, self.seconds)
+
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
         before = self.seconds
         self.predict(calls)
         return self.seconds - before
-
-    @property
-    def critical_path_seconds(self) -> float:
-        """The virtual seconds since the image began."""
-        return self.seconds
-
-    @property
-    def spans(self) -> None:
-        """Not known: no time passes here."""
-        return None
-
-    @property
-    def copied(self) -> dict[str, int]:
-        """None: nothing is copied."""
-        return {}
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """None: nothing is copied."""
-        return ()
 
     def settle(self) -> None:
         """Nothing runs."""

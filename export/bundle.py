@@ -83,19 +83,19 @@ def export(spec: ExportSpec, target: Path, identity: str, precision: str) -> Non
 
     from tqdm import tqdm
 
+    from export.checks import check
     from export.families import Sides
-    from export.loading import Lora, configs, open_source
+    from export.loading import configs, open_source
+    from export.lora import Lora
     from export.networks.vae import vae_factor
     from export.to_onnx import STAGES, export_network, memory
 
     loras = [Lora(file, scale) for file, scale in spec.loras]
-    source = open_source(spec.folder, loras, allow_pickle=spec.allow_pickle)
+    source = open_source(spec.folder, loras, allow_pickle=spec.allow_pickle, checkpoint=spec.checkpoint)
     known = configs(source)
-    refused = source.family.refused(known)
-    if refused:
-        raise ExportError(f"{spec.folder} cannot be exported: {refused}")
     images = sizes(spec, source, known)
     sides = Sides(images.width, images.least, images.most, images.multiple)
+    check(source, known, sides)
     factor = vae_factor(known)
     with resuming(target, f"{identity} {precision}") as partial:
         for scratch in partial.glob("*/"):
@@ -162,6 +162,7 @@ def manifest(
     networks: dict[str, Network], folder: Path,
 ) -> Manifest:  # fmt: skip
     """The manifest; writes the tokenizers, which it has the hashes of."""
+    from export.checks import alphas_of
     from export.networks.vae import vae_factor
 
     family, scheduler = source.family, known.scheduler
@@ -179,7 +180,6 @@ def manifest(
             )
         )  # fmt: skip
     skips = [one for one in networks["text_encoder"].inputs if one.name == "clip_skip"]
-    alphas = getattr(scheduler, "alphas_cumprod", None)
     return Manifest(
         schema_version=2,
         model=spec.name,
@@ -191,7 +191,7 @@ def manifest(
         networks=networks,
         tokenizers=tuple(tokenizers),
         scheduler=dict(scheduler.config),
-        alphas_cumprod=() if alphas is None else tuple(alphas.tolist()),
+        alphas_cumprod=alphas_of(scheduler),
         latent_channels=known.vae.config.latent_channels,
         vae_scale_factor=vae_factor(known),
         sizes=images,

@@ -16,6 +16,13 @@ from export.networks.text_encoders import FLUX_TOKENS, SD3_TOKENS
 from export.networks.vae import vae_factor
 
 Guidance = Literal["classifier_free", "embedded", "none"]
+_CLIP, _PROJECTED, _T5 = (
+    ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    ("CLIPTextModelWithProjection",),
+    ("T5EncoderModel",),
+)
+_CLIP_TOKENIZERS, _T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+_VAES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Family:
     strength_up: the number of steps that a strength stands for is rounded up, as diffusers does in this family.
     wide_vae: a VAE whose config says `force_upcast` is not run in fp16, as diffusers does in this family.
     optional: components that a folder may lack, beside those that no family uses.
+    encoders, denoiser: the classes that the networks are made for, by component; see `classes`.
     """
 
     networks: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Exported]]]
@@ -56,12 +64,23 @@ class Family:
     sides: Callable[..., Sides]
     guidance: Callable[[Any], Guidance]
     defaults: Mapping[str, float]
+    encoders: Mapping[str, tuple[str, ...]]
+    denoiser: str
     refused: Callable[[Any], str | None] = lambda pipeline: None
     patch: int | None = None
     even_sigmas: bool = False
     strength_up: bool = False
     wide_vae: bool = False
     optional: tuple[str, ...] = ()
+
+    def classes(self, component: str) -> tuple[str, ...]:
+        """The classes that a component can be of; empty where that is asked elsewhere (schedulers)."""
+        if component in ("unet", "transformer"):
+            return (self.denoiser,)
+        if component.startswith("tokenizer"):
+            encoder = self.encoders[component.replace("tokenizer", "text_encoder")]
+            return _T5_TOKENIZERS if encoder == _T5 else _CLIP_TOKENIZERS
+        return _VAES if component == "vae" else self.encoders.get(component, ())
 
 
 # --- sizes, guidance, what cannot be done ----------------------------------------------------------------------------
@@ -141,6 +160,8 @@ STABLE_DIFFUSION = Family(
     sides=_unet_sides,
     guidance=_guidance_of_unet,
     refused=_unet_refused,
+    encoders={"text_encoder": _CLIP},
+    denoiser="UNet2DConditionModel",
     defaults={"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8},
 )
 STABLE_DIFFUSION_XL = Family(
@@ -154,6 +175,8 @@ STABLE_DIFFUSION_XL = Family(
     guidance=_guidance_of_unet,
     refused=_pooled_unet_refused,
     wide_vae=True,
+    encoders={"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
+    denoiser="UNet2DConditionModel",
     defaults={"num_inference_steps": 50, "guidance_scale": 5.0, "strength": 0.3},
 )
 STABLE_DIFFUSION_3 = Family(
@@ -168,6 +191,8 @@ STABLE_DIFFUSION_3 = Family(
     patch=2,
     strength_up=True,
     optional=("text_encoder_3", "tokenizer_3"),
+    encoders={"text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": _T5},
+    denoiser="SD3Transformer2DModel",
     defaults={"num_inference_steps": 28, "guidance_scale": 7.0, "strength": 0.6},
 )
 FLUX = Family(
@@ -182,6 +207,8 @@ FLUX = Family(
     refused=_packed_refused,
     patch=2,
     even_sigmas=True,
+    encoders={"text_encoder": _CLIP, "text_encoder_2": _T5},
+    denoiser="FluxTransformer2DModel",
     defaults={"num_inference_steps": 28, "guidance_scale": 3.5, "strength": 0.6},
 )
 LATENT_CONSISTENCY = Family(
@@ -194,6 +221,8 @@ LATENT_CONSISTENCY = Family(
     sides=_unet_sides,
     guidance=_guidance_of_unet,
     refused=_unet_refused,
+    encoders={"text_encoder": _CLIP},
+    denoiser="UNet2DConditionModel",
     defaults={"num_inference_steps": 4, "guidance_scale": 8.5, "strength": 0.8},
 )
 

@@ -16,6 +16,7 @@ from export import UNUSED
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
 EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
+CHECKPOINTS = (".safetensors", ".ckpt")
 FILES = (".json", ".safetensors", ".txt", ".model", ".bin")
 
 
@@ -23,7 +24,8 @@ FILES = (".json", ".safetensors", ".txt", ".model", ".bin")
 class ExportSpec:
     """What to export: a model's name and folder, LoRA files with their scales, and which sides images may have.
 
-    `model` is what stands behind `make engines MODEL=`; without it, the folder does.
+    `model` is what stands behind `make engines MODEL=`; without it, the folder does. `checkpoint` is a single file that
+    has the weights; the folder then gives the configs.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ExportSpec:
     sides: tuple[int, int] | None = None
     allow_pickle: bool = False
     model: str | None = None
+    checkpoint: Path | None = None
 
     @property
     def embedded(self) -> str | None:
@@ -42,6 +45,8 @@ class ExportSpec:
     def origin(self) -> str:
         """What to write behind `make engines MODEL=`, from anywhere, to get this."""
         words = [self.model or self.embedded or str(self.folder.absolute())]
+        if self.checkpoint:
+            words = [str(self.checkpoint.absolute()), f"CONFIG={self.folder.absolute()}"]
         if self.loras:
             files = " ".join(f"{file.resolve()}:{scale:g}" for file, scale in self.loras)
             words.append(f'LORA="{files}"' if len(self.loras) > 1 else f"LORA={files}")
@@ -60,30 +65,61 @@ class ExportSpec:
         own = Path(__file__).parent
         code = sha256_files(own, [path for path in own.rglob("*.py") if path.parent.name != "shapes"])
         packages = " ".join(f"{name}={version(name)}" for name in PACKAGES)
+        single = f" {sha256_file(self.checkpoint)}" if self.checkpoint else ""
         fused = "".join(f" +{sha256_file(file)}:{scale:g}" for file, scale in self.loras)
         sides = f" {self.sides[0]}-{self.sides[1]}" if self.sides else ""
         content = sha256_files(root, [path for path in files if path.is_file() and path.suffix in FILES])
-        return f"{content} {code[:16]} {packages}{fused}{sides}"
+        return f"{content}{single} {code[:16]} {packages}{fused}{sides}"
 
 
-def resolve(model: str, *, allow_pickle: bool = False) -> tuple[str, Path]:
-    """What names a model from anywhere, and its diffusers folder: an embedded one, any folder, or one of the hub."""
+def checkpoint_of(model: str) -> Path | None:
+    """The single file that a model is, if it is one; ExportError where it should be and is not there."""
+    path = Path(os.path.abspath(model))  # noqa: PTH100 - a link has a name of its own, which resolve() takes away
+    if not path.is_file() and path.suffix not in CHECKPOINTS:
+        return None
+    if not path.is_file():
+        raise ExportError(f"there is no checkpoint file {path}")
+    if path.suffix not in CHECKPOINTS:
+        raise ExportError(f"{path} is no checkpoint: those are called {' or '.join(CHECKPOINTS)}")
+    return path
+
+
+def model_name(model: str) -> str:
+    """The name of a model's bundle: that of its folder, or of its file without the suffix."""
+    name = Path(model).name
+    return next((name.removesuffix(suffix) for suffix in CHECKPOINTS if name.endswith(suffix)), name)
+
+
+def resolve(model: str, *, allow_pickle: bool = False, config: Path | None = None) -> tuple[str, Path]:
+    """What names a model from anywhere, and its diffusers folder: an embedded one, any folder, or one of the hub.
+
+    For a single file it is the folder `config`, or what the hub has for its layout.
+    """
+    checkpoint = None if model in EMBEDDED else checkpoint_of(model)
+    if config is not None and checkpoint is None:
+        raise ParameterError("config", f"config belongs to a single file; {model} brings its own")
     if model in EMBEDDED:
         return model, EMBEDDED[model]
-    folder = Path(os.path.abspath(model))  # noqa: PTH100 - a link has a name of its own, which resolve() takes away
+    folder = config or Path(os.path.abspath(model))  # noqa: PTH100 - as above
     if (folder / "model_index.json").is_file():
-        if folder.name in EMBEDDED and folder != EMBEDDED[folder.name]:
+        if folder.name in EMBEDDED and folder != EMBEDDED[folder.name] and not checkpoint:
             raise ExportError(f"{folder}: {folder.name} is the name of an embedded model: give the folder another one")
-        return str(folder), folder
-    if folder.is_dir():
+        return str(checkpoint or folder), folder
+    if folder.is_dir() or config is not None:
         raise ExportError(f"{folder} is not a diffusers model: it has no model_index.json")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if checkpoint is not None:
+        from export.single_file import check, config_folder
+
+        check(checkpoint, allow_pickle=allow_pickle)
+        return str(checkpoint), config_folder(checkpoint)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from export.loading import download
 
         return model, download(model, allow_pickle=allow_pickle)
     raise ExportError(
-        f"unknown model {model!r}: use {', '.join(EMBEDDED)}, the folder of a diffusers model, or owner/name on the hub"
+        f"unknown model {model!r}: use {', '.join(EMBEDDED)}, the folder of a diffusers model, a checkpoint file, or "
+        "owner/name on the hub"
     )
 
 

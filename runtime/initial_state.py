@@ -33,11 +33,15 @@ def initial_noise(seed: int, images: int, shape: tuple[int, ...], latents: Array
 
 @dataclass(frozen=True)
 class InitialState:
-    """The images to start from, none for noise, and the share of the steps that is made."""
+    """The images to start from, none for noise, and the share of the steps that is made.
+
+    `draws` is whether the VAE encoder takes noise, to draw latents from the distribution that it finds.
+    """
 
     images: tuple[Image.Image, ...]
     strength: float
     round_up: bool = False
+    draws: bool = True
 
     @classmethod
     def of(
@@ -54,7 +58,8 @@ class InitialState:
         if not images or not all(isinstance(one, Image.Image) for one in images):
             raise ParameterError("image", "image must be a PIL image, or a list of them")
         strength = manifest.defaults.strength if strength is None else OPTIONS["strength"].check(strength)
-        return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up)
+        draws = any(one.name == "noise" for one in manifest.networks["vae_encoder"].inputs)
+        return cls(tuple(map(to_srgb, images)), float(strength), manifest.strength_up, draws)
 
     def size(self, manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int]:
         """(width, height) of the images to make; ParameterError lists what the engine can do."""
@@ -96,8 +101,8 @@ class InitialState:
         if len(noise) % len(self.images):
             raise ParameterError("image", f"{len(self.images)} input images cannot be dealt to {len(noise)} images")
         pixels = np.stack([_pixels(one, size) for one in self.images])
-        drawn = [gaussian(seed, image, ENCODER, noise.shape[1:]) for image in range(len(pixels))]
-        latents = encoder.run(image=pixels, noise=np.stack(drawn))["latent_sample"]
+        drawn = [gaussian(seed, image, ENCODER, noise.shape[1:]) for image in range(len(pixels))] if self.draws else []
+        latents = encoder.run(image=pixels, **({"noise": np.stack(drawn)} if drawn else {}))["latent_sample"]
         if not np.isfinite(latents).all():
             raise NonFiniteError("the VAE encoder gave NaN or infinity: no image can be made of it")
         row = schedule.rows[0]

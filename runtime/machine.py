@@ -21,7 +21,7 @@ from engines.load import Runner, load
 from engines.manifest import DENOISER, Manifest
 from engines.store import Bundle
 from runtime.lane_policy import Seconds
-from runtime.lanes import Lanes, Seat
+from runtime.lanes import Lanes, Lease
 from runtime.sampling.noise import gaussian
 from runtime.sampling.operations import STATE
 
@@ -71,21 +71,21 @@ class Machine:
             self.closed = True
 
     def on_lanes(
-        self, work: Callable[[Seat], Made], seconds: Seconds, before_round: Callable[[], None], most: int,
+        self, work: Callable[[Lease], Made], seconds: Seconds, before_round: Callable[[], None], most: int,
         warnings: list[str],
     ) -> Made:  # fmt: skip
         """Runs work on at most so many lanes, when it is its turn; again, and first in the queue, if a lane is lost.
 
-        `seconds` and `before_round` are those of `Lanes.seat`. A loss is added to the warnings.
+        `seconds` and `before_round` are those of `Lanes.lease`. A loss is added to the warnings.
         """
         again = False
         while True:
             try:
-                with self.lanes.seat(seconds, before_round, first=again, most=most) as seat:
-                    return work(seat)
+                with self.lanes.lease(seconds, before_round, first=again, most=most) as lease:
+                    return work(lease)
             except DeviceError as error:
                 again = True
-                warnings.append(self._without_dead_lanes(error, seat, seat.generation))
+                warnings.append(self._without_dead_lanes(error, lease.backend, lease.generation))
 
     def beside_lanes(self, run: Callable[[], Made], warnings: list[str]) -> Made:
         """Runs networks that belong to no lane; once more on what is left if their device is lost."""
@@ -125,7 +125,7 @@ class Machine:
         outputs = [f"output {lane}" for lane in range(backend.lanes)]
         calls = [(Branch(STATE, 0, output, 0),) for output in outputs]
         backend.predict(calls)
-        self.lanes.count_round(backend, calls)
+        self.lanes.count_busy(backend, calls)
         if not all(np.isfinite(backend.read(output)).all() for output in outputs):
             raise NonFiniteError("a lane answered with NaN or infinity")
         backend.settle()
@@ -155,7 +155,7 @@ class Machine:
             log.warning("lanes that came back do not work: %s", error)
         return not self.lost
 
-    def _without_dead_lanes(self, error: DeviceError, used: Seat | Backend, generation: int) -> str:
+    def _without_dead_lanes(self, error: DeviceError, used: Backend, generation: int) -> str:
         """Goes on with the lanes that still work and says so; raises the error when it was no lane, or the last one.
 
         Images that other threads are making on the others are waited for; those that fail, too, come here next.

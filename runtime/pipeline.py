@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -20,12 +19,12 @@ from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.store import BUILD, Bundle
-from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, played_seconds
+from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, seconds_by_lanes
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
 from runtime.conditioning import Conditioner, Conditioning
 from runtime.embed.program import program_of, write_program
 from runtime.initial_state import InitialState, initial_noise
-from runtime.lanes import Lanes, Seat
+from runtime.lanes import Lanes, Lease
 from runtime.machine import Machine
 from runtime.report import Report, quantiles
 from runtime.sampling.drafts import resolve
@@ -79,11 +78,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The finished latents and how they were made; `began` is when the lanes were there, by `time.perf_counter`."""
+    """The finished latents and how they were made.
+
+    began: when the lanes were there, by `time.perf_counter`. devices: the lanes that it had, by name.
+    """
 
     latents: Array
     counts: Counts
-    seat: Seat
+    lease: Lease
+    devices: tuple[str, ...]
     began: float
     critical_seconds: float | None
     timeline: Timeline | None
@@ -258,7 +261,7 @@ class Pipeline:
         schedule = make_schedule(manifest, checked.scheduler, steps, size, eta=checked.eta, first=first)
         guided = manifest.guidance == "classifier_free"
         mode, choice, options = checked.mode, None, Options(
-            checked.k, resolve(checked.drafts), checked.tolerance, checked.blocks, checked.pipelined,
+            checked.k, resolve(checked.drafts), checked.tolerance or 0.0, checked.blocks, checked.pipelined,
             checked.iterations, tuple(checked.first_blocks),
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
@@ -295,23 +298,23 @@ class Pipeline:
         """The denoising loop, on lanes that other calls may want, too."""
         notify = self._notifier(callbacks, task.schedule)
 
-        @cache
-        def seconds(lanes: int) -> float:
-            return played_seconds(
-                task.mode, task.options, task.schedule, lanes, task.sampler_guidance, self._call_seconds,
-                task.call.images,
-            )  # fmt: skip
+        seconds = seconds_by_lanes(
+            task.mode, task.options, task.schedule, task.sampler_guidance, task.call.lanes, self._call_seconds,
+            task.call.images,
+        )  # fmt: skip
 
-        def on_lanes(seat: Seat) -> Denoised:
-            began, self._here.seat, before = time.perf_counter(), seat, seat.critical_path_seconds
-            timeline = Timeline(seat, lambda: seat.dealt) if task.call.timeline else None
+        def on_lanes(lease: Lease) -> Denoised:
+            began, self._here.backend, backend = time.perf_counter(), lease.backend, lease.backend
+            before = backend.measurements.critical_path_seconds
+            timeline = Timeline(backend) if task.call.timeline else None
             latents, counts = denoise(
-                seat, encoded.state, encoded.conditioning, task.schedule, task.mode, task.options,
-                task.sampler_guidance, task.call.seed, notify, timeline=timeline,
+                backend, encoded.state, encoded.conditioning, task.schedule, task.mode, task.options,
+                task.sampler_guidance, task.call.seed, notify, play=lease.play, timeline=timeline,
             )  # fmt: skip
-            after = seat.critical_path_seconds
+            after = backend.measurements.critical_path_seconds
             critical = None if before is None or after is None else after - before
-            return Denoised(latents, counts, seat, began, critical, timeline)
+            devices = tuple(str(self.devices[lane]) for lane in sorted(lease.used))
+            return Denoised(latents, counts, lease, devices, began, critical, timeline)
 
         return self.machine.on_lanes(on_lanes, seconds, callbacks.before_round, task.call.lanes, task.warnings)
 
@@ -321,7 +324,7 @@ class Pipeline:
                 callbacks.progress(finished, schedule.steps)
             if callbacks.callback_on_step_end is None:
                 return
-            latents = self._here.seat.read(STATE)
+            latents = self._here.backend.read(STATE)
             timestep = schedule.timesteps[finished - 1]
             callbacks.callback_on_step_end(self, finished - 1, timestep, {"latents": latents})
 
@@ -329,7 +332,7 @@ class Pipeline:
 
     def preview(self) -> list[Image.Image]:
         """The image so far, for `progress`: the noisy latents as the VAE decoder sees them."""
-        return self._decode(self._here.seat.read(STATE))
+        return self._decode(self._here.backend.read(STATE))
 
     def _decode(self, latents: Array) -> list[Image.Image]:
         """Latents to images by the VAE decoder."""
@@ -342,19 +345,18 @@ class Pipeline:
 
     def _report(self, task: Task, denoised: Denoised, seconds: dict[str, float]) -> Report:
         """What the stages did, in the caller's terms."""
-        call, counts, seat, critical = task.call, denoised.counts, denoised.seat, denoised.critical_seconds
-        working = self.devices[: call.lanes]
+        call, counts, lease, critical = task.call, denoised.counts, denoised.lease, denoised.critical_seconds
         beside = None if critical is None else (seconds["denoise"] - critical) / counts.rounds * 1e6
         return Report(
             model=self.manifest.model, mode=task.mode, scheduler=task.schedule.name, steps=task.schedule.steps,
             k=task.options.k, first_blocks=task.options.first_blocks, drafts=task.options.drafts, seed=call.seed,
-            lanes=len(working), devices=",".join(map(str, working)), guidance_scale=call.guidance_scale,
-            guidance_split=len(working) > 1 and task.sampler_guidance > 1,
+            lanes=len(denoised.devices), devices=",".join(denoised.devices), guidance_scale=call.guidance_scale,
+            guidance_split=len(denoised.devices) > 1 and task.sampler_guidance > 1,
             images=call.images, width=task.size[0], height=task.size[1],
-            rounds=counts.rounds, evaluations=counts.evaluations, calls=seat.calls,
-            lanes_per_round=round(seat.lane_rounds / seat.rounds, 3), seconds=seconds, critical_seconds=critical,
+            rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
+            lanes_per_round=round(lease.lane_rounds / lease.rounds, 3), seconds=seconds, critical_seconds=critical,
             overhead_us_per_round=beside, accepted=quantiles(counts.accepted),
-            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in seat.staged),
+            staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in lease.backend.measurements.staged),
             auto=task.choice.model_dump(mode="json") if task.choice else None,
             timeline=tuple(denoised.timeline.spans) if denoised.timeline else None, warnings=tuple(task.warnings),
         )  # fmt: skip

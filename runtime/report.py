@@ -19,10 +19,10 @@ class Report:
     Both are None on GPUs, where the host does not wait for rounds.
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished image.
-    `lanes_per_round` is on how many of the lanes its rounds ran, on average: other images may have had the rest. Of
-    the seconds, `wait` is for lanes.
+    `lanes` and `devices` are the lanes that it had in any of its rounds, `lanes_per_round` is how many on average:
+    other requests may have had the rest. Of the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
-    because direct copies between them failed their test. `timeline`, for who asks, is what each lane did when; on GPUs
+    because direct copies between them failed their test. `timeline`, if asked for, is what each lane did when; on GPUs
     its spans have no times. `request_id` is that of the server, where the call came by one.
     """
 

@@ -76,6 +76,14 @@ def vae(channels: int = 4, **more: Any) -> Any:
     )  # fmt: skip
 
 
+def tiny_vae() -> Any:
+    """An `AutoencoderTiny` (TAESD) that halves each side twice."""
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+
+
 def unet(cross_attention_dim: int, **more: Any) -> Any:
     """A UNet of two levels."""
     settings: dict[str, Any] = {
@@ -115,11 +123,14 @@ def stable_diffusion_2() -> Any:
     )
 
 
-def stable_diffusion_xl() -> Any:
-    """Two encoders, pooled embeddings, time ids, zeros for no negative prompt, a VAE that must not run in fp16."""
+def stable_diffusion_xl(**more: Any) -> Any:
+    """Two encoders, pooled embeddings, time ids, zeros for no negative prompt, a VAE that must not run in fp16.
+
+    With `time_cond_proj_dim` the UNet is told the guidance scale, as LCM-SDXL is.
+    """
     network = unet(
         16 + 24, addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
-        projection_class_embeddings_input_dim=6 * 8 + 24, transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=6 * 8 + 24, transformer_layers_per_block=(1, 2), **more,
     )  # fmt: skip
     scheduler = diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
@@ -179,6 +190,10 @@ FAMILIES: Mapping[str, Callable[[], Any]] = {
     "flux": flux,
     "flux-schnell": lambda: flux(guidance_embeds=False),
     "lcm": latent_consistency,
+    "lcm-sdxl": lambda: stable_diffusion_xl(time_cond_proj_dim=32),
+    "sd1-tiny-vae": lambda: stable_diffusion(
+        vae=tiny_vae(), scheduler=diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION)
+    ),
 }
 
 

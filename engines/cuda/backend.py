@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Array, Call, Rows
+from engines.base import Array, LaneCall, Measurements, Rows
 from engines.cuda.driver import Device, Driver, release
 from engines.cuda.kernels import (
     BLOCK,
@@ -145,8 +145,10 @@ class CudaBackend:
         ]
         self._main = self._lanes[home].stream
         self._upload_streams = {device.ordinal: self._upload_stream(device) for device in self._devices}
-        self._staged = sibling_of.staged if sibling_of else self._test_pairs(self._devices)
+        self._staged = sibling_of.measurements.staged if sibling_of else self._test_pairs(self._devices)
         self._copied = {"peer": 0, "staged": 0}
+        # the host does not wait for rounds, so that it knows neither their spans nor their critical path
+        self.measurements: Measurements = Measurements(self._timed, copied=self._copied, staged=self._staged)
         with self._on(self._home):
             self._uploads = driver.stream()
             self._uploaded = [driver.event() for _ in range(TABLE_ROUNDS)]
@@ -220,7 +222,7 @@ class CudaBackend:
             raise NonFiniteError("a latent became NaN or infinite on the GPU: no image can be made of it")
         return widen(raw, self._dtype).reshape(self._shape)
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """See Backend.predict. Returns before the calls have run."""
         self._flush(calls)
 
@@ -257,34 +259,14 @@ class CudaBackend:
             found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
         return found
 
-    def timed(self, calls: Sequence[Call]) -> float:
-        """See Backend.timed: from an idle device to an idle device, with what a round costs beside its calls."""
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
+        """From an idle device to an idle device, with what a round costs beside its calls."""
         self._flush()
         self._settle()
         start = time.perf_counter()
         self.predict(calls)
         self._settle()
         return time.perf_counter() - start
-
-    @property
-    def critical_path_seconds(self) -> None:
-        """Not known: rounds are enqueued and not waited for."""
-        return None
-
-    @property
-    def spans(self) -> None:
-        """Not known, for the same reason."""
-        return None
-
-    @property
-    def copied(self) -> Mapping[str, int]:
-        """See Backend.copied."""
-        return self._copied
-
-    @property
-    def staged(self) -> tuple[tuple[int, int], ...]:
-        """See Backend.staged."""
-        return self._staged
 
     def settle(self) -> None:
         """See Backend.settle."""
@@ -311,7 +293,7 @@ class CudaBackend:
         self._pending.append((tuple(self._index[s] for s in sources), rows, tuple(self._row(t) for t in targets)))
         self._pending_floats += rows.size
 
-    def _flush(self, calls: Sequence[Call] = ()) -> None:
+    def _flush(self, calls: Sequence[LaneCall] = ()) -> None:
         """Plays what is pending and then the calls."""
         if not self._pending and not calls:
             return
@@ -659,7 +641,7 @@ class CudaBackend:
 
     def _is_staged(self, lane: _Lane) -> bool:
         pairs = {(self._home.ordinal, lane.device.ordinal), (lane.device.ordinal, self._home.ordinal)}
-        return bool(pairs & set(self.staged))
+        return bool(pairs & set(self._staged))
 
     def _test_pairs(self, devices: Sequence[Device]) -> tuple[tuple[int, int], ...]:
         """Copies patterns between every ordered pair of devices and reads them back; the pairs that cannot or lie.

@@ -26,33 +26,60 @@ class UNet(nn.Module):
         return output
 
 
+class GuidanceEmbedding(nn.Module):
+    """The sinusoidal embedding of 1000·(scale − 1), as latent consistency models are told it (Luo et al. 2023)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.odd = width % 2
+        self.frequencies = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """(batch) → (batch, width)."""
+        angles = 1000 * (guidance.float() - 1)[:, None] * self.frequencies[None]
+        return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, self.odd))
+
+
 class GuidedUNet(UNet):
-    """A UNet that is told the guidance scale as an embedding: latent consistency models (Luo et al. 2023)."""
+    """A UNet that is told the guidance scale as an embedding: latent consistency models."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
-        half = unet.config.time_cond_proj_dim // 2
-        self.frequencies = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
+        self.embedding = GuidanceEmbedding(unet.config.time_cond_proj_dim)
 
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
     ) -> Tensor:
-        """The sinusoidal embedding of 1000·(guidance − 1)."""
-        angles = 1000 * (guidance.float() - 1)[:, None] * self.frequencies[None]
-        embedding = torch.cat([angles.sin(), angles.cos()], 1).to(sample.dtype)
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states, timestep_cond=embedding).sample
+        """As UNet."""
+        told = self.embedding(guidance).to(sample.dtype)
+        output: Tensor = self.model(sample, timestep, encoder_hidden_states, timestep_cond=told).sample
         return output
 
 
 class PooledUNet(UNet):
-    """A UNet with a pooled embedding and time ids (original size, crop, target size): Stable Diffusion XL."""
+    """A UNet with a pooled embedding and time ids (original size, crop, target size): Stable Diffusion XL.
+
+    With `time_cond_proj_dim` it is told the guidance scale, too: LCM-SDXL.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        width = unet.config.time_cond_proj_dim
+        self.embedding = None if width is None else GuidanceEmbedding(width)
 
     def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
-    ) -> Tensor:
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As UNet. The time ids become float32 inside, and the exporter does not widen what is joined with them."""
         more = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=more).sample
+        told = None
+        if self.embedding is not None and guidance is not None:
+            told = self.embedding(guidance).to(sample.dtype)
+        output: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, timestep_cond=told, added_cond_kwargs=more
+        ).sample
         return output
 
 
@@ -151,9 +178,10 @@ def pooled_unet(pipeline: Any) -> Exported:
     """Stable Diffusion XL."""
     unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    told: dict[str, tuple[int, ...]] = {} if unet.config.time_cond_proj_dim is None else {"guidance": ()}
     return _denoiser(
         PooledUNet(unet), unet.config.in_channels, unet.dtype,
-        encoder_hidden_states=(tokens, unet.config.cross_attention_dim), text_embeds=(pooled,), time_ids=(6,),
+        encoder_hidden_states=(tokens, unet.config.cross_attention_dim), text_embeds=(pooled,), time_ids=(6,), **told,
     )  # fmt: skip
 
 

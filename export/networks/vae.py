@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from export.networks import Exported, Input, normal, uniform
@@ -23,6 +24,20 @@ class LatentDecoder(nn.Module):
         latents = latent_sample * self.scale.to(latent_sample) + self.shift.to(latent_sample)
         output: Tensor = self.vae.decode(latents).sample
         return output
+
+
+class TinyEncoder(nn.Module):
+    """Pixels in [−1, 1] → their latents, of an encoder that draws none (`AutoencoderTiny`)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae: Any = vae
+        self.scale, self.shift = _scaling(vae)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The inverse of the decoder's scaling."""
+        latents: Tensor = self.vae.encode(image).latents
+        return (latents - self.shift.to(latents)) / self.scale.to(latents)
 
 
 class LatentEncoder(nn.Module):
@@ -68,5 +83,8 @@ def encoder(pipeline: Any) -> Exported:
     vae, factor = pipeline.vae, vae_factor(pipeline)
     latents = ("batch", vae.config.latent_channels, "height", "width")
     pixels = ("batch", vae.config.in_channels, f"{factor}*height", f"{factor}*width")
-    inputs = Input("image", pixels, uniform(vae.dtype, -1, 1)), Input("noise", latents, normal(vae.dtype))
-    return Exported(LatentEncoder(vae), inputs, {"latent_sample": latents})
+    image = Input("image", pixels, uniform(vae.dtype, -1, 1))
+    if isinstance(vae, AutoencoderTiny):
+        return Exported(TinyEncoder(vae), (image,), {"latent_sample": latents})
+    noise = Input("noise", latents, normal(vae.dtype))
+    return Exported(LatentEncoder(vae), (image, noise), {"latent_sample": latents})

@@ -10,6 +10,7 @@ import numpy as np
 from engines.base import Array, Backend
 from runtime.sampling.noise import step_noise
 from runtime.sampling.operations import STATE, Options
+from runtime.sampling.place import Play, on_all_lanes
 from runtime.sampling.program import GuidedCombine, Program, Round, program
 from runtime.sampling.samplers import measures
 from runtime.sampling.schedule import Schedule
@@ -36,12 +37,16 @@ class Counts:
 
 
 def execute(
-    playing: Program, backend: Backend, finished: Callable[[int], None], timeline: Timeline | None = None
-) -> Counts:
-    """Plays a program; `finished(steps)` is called when more steps are done. A timeline notes what took how long."""
-    predict, combine, distances = backend.predict, backend.combine, backend.distances
+    playing: Program, backend: Backend, finished: Callable[[int], None], play: Play | None = None,
+    timeline: Timeline | None = None,
+) -> Counts:  # fmt: skip
+    """Plays a program; `finished(steps)` is called when more steps are done. A timeline notes what took how long.
+
+    `play` runs rounds, on all lanes of the backend by default.
+    """
+    play, combine, distances = play or on_all_lanes(backend), backend.combine, backend.distances
     if timeline is not None:
-        predict, combine = timeline.predict, timeline.timed("combine", combine)
+        play, combine = timeline.rounds(play), timeline.timed("combine", combine)
         distances, finished = timeline.timed("distances", distances), timeline.timed("callback", finished, SHORTEST)
     counts, done = Counts(), 0
     answer: Sequence[float] = ()
@@ -50,10 +55,10 @@ def execute(
         while True:
             answer = ()
             if isinstance(operation, Round):
-                predict(operation.calls)
+                calls = play(operation.branches)
                 counts.rounds += 1
                 counts.evaluations += operation.evaluations
-                counts.calls += sum(1 for call in operation.calls if call)
+                counts.calls += sum(map(bool, calls))
             elif isinstance(operation, GuidedCombine):
                 combine(operation.sources, operation.rows, operation.targets)
                 if operation.finished > done:
@@ -78,12 +83,12 @@ def denoise(
     seed: int,
     finished: Callable[[int], None],
     *,
-    lanes: int | None = None,
+    play: Play | None = None,
     timeline: Timeline | None = None,
 ) -> tuple[Array, Counts]:
     """The finished latents of all images, (images, …) like the states before their first step, and what they cost.
 
-    `lanes` is how many of the backend's lanes work, all by default.
+    `play`, `finished`, `timeline`: see `execute`.
     Samplers that decide by what they measure make one image at a time, so that none depends on its neighbours.
     """
     batch = 1 if measures(mode, options) else len(state)
@@ -95,7 +100,7 @@ def denoise(
         backend.write(STATE, state[rows])
         for slot, value in step_noise(schedule, options, seed, range(start, start + batch), state.shape[1:]):
             backend.write(slot, value)
-        playing = program(mode, schedule, options, lanes or backend.lanes, guidance_scale)
-        counts += execute(playing, backend, finished, timeline)
+        playing = program(mode, schedule, options, guidance_scale)
+        counts += execute(playing, backend, finished, play, timeline)
         parts.append(backend.read(STATE))
     return np.concatenate(parts), counts

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from engines.base import Branch, Call
+from engines.base import Backend, Branch, LaneCall
+
+Play = Callable[[Sequence[Branch]], Sequence[LaneCall]]  # runs the branches of a round; returns the calls by lane
 
 
-def place(branches: Sequence[Branch], lanes: int) -> list[Call]:
-    """Deals the guidance branches of a round evenly over the lanes, in order; each lane runs its share as one call.
+def place(branches: Sequence[Branch], held: Sequence[int], lanes: int) -> list[LaneCall]:
+    """Deals a round's branches evenly over the lanes held, of so many, in order: one call per lane, empty on others.
 
-    With enough lanes each branch has one of its own, a lone evaluation uses two lanes, and one lane gets one batch.
+    With enough lanes each branch has one of its own, a lone guided evaluation uses two, and one lane gets one batch.
     """
-    share, extra = divmod(len(branches), lanes)
-    calls, start = [], 0
-    for lane in range(lanes):
-        end = start + share + (lane < extra)
-        calls.append(branches[start:end])
+    calls: list[LaneCall] = [()] * lanes
+    share, extra = divmod(len(branches), len(held))
+    start = 0
+    for lane in held:
+        end = start + share
+        if extra:
+            end, extra = end + 1, extra - 1
+        calls[lane] = branches[start:end]
         start = end
     return calls
+
+
+def on_all_lanes(backend: Backend) -> Play:
+    """Rounds on a backend that nobody shares."""
+    predict, lanes = backend.predict, backend.lanes
+    held = range(lanes)
+
+    def play(branches: Sequence[Branch]) -> list[LaneCall]:
+        calls = place(branches, held, lanes)
+        predict(calls)
+        return calls
+
+    return play

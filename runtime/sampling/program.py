@@ -1,4 +1,4 @@
-"""From a sampler's operations to a program: one call per lane and round, guidance multiplied into coefficients."""
+"""From a sampler's operations to a program: a round's branches, and guidance multiplied into coefficients."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from engines.base import Array, Branch, Call
+from engines.base import Array, Branch
 from runtime.sampling.operations import Combine, Distance, Operation, Options, Predict
-from runtime.sampling.place import place
 from runtime.sampling.samplers import SAMPLERS
 from runtime.sampling.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Round:
-    """One call per lane, all at the same time; `evaluations` of them after guidance."""
+    """Branches that run at the same time, on the lanes that there are then; `evaluations` of them after guidance."""
 
-    calls: tuple[Call, ...]
+    branches: tuple[Branch, ...]
     evaluations: int
 
 
@@ -39,13 +38,12 @@ Program = Generator[GuidedOperation, Sequence[float], tuple[float, ...]]
 
 @dataclass
 class GuidedProgram:
-    """Deals evaluations over the lanes and multiplies guidance into the coefficients that read them.
+    """Makes branches of evaluations and multiplies guidance into the coefficients that read them.
 
     Guidance, ε = (1 − g)·ε_unconditional + g·ε_conditional, is never computed by itself. A scale of at most 1 means one
     branch per evaluation, as in diffusers. Branches of one kind are neighbours: a lane reads its drafts in a row.
     """
 
-    lanes: int
     guidance_scale: float
     _outputs: set[str] = field(default_factory=set)
 
@@ -53,12 +51,12 @@ class GuidedProgram:
         """One operation as the backend runs it."""
         if isinstance(operation, Predict):
             self._outputs.update(evaluation.output for evaluation in operation.evaluations)
-            branches = [
+            branches = tuple(
                 Branch(evaluation.latent, evaluation.step, f"{evaluation.output}/{conditioning}", conditioning)
                 for conditioning in self._weights
                 for evaluation in operation.evaluations
-            ]
-            return Round(tuple(map(tuple, place(branches, self.lanes))), len(operation.evaluations))
+            )
+            return Round(branches, len(operation.evaluations))
         return self._guided(operation) if isinstance(operation, Combine) else operation
 
     @property
@@ -81,13 +79,13 @@ class GuidedProgram:
 
 @lru_cache(maxsize=16)
 def _whole_program(
-    mode: str, schedule: Schedule, options: Options, lanes: int, guidance_scale: float
+    mode: str, schedule: Schedule, options: Options, guidance_scale: float
 ) -> tuple[GuidedOperation, ...] | None:
     """A program that asks nothing, made before the first round: lanes wait for what the host does between rounds.
 
     None for a sampler whose next operation depends on an answer.
     """
-    guided, planned = GuidedProgram(lanes, guidance_scale), []
+    guided, planned = GuidedProgram(guidance_scale), []
     for operation in SAMPLERS[mode](schedule, options):
         if isinstance(operation, Distance):
             return None
@@ -95,14 +93,14 @@ def _whole_program(
     return tuple(planned)
 
 
-def program(mode: str, schedule: Schedule, options: Options, lanes: int, guidance_scale: float) -> Program:
+def program(mode: str, schedule: Schedule, options: Options, guidance_scale: float) -> Program:
     """The operations of a sampler as a backend runs them; the answer to each `Distance` is to be sent in."""
-    whole = _whole_program(mode, schedule, options, lanes, guidance_scale)
+    whole = _whole_program(mode, schedule, options, guidance_scale)
     if whole is not None:
         for n in range(len(whole)):  # no `yield from`: a tuple takes no answers
             yield whole[n]
         return ()
-    guided, operations = GuidedProgram(lanes, guidance_scale), SAMPLERS[mode](schedule, options)
+    guided, operations = GuidedProgram(guidance_scale), SAMPLERS[mode](schedule, options)
     try:
         operation = next(operations)
         while True:

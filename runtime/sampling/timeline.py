@@ -1,4 +1,4 @@
-"""What each lane did when: recorded beside an image that is being made, for who asks."""
+"""What each lane did when: recorded during one denoising loop, on request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from engines.base import Backend, Call
+from engines.base import Backend, Branch, LaneCall
+from runtime.sampling.place import Play
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,24 +34,26 @@ class Span:
 
 
 class Timeline:
-    """The spans of one denoising loop, in the order in which they ended.
+    """The spans of one denoising loop, in the order in which they ended."""
 
-    `dealt` says how a backend that deals calls again, to the lanes that it has, played the last round.
-    """
-
-    def __init__(self, backend: Backend, dealt: Callable[[], Sequence[Call]] | None = None) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.spans: list[Span] = []
-        self._backend, self._dealt, self._round, self._zero = backend, dealt, 0, time.perf_counter()
+        self._backend, self._round, self._zero = backend, 0, time.perf_counter()
 
-    def predict(self, calls: Sequence[Call]) -> None:
-        """Plays a round and notes its calls."""
-        self._backend.predict(calls)
-        self._round += 1
-        times = self._backend.spans
-        for lane, call in enumerate(self._dealt() if self._dealt else calls):
-            if call:
-                start, end = times[lane] if times is not None else (None, None)
-                self._note("call", start, end, lane, tuple(sorted({branch.step for branch in call})), len(call))
+    def rounds(self, play: Play) -> Play:
+        """What plays rounds and returns their calls by lane, with the calls noted."""
+
+        def noted(branches: Sequence[Branch]) -> Sequence[LaneCall]:
+            calls = play(branches)
+            self._round += 1
+            times = self._backend.measurements.spans
+            for lane, call in enumerate(calls):
+                if call:
+                    start, end = times[lane] if times is not None else (None, None)
+                    self._note("call", start, end, lane, tuple(sorted({branch.step for branch in call})), len(call))
+            return calls
+
+        return noted
 
     def timed(self, kind: str, function: Callable[P, R], shortest: float = 0.0) -> Callable[P, R]:
         """The function, noted whenever it takes at least so many seconds."""
@@ -60,7 +63,7 @@ class Timeline:
             result = function(*args, **kwargs)
             end = time.perf_counter()
             if end - start >= shortest:
-                self._note(kind, *((None, None) if self._backend.spans is None else (start, end)))
+                self._note(kind, *((None, None) if self._backend.measurements.spans is None else (start, end)))
             return result
 
         return noted

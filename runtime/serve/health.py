@@ -92,7 +92,7 @@ class Health:
 
     def _working(self) -> bool:
         """Whether images run, or a probe of the last second succeeded."""
-        return bool(self._pipeline.lanes.seated) or (self._probe is None and time.monotonic() < self._fresh_until)
+        return bool(self._pipeline.lanes.running) or (self._probe is None and time.monotonic() < self._fresh_until)
 
     async def _round(self) -> None:
         if self._probe is None:

@@ -92,7 +92,7 @@ class LaneCollector(Collector):
         for kind, number in lanes.copied().items():
             copies.add_metric([kind], number)
         yield copies
-        yield GaugeMetricFamily("driffusion_images_seated", "Requests that have lanes.", lanes.seated)
+        yield GaugeMetricFamily("driffusion_images_seated", "Requests that have lanes.", lanes.running)
 
 
 class GpuCollector(Collector):

@@ -71,7 +71,7 @@ def test_the_replay_makes_every_call_and_keeps_rounds_apart(mode: str, lanes: in
     backend = HostBackend([counting(number) for number in range(lanes)])
     backend.bind((1, 4, 2, 2), schedule.timesteps, [{}, {}])
     backend.write(STATE, np.ones((1, 4, 2, 2), np.float32))
-    counts = execute(program(mode, schedule, Options(3, tolerance=0.01), lanes, 4.0), backend, lambda finished: None)
+    counts = execute(program(mode, schedule, Options(3, tolerance=0.01), 4.0), backend, lambda finished: None)
     played, rounds = log.copy(), backend.played
     log.clear()
     assert replay(backend) > 0
@@ -132,7 +132,7 @@ def test_the_parts_of_a_round_add_up(
     end = float(next(ticks))
     backend.close()
     assert marks[0] == "before" and marks[-1] == "copy" and marks.count("lanes") == counts.rounds
-    split = clock.split(end - start, backend.critical_path_seconds)
+    split = clock.split(end - start, backend.measurements.critical_path_seconds or 0.0)
     assert set(split) == set(PARTS) and sum(split.values()) == pytest.approx(end - start)
     inside = sum(clock.parts.values())
     assert inside == pytest.approx(end - start, abs=3), "all but the way in and out is seen by the marks"

@@ -95,9 +95,7 @@ def test_an_unknown_model_is_refused_with_those_that_exist(
     assert export(monkeypatch, model, tmp_path / "build") == 1
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert f"unknown model {model!r}: use shapes, the folder of a diffusers model, or owner/name on the hub" in message(
-        printed.err
-    )
+    assert f"unknown model {model!r}: use shapes, the folder of a diffusers model, a checkpoint" in message(printed.err)
     assert contents(tmp_path) == {}
 
 
@@ -153,6 +151,7 @@ def test_a_full_disk_ends_an_export_with_advice_and_the_earlier_one_stays(
     loading: ModuleType,
     source: Path,
     previous: Path,
+    shapes: Bundle,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -160,8 +159,7 @@ def test_a_full_disk_ends_an_export_with_advice_and_the_earlier_one_stays(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = contents(previous.parent)
-    networks = Manifest.read(previous).networks
-    monkeypatch.setattr(bundle, "finished", lambda partial, network: networks["text_encoder"])
+    monkeypatch.setattr(bundle, "finished", lambda partial, network: shapes.manifest.networks[network])
     monkeypatch.setattr(Path, "unlink", lambda path: None)
     monkeypatch.setattr(os, "fsync", full)
     assert export(monkeypatch, source, previous.parent) == 1

@@ -38,8 +38,10 @@ SCHEDULERS = {
     "flux": ("flow_euler",),
     "flux-schnell": ("flow_euler",),
     "lcm": ("lcm",),
+    "lcm-sdxl": ("lcm", "euler"),
+    "sd1-tiny-vae": ("euler",),
 }
-IMAGES = ("sd1", "sd2", "sdxl", "sd3")  # those that can start from one
+IMAGES = ("sd1", "sd2", "sdxl", "sd3", "lcm-sdxl", "sd1-tiny-vae")  # those that can start from one
 STEPS = 6
 
 

@@ -69,7 +69,8 @@ def lora(folder: Path, target: Path, seed: int, *, text: bool = False) -> Path:
 
 def weights(folder: Path, *loras: tuple[Path, float], part: str = "unet") -> dict[str, np.ndarray]:
     """A component's weights as they would be exported."""
-    from export.loading import Lora, load, open_source
+    from export.loading import load, open_source
+    from export.lora import Lora
 
     source = open_source(folder, [Lora(file, scale) for file, scale in loras])
     module = getattr(load(source, [part], "fp32"), part)
@@ -80,7 +81,8 @@ def diffusers_with(folder: Path, *loras: tuple[Path, float]) -> Any:
     """The diffusers pipeline with the denoiser that would be exported."""
     import diffusers
 
-    from export.loading import Lora, load, open_source
+    from export.loading import load, open_source
+    from export.lora import Lora
 
     source = open_source(folder, [Lora(file, scale) for file, scale in loras])
     return diffusers.DiffusionPipeline.from_pretrained(folder, unet=load(source, ["unet"], "fp32").unet)
@@ -358,9 +360,10 @@ def test_a_refiner_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> No
     path = folder / "model_index.json"
     index = json.loads(path.read_text()) | {
         "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True,
+        "text_encoder": [None, None], "tokenizer": [None, None],
     }  # fmt: skip
     path.write_text(json.dumps(index))
-    assert "it is a refiner" in refusal(folder)
+    assert "is the SDXL refiner" in refusal(folder)
 
 
 # --- sizes, memory, interruption --------------------------------------------------------------------------------------
@@ -427,7 +430,7 @@ def test_an_interrupted_export_goes_on(
     from export.families import STABLE_DIFFUSION
     from export.to_onnx import STAGES
 
-    networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser")}
+    networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser", "vae_decoder")}
     monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
     asked, target = ExportSpec("copied", copied), tmp_path / "build" / "copied"
     with pytest.raises(type(failure)):
@@ -436,14 +439,16 @@ def test_an_interrupted_export_goes_on(
     assert finished(kept, "text_encoder") and not finished(kept, "denoiser") and not target.exists()
     made.append("interrupted once")
     export(asked, target, asked.identity(), "fp32")
-    assert made == ["text_encoder", "interrupted once", "denoiser"], "only what was missing is exported again"
+    assert made == ["text_encoder", "interrupted once", "denoiser", "vae_decoder"], (
+        "only what was missing is exported again"
+    )
     assert (target / MANIFEST).is_file() and not list((tmp_path / "build").glob(".partial-*"))
     assert not Bundle.open(str(target)).damaged_sources()
     assert not list(target.glob("*.done")) and not list(target.glob("*/"))
     shown = capsys.readouterr().err
     for network in ("text_encoder", "denoiser"):
         assert all(f"{network} {stage}" in shown for stage in STAGES)
-    assert "8/8" in shown
+    assert "12/12" in shown
 
 
 def identity_model(path: Path) -> Path:
@@ -581,7 +586,7 @@ def test_no_model_takes_the_place_of_another(copied: Path, tmp_path: Path) -> No
 def test_a_lora_is_in_its_own_bundle_alone(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export.families import STABLE_DIFFUSION
 
-    networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser")}
+    networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser", "vae_decoder")}
     monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
     file = lora(copied, tmp_path / "one.safetensors", 0)
     files: dict[str, dict[str, bytes]] = {}
@@ -594,6 +599,6 @@ def test_a_lora_is_in_its_own_bundle_alone(copied: Path, tmp_path: Path, monkeyp
         files[run] = {path.name: path.read_bytes() for path in bundle.iterdir() if path.suffix == ".onnx"}
     assert files["before"] == files["after"], "byte for byte"
     changed = {name for name, content in files["fused"].items() if content != files["before"][name]}
-    assert changed == {"denoiser.onnx"} and len(files["after"]) == 2
+    assert changed == {"denoiser.onnx"} and len(files["after"]) == 3
     manifest = Manifest.read(tmp_path / "fused" / "copied+one:0.8")
     assert manifest.origin == f"{copied} LORA={file}:0.8"

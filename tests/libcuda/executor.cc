@@ -22,8 +22,9 @@ void run_work(const Work &work, const Stamp &when) {
     const auto reachable = [&](size_t first) {
         for (size_t n = first; n < accesses.size(); ++n) {
             const Access &one = accesses[n];
-            const char *why = visible(work.context, allocation_at(one.low, one.high - one.low));
-            if (!why) continue;
+            const Allocation *allocation = allocation_at(one.low, one.high - one.low);
+            const char *why = visible(work.context, allocation);
+            if (!why || (work.through_host && allocation)) continue;
             violate("%s touches %zu bytes at %#lx: %s", work.what, static_cast<size_t>(one.high - one.low),
                     static_cast<unsigned long>(one.low), why);
             break_context(work.context, CUDA_ERROR_ILLEGAL_ADDRESS);
@@ -67,6 +68,7 @@ static void choices_of(Stream *stream, std::vector<Choice> &choices) {
             if (head.event->done >= head.version) choices.push_back({stream, -1});
             return;
         case Operation::LAUNCH:
+            if (head.replay->number != head.replay->executable->ended) return;  // another launch of it runs
             for (const int node : head.replay->ready)
                 if (!hangs(head.replay->executable->nodes[node].work->context)) choices.push_back({stream, node});
             if (!head.replay->left) choices.push_back({stream, -1});
@@ -114,7 +116,7 @@ bool advance() {
     } else if (head.type == Operation::WORK) {
         run_work(*head.work, head.stamp);
     } else if (head.type == Operation::LAUNCH) {
-        --head.replay->executable->flying;
+        ++head.replay->executable->ended;
     }
     stream->queue.pop_front();
     return true;

@@ -70,6 +70,7 @@ static std::unique_ptr<Replay> replay(Executable *executable, Stream *stream) {
     auto made = std::make_unique<Replay>();
     made->executable = executable;
     made->left = executable->nodes.size();
+    made->number = executable->launched++;
     join(stream->clock, machine.host);
     join(stream->clock, executable->end);
     const Clock start = stream->clock;
@@ -196,7 +197,6 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream on) {
         Operation operation;
         operation.type = Operation::LAUNCH;
         operation.replay = replay(executable, stream);
-        ++executable->flying;
         stream->queue.push_back(std::move(operation));
         return CUDA_SUCCESS;
     });
@@ -216,7 +216,7 @@ CUresult cuGraphExecDestroy(CUgraphExec handle) {
     return call(F_cuGraphExecDestroy, DRIVER, [&] {
         Executable *executable = find<Executable>(handle, "cuGraphExecDestroy");
         if (!executable) return CUDA_ERROR_INVALID_HANDLE;
-        bool known = !executable->flying;
+        bool known = executable->launched == executable->ended;
         for (size_t n = 0; machine.races && known && n < executable->end.size(); ++n)
             known = executable->end[n] <= (n < machine.host.size() ? machine.host[n] : 0);
         if (!known && !broken()) violate("cuGraphExecDestroy: the graph may still be running");

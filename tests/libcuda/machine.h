@@ -82,6 +82,7 @@ struct Work {
     Context *context = nullptr;
     const struct Module *module = nullptr;
     bool model = false;
+    bool through_host = false;  // a copy that the driver makes without peer access
     std::vector<Access> accesses;
     std::function<void(std::vector<Access> &)> dynamic;
     std::function<void(const Stamp &)> run;
@@ -122,6 +123,7 @@ struct Replay {  // one launch of a graph under way
     std::vector<Stamp> stamps;
     std::vector<int> missing, ready;
     size_t left = 0;
+    int number = 0;
 };
 
 struct Operation {
@@ -158,7 +160,7 @@ struct Executable : Object {
     std::vector<Node> nodes;
     std::vector<std::vector<int>> followers;
     Clock end;  // launches of one graph follow each other
-    int chain = 0, flying = 0;
+    int chain = 0, launched = 0, ended = 0;
 };
 
 struct Variant {

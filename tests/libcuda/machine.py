@@ -141,9 +141,9 @@ class Machine:
 
     def check(self) -> None:
         """Fails when a rule was broken or a model call raised an error."""
+        found = self.violations()
         if self._errors:
             raise self._errors.pop(0)
-        found = self.violations()
         assert not found, "\n".join(found)
 
     def _text(self, function: Any) -> str:

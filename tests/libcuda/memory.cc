@@ -130,7 +130,8 @@ static bool is_side(uintptr_t address, size_t size, Side side, const char *funct
     return true;
 }
 
-static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t source, Side from, size_t size, CUstream on) {
+static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t source, Side from, size_t size, CUstream on,
+                     bool through_host = false) {
     const char *name = NAMES[function];
     Stream *stream = find<Stream>(on, name);
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
@@ -139,7 +140,7 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     const Allocation *sides[] = {allocation_at(target, size), allocation_at(source, size)};
     for (const Allocation *side : sides) {
         const char *why = side ? visible(stream->context, side) : nullptr;
-        if (why) {
+        if (why && !through_host) {
             violate("%s: the stream's device copies %s", name, why);
             return CUDA_ERROR_INVALID_VALUE;
         }
@@ -152,6 +153,7 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     auto work = std::make_shared<Work>();
     work->what = name;
     work->context = stream->context;
+    work->through_host = through_host;
     if (sides[0]) work->accesses.push_back({target, target + size, true});
     if (sides[1]) work->accesses.push_back({source, source + size, false});
     const bool between = sides[0] && sides[1] && sides[0]->device >= 0 && sides[1]->device >= 0 &&
@@ -276,6 +278,23 @@ CUresult cuMemFreeHost(void *pointer) {
 
 CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream) {
     return call(F_cuMemcpyAsync, CONTEXT, [&] { return copy(F_cuMemcpyAsync, target, ANY, source, ANY, size, stream); });
+}
+
+// Between contexts that are named; without peer access the driver goes through the host, which no graph can.
+CUresult cuMemcpyPeerAsync(CUdeviceptr target, CUcontext to, CUdeviceptr source, CUcontext from, size_t size, CUstream on) {
+    return call(F_cuMemcpyPeerAsync, CONTEXT, [&] {
+        const Context *contexts[] = {find<Context>(to, "cuMemcpyPeerAsync"), find<Context>(from, "cuMemcpyPeerAsync")};
+        if (!contexts[0] || !contexts[1]) return CUDA_ERROR_INVALID_CONTEXT;
+        const Allocation *sides[] = {allocation_at(target, size), allocation_at(source, size)};
+        for (int n = 0; n < 2; ++n)
+            if (sides[n] && sides[n]->device != contexts[n]->device) {
+                violate("cuMemcpyPeerAsync: memory is of another context than the one that is named");
+                return CUDA_ERROR_INVALID_VALUE;
+            }
+        const Stream *stream = find<Stream>(on, "cuMemcpyPeerAsync");
+        const bool through_host = stream && !stream->capture;
+        return copy(F_cuMemcpyPeerAsync, target, DEVICE, source, DEVICE, size, on, through_host);
+    });
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t size, CUstream stream) {

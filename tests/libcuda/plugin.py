@@ -59,6 +59,9 @@ class _Child:
                 return [_ended(item, self.process.wait(), self._text())]
             report = json.loads(line)
             self._reports[report["nodeid"]].append(report)
+        for report in mine:
+            if isinstance(report["longrepr"], list):
+                report["longrepr"] = tuple(report["longrepr"])  # of a skipped test, which JSON does not keep
         return [item.config.hook.pytest_report_from_serializable(config=item.config, data=data) for data in mine]
 
     def _text(self) -> str:
@@ -75,7 +78,7 @@ class _Child:
 
 def _ended(item: pytest.Item, status: int, text: str) -> pytest.TestReport:
     reason = f"the process with the imaginary driver ended with status {status} before this test did\n{text}"
-    return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", reason, "call")
+    return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", reason, "call")
 
 
 def _wanted(item: pytest.Item) -> bool:

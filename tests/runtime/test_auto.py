@@ -5,25 +5,42 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from skimage.metrics import peak_signal_noise_ratio
 
 from engines.errors import ParameterError
 from engines.manifest import Manifest
+from engines.null import CallCosts, NullBackend
 from engines.store import Bundle
 from runtime import Pipeline
-from runtime.auto import EXACT, Calibration, Candidate, Drift, Setting, call_seconds, choose, predicted_seconds
-from runtime.calibrate import BATCHES, calibrate
+from runtime.auto import (
+    EXACT,
+    Calibration,
+    Candidate,
+    Drift,
+    Setting,
+    call_seconds,
+    choose,
+    predicted_seconds,
+    rehearse,
+    seconds_by_lanes,
+)
+from runtime.calibrate import BATCHES, calibrate, psnr
 from runtime.calibrate import main as command
+from runtime.sampling.operations import Options
+from runtime.sampling.samplers import SAMPLERS, measures
 from runtime.sampling.schedulers import make_schedule
 
 SETTING = Setting(scheduler="ddim", eta=0.0, steps=50, guidance_scale=4.0)
 LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
 
 
-def drift(mode: str, k: int, p90: float) -> Drift:
+def drift(mode: str, k: int, p90: float, psnr_min: float = 40.0) -> Drift:
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
-    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90)
+    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90, psnr_min=psnr_min)
 
 
 def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None:
@@ -48,6 +65,26 @@ def test_the_cost_model_adds_up_the_critical_path(
     assert predicted_seconds(candidate, schedule, lanes, guidance, LINEAR, 1) == expected
 
 
+@pytest.mark.parametrize("mode", SAMPLERS)
+@pytest.mark.parametrize(("k", "guidance", "images"), [(1, 4.0, 1), (3, 1.0, 2), (5, 4.0, 3)])
+def test_the_table_of_lanes_is_what_the_virtual_clock_says(
+    mode: str, k: int, guidance: float, images: int, manifest: Manifest, rng: np.random.Generator
+) -> None:
+    """A table from the sizes of rounds is the same as playing the whole sampler on each number of lanes."""
+    schedule, options = make_schedule(manifest, "ddim", 17), Options(k=k)
+    seconds = call_seconds(dict(zip((1, 2, 4, 9), np.cumsum(rng.uniform(0.1, 1, 4)).tolist(), strict=True)))
+    alone = measures(mode, options)
+
+    def played(lanes: int) -> float:
+        backend = NullBackend(lanes, CallCosts(lambda branches: seconds(branches * (1 if alone else images))))
+        rehearse(mode, options, schedule, guidance, backend)
+        return backend.seconds * (images if alone else 1)
+
+    table = seconds_by_lanes(mode, options, schedule, guidance, 6, seconds, images)
+    assert table == pytest.approx([played(lanes) for lanes in range(1, 7)])
+    assert table is seconds_by_lanes(mode, options, schedule, guidance, 6, seconds, images), "made once"
+
+
 def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
     schedule = make_schedule(manifest, "ddim", 50)
     drifts = (drift("conservative", 4, 0.004), drift("aggressive", 2, 0.006), drift("aggressive", 4, 0.02))
@@ -61,6 +98,25 @@ def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
     assert chosen(0.0) == chosen(0.003) == ("sequential", 1)
     assert chosen(0.005) == ("conservative", 4)
     assert chosen(0.01) == chosen(1.0) == ("aggressive", 2), "as fast as k = 4 here, and closer"
+
+
+def test_without_a_tolerance_no_image_may_look_different(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, "ddim", 50)
+    drifts = (drift("conservative", 4, 0.004, 55.0), drift("aggressive", 2, 0.001, 49.9))
+    known = Calibration(calls={"four": LINEAR}, drifts=drifts)
+    choice, warnings = choose(known, "four", 4, schedule, SETTING, None)
+    assert (choice.candidate.mode, choice.candidate.k, choice.psnr_min) == ("conservative", 4, 55.0) and not warnings
+    assert "50 dB in every image" in choice.reason
+    choice, warnings = choose(Calibration(), "four", 4, schedule, SETTING, None)
+    assert choice.candidate == EXACT and not warnings and "never measured" in choice.reason
+
+
+def test_psnr_is_that_of_skimage(rng: np.random.Generator) -> None:
+    a, b = rng.integers(0, 256, (2, 5, 9, 7, 3)).astype(np.float32)
+    b[4] = a[4]
+    theirs: Any = peak_signal_noise_ratio  # it has no types
+    expected = [theirs(x, y, data_range=255) for x, y in zip(a[:4], b[:4], strict=True)]
+    np.testing.assert_allclose(psnr(a.reshape(5, -1), b.reshape(5, -1)), [*expected, 99.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +147,10 @@ def test_calibration_is_measured_once_and_used(
         assert all(seconds > 0 for seconds in stored.calls[pipeline.calibration_key].values())
         assert all(found.setting.steps == 6 and found.median <= found.p90 for found in stored.drifts)
         exact = pipeline.generate("a red star", num_inference_steps=6).report
+        assert exact.auto is not None and exact.auto["reason"].startswith("the fastest that kept to a PSNR of 50 dB")
+        assert all(found.psnr_min < 50 for found in stored.drifts), "six steps are few"
+        zero = pipeline.generate("a red star", num_inference_steps=6, tolerance=0).report
+        assert zero.auto is not None and (zero.mode, zero.auto["reason"]) == ("sequential", "tolerance 0")
         loose = pipeline.generate("a red star", num_inference_steps=6, tolerance=1e9).report
         assert (exact.mode, exact.warnings) == ("sequential", ())
         assert loose.auto is not None and loose.auto["seconds"] > 0 and loose.mode == loose.auto["candidate"]["mode"]

@@ -1,10 +1,10 @@
-"""Several images at once: the rule that shares lanes, who waits for whom, and the same images whatever happens."""
+"""Several requests at once: who waits for whom, which lanes they have, and the same images whatever happens."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 from engines.base import Array
 from engines.host import FunctionLane, HostBackend
-from runtime.lane_policy import TOGETHER, at_once, divide
 from runtime.lanes import Lanes
 from runtime.pipeline import Pipeline
 from runtime.sampling.execute import denoise
@@ -21,65 +20,7 @@ from runtime.sampling.operations import Options
 from tests.engines.cuda.test_backend import model, schedule
 
 PROMPT = "a large red star at the left on blue background"
-
-
-def perfect(lanes: int) -> float:
-    return 1 / lanes
-
-
-def usual(lanes: int) -> float:
-    return 0.2 + 0.8 / lanes
-
-
-def greedy(lanes: int) -> float:
-    """Faster than in proportion."""
-    return float(1 / lanes**1.5)
-
-
-# --- the rule --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize("seconds", [perfect, usual, greedy])
-def test_a_lone_image_is_alone_and_nobody_shares_less_than_a_lane(seconds: Callable[[int], float], lanes: int) -> None:
-    assert at_once([], lanes) == 0
-    assert at_once([seconds], lanes) == 1
-    for waiting in (2, 3, 5, 40):
-        assert 1 <= at_once([seconds] * waiting, lanes) <= min(lanes, waiting)
-
-
-def test_images_share_where_lanes_help_less_than_in_proportion() -> None:
-    assert [at_once([usual] * n, 4) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
-    assert at_once([perfect] * 4, 4) == 4, "lanes of one image wait for each other"
-    assert at_once([greedy] * 4, 4) == 1
-    steps = {1: 1.0, 2: 0.4, 3: 0.4, 4: 0.4}  # two lanes are all that it can use
-    assert at_once([steps.__getitem__] * 4, 4) == 2
-
-
-def test_the_rule_leaves_the_machine_free_soonest(rng: np.random.Generator) -> None:
-    for _ in range(50):
-        lanes, count = int(rng.integers(2, 9)), int(rng.integers(2, 7))
-        tables = [np.sort(rng.uniform(0.1, 1, lanes))[::-1] for _ in range(count)]
-        images = [lambda n, table=table: float(table[n - 1]) for table in tables]
-
-        def busy(number: int, lanes: int = lanes, tables: list[Any] = tables) -> float:
-            shares = [lanes // number + (seat < lanes % number) for seat in range(number)]
-            slower = [TOGETHER if share > 1 else 1.0 for share in shares]
-            rates = [sum(1 / (t[n - 1] * slow) for n, slow in zip(shares, slower, strict=True)) for t in tables]
-            return float(sum(1 / rate for rate in rates))
-
-        best = min(busy(number) for number in range(1, min(lanes, count) + 1))
-        assert busy(at_once(images, lanes)) == pytest.approx(best)
-
-
-def test_lanes_are_divided_without_rest() -> None:
-    assert divide(4, [2]) == {2: (2, 0, 1, 3)}
-    assert divide(4, [0, 1]) == {0: (0, 2), 1: (1, 3)}
-    for desks in ([0], [3, 1], [2, 0, 1], [0, 1, 2, 3, 4]):
-        shares = divide(5, desks)
-        assert sorted(lane for share in shares.values() for lane in share) == list(range(5))
-        assert all(desk in share for desk, share in shares.items())
-        assert max(map(len, shares.values())) - min(map(len, shares.values())) <= 1
+USUAL = tuple(0.2 + 0.8 / lanes for lanes in range(1, 9))  # seconds by number of lanes
 
 
 # --- who waits for whom ----------------------------------------------------------------------------------------------
@@ -103,7 +44,7 @@ class OneAtATime:
 
 def opened(models: list[OneAtATime]) -> Lanes:
     first = HostBackend([FunctionLane(one) for one in models])
-    return Lanes(len(models), lambda desk: first.sibling() if desk else first)
+    return Lanes(len(models), lambda lane: first.sibling() if lane else first)
 
 
 def image(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, **more: Any) -> tuple[Array, Any]:
@@ -111,8 +52,11 @@ def image(lanes: Lanes, seed: int, mode: str = "aggressive", steps: int = 12, **
     noise = rng.standard_normal((1, 2, 3, 3), np.float32)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((1, 3, 2), np.float32)} for _ in range(2)]
     options, plan = Options(k=3), schedule(steps)
-    with lanes.seat(usual, **more) as seat:
-        return denoise(seat, noise, conditioning, plan, mode, options, 3.0, seed, lambda done: None)[0], seat
+    with lanes.lease(USUAL, **more) as lease:
+        found = denoise(
+            lease.backend, noise, conditioning, plan, mode, options, 3.0, seed, lambda done: None, play=lease.play
+        )
+        return found[0], lease
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -123,30 +67,48 @@ def test_many_images_on_any_lanes_are_what_they_are_alone(count: int, rng: np.ra
     order = rng.permutation(40) % 10
     with ThreadPoolExecutor(2 * count + 1) as pool:
         made = list(pool.map(lambda n: image(lanes, n, modes[n % 5]), order.tolist()))
-    for n, (latents, seat) in zip(order, made, strict=True):
+    for n, (latents, lease) in zip(order, made, strict=True):
         assert np.abs(latents - alone[n]).max() < 1e-4 * np.abs(alone[n]).max()
-        assert 1 <= seat.lane_rounds / seat.rounds <= count
-    assert not lanes.seated and not lanes.waiting and all(one.runs for one in models)
+        assert 1 <= lease.lane_rounds / lease.rounds <= count
+    assert not lanes.running and not lanes.waiting and all(one.runs for one in models)
 
 
 def test_a_lone_image_has_all_lanes_and_gives_half_when_another_comes() -> None:
     models = [OneAtATime(0.002), OneAtATime(0.002)]
     lanes = opened(models)
-    _, seat = image(lanes, 0)
-    assert seat.lane_rounds == 2 * seat.rounds
+    _, lease = image(lanes, 0)
+    assert lease.lane_rounds == 2 * lease.rounds
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(image, lanes, 1, "sequential", 400)
-        while not lanes.seated:
+        while not lanes.running:
             time.sleep(0.001)
         time.sleep(0.05)
         start = time.monotonic()
         _, short = image(lanes, 2, "sequential", 3)
         waited = time.monotonic() - start
         assert not long.done(), "it did not wait for the long one"
-        _, seat = long.result()
+        _, lease = long.result()
     assert short.lane_rounds == short.rounds == 3
-    assert seat.rounds < seat.lane_rounds < 2 * seat.rounds
+    assert lease.rounds < lease.lane_rounds < 2 * lease.rounds
     assert waited < 400 * 0.004
+
+
+def test_a_request_that_is_limited_to_one_lane_uses_the_one_that_it_owns() -> None:
+    """The others go to requests that may use them; `used` names the lanes of the rounds."""
+    models = [OneAtATime(0.001) for _ in range(3)]
+    lanes = opened(models)
+    with lanes.lease(USUAL) as first:
+        assert (first.own, first.held) == (0, (0, 1, 2))
+        with ThreadPoolExecutor(1) as pool:
+            limited = pool.submit(image, lanes, 5, most=1)
+            while lanes.running < 2:
+                time.sleep(0.001)
+            lanes.update(first)
+            wanted, lease = limited.result()
+        assert (lease.own, lease.used, lease.lane_rounds) == (1, {1}, lease.rounds) and not first.used
+        assert models[1].runs >= lease.rounds and not models[0].runs and not models[2].runs
+    alone, lease = image(lanes, 5)
+    assert np.abs(alone - wanted).max() < 1e-4 * np.abs(alone).max() and lease.used == {0, 1, 2}
 
 
 def test_first_come_first_served() -> None:
@@ -156,7 +118,7 @@ def test_first_come_first_served() -> None:
         image(lanes, n, steps=3)
         order.append(n)
 
-    with lanes.seat(usual):
+    with lanes.lease(USUAL):
         for n in range(6):
             threads.append(threading.Thread(target=make, args=(n,)))
             threads[-1].start()
@@ -171,7 +133,7 @@ class GoneError(Exception):
     pass
 
 
-def test_who_gives_up_in_the_line_or_between_rounds_leaves_nothing_behind() -> None:
+def test_who_gives_up_in_the_queue_or_between_rounds_leaves_nothing_behind() -> None:
     lanes = opened([OneAtATime(), OneAtATime()])
     wanted = image(lanes, 3)[0]
     rounds = iter(range(4))
@@ -185,27 +147,27 @@ def test_who_gives_up_in_the_line_or_between_rounds_leaves_nothing_behind() -> N
 
     with pytest.raises(GoneError):
         image(lanes, 1, before_round=leaves)
-    with lanes.seat(usual), pytest.raises(GoneError):  # seated, but its lane is lent
+    with lanes.lease(USUAL), pytest.raises(GoneError):  # admitted, but its lane is lent
         image(lanes, 1, before_round=gone)
     single = opened([OneAtATime()])
-    with single.seat(usual), pytest.raises(GoneError):
+    with single.lease(USUAL), pytest.raises(GoneError):
         image(single, 1, before_round=gone)
     assert not single.waiting
-    assert (lanes.seated, lanes.waiting) == (0, 0)
-    again, seat = image(lanes, 3)
-    assert np.array_equal(again, wanted) and seat.lane_rounds == 2 * seat.rounds
+    assert (lanes.running, lanes.waiting) == (0, 0)
+    again, lease = image(lanes, 3)
+    assert np.array_equal(again, wanted) and lease.lane_rounds == 2 * lease.rounds
 
 
-def test_nobody_sits_down_while_someone_wants_to_be_alone() -> None:
+def test_nobody_is_admitted_while_someone_wants_to_be_alone() -> None:
     lanes = opened([OneAtATime(0.001), OneAtATime(0.001)])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(image, lanes, 1, steps=60)
-        while not lanes.seated:
+        while not lanes.running:
             time.sleep(0.001)
         with lanes.alone(wait=False) as free:
             assert not free
         with lanes.alone(wait=True):
-            assert first.done() or not lanes.seated
+            assert first.done() or not lanes.running
             later = pool.submit(image, lanes, 2)
             time.sleep(0.1)
             assert not later.done() and lanes.waiting == 1
@@ -215,7 +177,7 @@ def test_nobody_sits_down_while_someone_wants_to_be_alone() -> None:
 def test_a_round_that_does_not_end_is_seen() -> None:
     lanes, held = opened([OneAtATime(), OneAtATime()]), threading.Event()
     hangs = HostBackend([FunctionLane(lambda *_: held.wait(20)), FunctionLane(model)])  # type: ignore[arg-type]
-    lanes.replace(2, lambda desk: hangs)
+    lanes.replace(2, lambda lane: hangs)
     with ThreadPoolExecutor(1) as pool:
         stuck = pool.submit(image, lanes, 1)
         time.sleep(0.15)

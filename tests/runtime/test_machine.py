@@ -17,7 +17,7 @@ from engines.manifest import DENOISER
 from engines.store import Bundle
 from runtime.machine import Machine, probe_inputs
 from runtime.pipeline import Pipeline
-from tests.runtime.test_lanes import usual
+from tests.runtime.test_lanes import USUAL
 
 PROMPT = "a large red star at the left on blue background"
 
@@ -64,7 +64,7 @@ def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: py
     alone = [pipeline.generate(PROMPT, seed=seed, **options) for seed in range(5)]
     with ThreadPoolExecutor(5) as pool:
         made = [pool.submit(pipeline.generate, PROMPT, seed=seed, **options) for seed in range(5)]
-        while pipeline.lanes.seated < 2:
+        while pipeline.lanes.running < 2:
             time.sleep(0.001)
 
         session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ def refuse() -> None:
 def test_a_probe_finds_a_dead_lane_before_an_image_does(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*2")
     assert pipeline.probe() and pipeline.probe()
-    with pipeline.lanes.seat(usual):
+    with pipeline.lanes.lease(USUAL):
         assert not pipeline.probe(), "it does not wait for images"
 
     def broken() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engines.base import Array, Call
+from engines.base import Array, LaneCall
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.store import Bundle
@@ -133,6 +135,19 @@ def test_fewer_lanes_change_nothing_but_rounding(mode: str, pipeline: Pipeline) 
     assert one.report.timeline and {span.lane for span in one.report.timeline} == {None, 0}
 
 
+def test_the_report_names_the_lanes_that_were_used(pipeline: Pipeline) -> None:
+    """One lane of two is the second where another request owns the first."""
+    with pipeline.lanes.lease((1.0, 1.0)) as other, ThreadPoolExecutor(1) as pool:
+        limited = pool.submit(draw, pipeline, lanes=1, timeline=True)
+        while not limited.done():
+            pipeline.lanes.update(other)
+            time.sleep(0.002)
+    report = limited.result().report
+    assert (report.lanes, report.devices, report.lanes_per_round) == (1, "cpu/1", 1)
+    assert report.timeline is not None and {span.lane for span in report.timeline if span.kind == "call"} == {1}
+    assert draw(pipeline, lanes=1).report.devices == "cpu/0"
+
+
 @pytest.mark.parametrize("lanes", [0, 3, True, 1.0])
 def test_lanes_that_are_not_there(lanes: Any, pipeline: Pipeline) -> None:
     with pytest.raises(ParameterError, match="lanes must be a whole number from 1 to 2"):
@@ -201,7 +216,7 @@ def test_a_callback_that_raises_cancels_and_the_next_image_is_untouched(pipeline
 def test_nan_is_an_error_and_never_a_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = pipeline.backend.predict
 
-    def poisoned(calls: Sequence[Call]) -> None:
+    def poisoned(calls: Sequence[LaneCall]) -> None:
         predict(calls)
         output = calls[1][0].output
         pipeline.backend.write(output, pipeline.backend.read(output) * np.float32(np.nan))
@@ -288,8 +303,8 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
         ({"guidance_scale": float("inf")}, "guidance_scale", "finite"),
         ({"guidance_scale": "4"}, "guidance_scale", "finite"),
-        ({"seed": -1}, "seed", "from 0 to 18446744073709551615"),
-        ({"seed": 2**64}, "seed", "from 0"),
+        ({"seed": -2}, "seed", "from -1 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed", "from -1"),
         ({"seed": True}, "seed", "whole number"),
         ({"scheduler": "heun"}, "scheduler", "name one of ddim, ddpm"),
         ({"width": 63}, "width", "32 to 128 pixels in steps of 16"),

@@ -51,7 +51,7 @@ def play(schedule: Schedule, mode: str, k: int, lanes: int, noise: Array, guidan
     try:
         backend.bind(noise.shape, schedule.timesteps, [{"c": np.array([c], np.float32)} for c in (0.0, 0.5)])
         backend.write(STATE, noise)
-        execute(program(mode, schedule, Options(k), lanes, guidance), backend, lambda finished: None)
+        execute(program(mode, schedule, Options(k), guidance), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
@@ -144,7 +144,7 @@ def test_counts_equal_the_closed_forms(mode: str, steps: int, manifest: Manifest
             backend.bind(SHAPE, schedule.timesteps, ())
             backend.write(STATE, np.zeros(SHAPE, np.float32))
             finished: list[int] = []
-            counts = execute(program(mode, schedule, Options(k), lanes, GUIDANCE), backend, finished.append)
+            counts = execute(program(mode, schedule, Options(k), GUIDANCE), backend, finished.append)
             assert (counts.rounds, counts.evaluations) == (rounds(k), steps)
             assert backend.rounds == counts.rounds and backend.branches == 2 * steps and backend.calls == counts.calls
             assert finished == sorted(set(finished)) and finished[-1] == steps
@@ -162,10 +162,12 @@ def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> 
 @pytest.mark.parametrize("count", range(1, 20))
 def test_placement_is_even_complete_and_ordered(count: int, lanes: int) -> None:
     branches = [Branch("x", n, f"noise {n}", n % 2) for n in range(count)]
-    calls = place(branches, lanes)
-    assert [branch for call in calls for branch in call] == branches
-    sizes = [len(call) for call in calls]
-    assert len(calls) == lanes and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    for held in (range(lanes), range(0, lanes, 2), range(lanes - 1, lanes)):
+        calls = place(branches, held, lanes)
+        assert [branch for call in calls for branch in call] == branches
+        sizes = [len(calls[lane]) for lane in held]
+        assert len(calls) == lanes and sum(sizes) == count, "nothing runs on lanes that are not held"
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 28, 50, 333, 999])
@@ -238,7 +240,7 @@ def test_a_plan_that_reads_an_unwritten_slot_is_caught(manifest: Manifest) -> No
     backend = NullBackend(2)
     backend.bind(SHAPE, schedule.timesteps, ())
     with pytest.raises(AssertionError, match="'x' is read but was never written"):
-        execute(program("sequential", schedule, Options(), 2, GUIDANCE), backend, lambda finished: None)
+        execute(program("sequential", schedule, Options(), GUIDANCE), backend, lambda finished: None)
 
 
 def test_two_halves_in_one_slot_are_caught() -> None:
@@ -267,7 +269,7 @@ def play_any(schedule: Schedule, mode: str, options: Options, noise: Array, lane
         backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
         for step in schedule.stochastic_steps:
             backend.write(fresh(step), np.random.default_rng(step).standard_normal(noise.shape, np.float32))
-        counts = execute(program(mode, schedule, options, lanes, GUIDANCE), backend, lambda finished: None)
+        counts = execute(program(mode, schedule, options, GUIDANCE), backend, lambda finished: None)
         return backend.read(STATE), counts
     finally:
         backend.close()

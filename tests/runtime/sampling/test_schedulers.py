@@ -19,7 +19,8 @@ from runtime.sampling.execute import execute
 from runtime.sampling.operations import STATE, Options, fresh
 from runtime.sampling.program import program
 from runtime.sampling.schedule import Schedule
-from runtime.sampling.schedulers import RULES, schedule_from_config
+from runtime.sampling.schedulers import RULES, UNKNOWN, schedule_from_config, substitute
+from runtime.sampling.spacing import CURVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 SHAPE = (1, 4, 6, 5)
@@ -28,6 +29,8 @@ UNCLIPPED = {**STABLE, "clip_sample": False}
 SPACINGS = ("leading", "trailing", "linspace")
 TYPES = ("epsilon", "v_prediction", "sample")
 STEPS = (1, 2, 7, 20, 28, 50)
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+CURVED = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
 
 def model(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -47,7 +50,7 @@ def play(schedule: Schedule, noise: Array, z: dict[int, Array], mode: str = "seq
         backend.write(STATE, noise * np.float32(schedule.init_noise_sigma))
         for i in schedule.stochastic_steps:
             backend.write(fresh(i), z[i])
-        execute(program(mode, schedule, Options(**options), 1, 1.0), backend, lambda finished: None)
+        execute(program(mode, schedule, Options(**options), 1.0), backend, lambda finished: None)
         return backend.read(STATE)
     finally:
         backend.close()
@@ -62,9 +65,31 @@ def diffusers_loop(
     def draw(*_: Any, **__: Any) -> torch.Tensor:
         return torch.from_numpy(next(noises))
 
-    for module in ("ddim", "ddpm", "euler_ancestral_discrete", "lcm", "flow_match_euler_discrete"):
+    for module in (
+        "ddim",
+        "ddpm",
+        "euler_ancestral_discrete",
+        "lcm",
+        "flow_match_euler_discrete",
+        "dpmsolver_multistep",
+    ):
         monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", draw)
     x = torch.from_numpy(noise) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else two steps at one timestep make it begin with the second
+    if scheduler.config.get("rescale_betas_zero_snr"):  # σ = 4096: its own rounding to float32 is too coarse to compare
+        monkeypatch.setattr(
+            torch.Tensor,
+            "to",
+            lambda self, *rest, to=torch.Tensor.to, **more: (
+                self
+                if self.dtype is torch.float64 and torch.float32 in (*rest, *more.values())
+                else to(self, *rest, **more)
+            ),
+        )
+        x = x.double()
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = scheduler.sigmas.double()
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(model(seen, float(t)), t, x, return_dict=False, **step)[0]
@@ -87,6 +112,10 @@ def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
             found.append(("EulerDiscreteScheduler", STABLE | common, {}))
             found.append(("EulerDiscreteScheduler", STABLE | common | {"use_karras_sigmas": True}, {}))
             found.append(("EulerDiscreteScheduler", STABLE | common | {"final_sigmas_type": "sigma_min"}, {}))
+            for curve in ("use_exponential_sigmas", "use_beta_sigmas"):
+                found.append(("EulerDiscreteScheduler", STABLE | common | {curve: True}, {}))
+                bounds = {"sigma_min": 0.05, "sigma_max": 10.0}
+                found.append(("EulerDiscreteScheduler", STABLE | common | bounds | {curve: True}, {}))
             if kind != "sample":  # diffusers has not written that one
                 found.append(("EulerAncestralDiscreteScheduler", STABLE | common | {"steps_offset": 1}, {}))
             own: dict[str, Any]
@@ -94,12 +123,28 @@ def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
                 {}, {"use_karras_sigmas": True}, {"solver_type": "heun"}, {"final_sigmas_type": "sigma_min"},
                 {"final_sigmas_type": "sigma_min", "euler_at_final": True}, {"solver_order": 1},
                 {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, {"steps_offset": 1},
+                {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, SDE, SDE | {"solver_type": "heun"},
+                SDE | {"solver_order": 1}, SDE | {"use_karras_sigmas": True}, SDE | {"final_sigmas_type": "sigma_min"},
             ):  # fmt: skip
                 found.append(("DPMSolverMultistepScheduler", STABLE | common | own, {}))
+    for spacing in SPACINGS:  # no signal at the last training timestep, which trailing spacing begins with
+        for kind in ("v_prediction", "sample"):
+            zero: dict[str, Any] = {
+                "timestep_spacing": spacing, "prediction_type": kind, "rescale_betas_zero_snr": True,
+            }  # fmt: skip
+            found += [(name, UNCLIPPED | zero, {}) for name in ("DDIMScheduler", "DDPMScheduler")]
+            for own in ({}, {"use_karras_sigmas": True}):
+                found += [(name, STABLE | zero | own, {}) for name in CURVED]
+            if kind != "sample":
+                found.append(("EulerAncestralDiscreteScheduler", STABLE | zero, {}))
+    for own in ({}, {"flow_shift": 3.0}, {"flow_shift": 3.0, "solver_order": 1}, {"flow_shift": 5.0} | SDE):
+        flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        found.append(("DPMSolverMultistepScheduler", flow | own, {}))
     found += [("LCMScheduler", {"prediction_type": kind}, {}) for kind in TYPES]
     for own in (
         {}, {"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"},
-        {"shift": 3.0, "shift_terminal": 0.1}, {"stochastic_sampling": True},
+        {"shift": 3.0, "shift_terminal": 0.1}, {"stochastic_sampling": True}, {"shift": 3.0, "use_karras_sigmas": True},
+        {"shift": 3.0, "use_exponential_sigmas": True}, {"shift": 3.0, "use_beta_sigmas": True},
     ):  # fmt: skip
         found.append(("FlowMatchEulerDiscreteScheduler", own, {}))
     return found
@@ -126,6 +171,86 @@ def test_sequential_equals_diffusers(
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), (steps, schedule.name)
 
 
+@pytest.mark.parametrize(
+    ("own", "fields"),
+    [
+        ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "use_karras_sigmas": True, "timestep_spacing": "trailing"}),
+        ("DEISMultistepScheduler", {"solver_type": "logrho"}),
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}),
+    ],
+)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_substitute_equals_diffusers_from_config(
+    own: str, fields: dict[str, Any], steps: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the model's own class calls its solver by a word of its own."""
+    saved = getattr(diffusers, own)(**STABLE, **fields)
+    name = substitute({**saved.config, "_class_name": own})
+    assert name == "dpm++2m"
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config(saved.config)
+    theirs.set_timesteps(steps)
+    alphas = theirs.alphas_cumprod.tolist()
+    schedule = schedule_from_config({**saved.config, "_class_name": own}, alphas, steps, scheduler=name)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    expected = diffusers_loop(theirs, noise, {}, monkeypatch)
+    assert np.abs(play(schedule, noise, {}) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+DRAFTED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+      for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")),
+    *((name, {curve: True}) for name in CURVED for curve in ("use_exponential_sigmas", "use_beta_sigmas")),
+    *(("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, curve: True}) for curve in CURVES),
+    ("DPMSolverMultistepScheduler", SDE),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fields"), DRAFTED)
+@pytest.mark.parametrize("steps", STEPS)
+def test_drafted_and_verified_equals_sequential(
+    name: str, fields: dict[str, Any], steps: int, rng: np.random.Generator
+) -> None:
+    """What `adaptive` accepts at tolerance 0 is the sequential result, and every mode's drafts are finite."""
+    own = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**fields, **own)
+    alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
+    schedule = schedule_from_config({**scheduler.config, "_class_name": name}, alphas, steps)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
+    expected = play(schedule, noise, z)
+    verified = play(schedule, noise, z, "adaptive", k=3, tolerance=0.0)
+    assert np.abs(verified - expected).max() <= 1e-5 * np.abs(expected).max()
+    for mode in ("conservative", "aggressive"):
+        for drafts in ("frozen", "extrapolated", "corrected"):
+            assert np.isfinite(play(schedule, noise, z, mode, k=3, drafts=drafts)).all(), (mode, drafts)
+
+
+def test_nothing_but_the_table_is_put_in_the_place_of_a_scheduler() -> None:
+    import inspect
+
+    kinds = [
+        name for name, _ in inspect.getmembers(diffusers.schedulers, inspect.isclass) if name.endswith("Scheduler")
+    ]
+    known = {rule.class_name for rule in RULES.values()}
+    listed = {kind for names in UNKNOWN for kind in names.split()}
+    assert not known & listed and {name for name in listed if name.endswith("Scheduler")} <= {
+        *kinds,
+        "KarrasVeScheduler",
+    }
+    for kind in kinds:
+        name = substitute({"_class_name": kind})
+        if kind not in listed:
+            assert name is None
+        elif name is None:
+            with pytest.raises(ParameterError, match=f"{kind} cannot be drafted: "):
+                schedule_from_config({"_class_name": kind}, ALPHAS, 5)
+        else:
+            assert name in RULES and all(one.fits for names, one in UNKNOWN.items() if kind in names.split())
+
+
 def config(name: str = "DDIMScheduler", **fields: Any) -> dict[str, Any]:
     return {"_class_name": name, "clip_sample": False, **fields}
 
@@ -140,14 +265,20 @@ ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
         ((config("MagicScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'MagicScheduler'; name one of ddim"),
         ((config(clip_sample=True), ALPHAS, 5), "scheduler", "says clip_sample=True; ddim can do False"),
         (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "leaves the default clip_sample=True"),
-        ((config(rescale_betas_zero_snr=True), ALPHAS, 5), "scheduler", "rescale_betas_zero_snr=True"),
+        ((config(rescale_betas_zero_snr=True), ALPHAS, 5), "scheduler", "rescale_betas_zero_snr with pred"),
         ((config(timestep_spacing="even"), ALPHAS, 5), "scheduler", "timestep_spacing='even'"),
         ((config(new=1), ALPHAS, 5), "scheduler", "does not know the field new"),
-        ((config("EulerDiscreteScheduler", use_beta_sigmas=True), ALPHAS, 5), "scheduler", "use_beta_sigmas=True"),
+        (
+            (config("EulerDiscreteScheduler", use_beta_sigmas=True, use_karras_sigmas=True), ALPHAS, 5),
+            "scheduler", "more than one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas",
+        ),
+        ((config("EDMDPMSolverMultistepScheduler"), (), 5), "scheduler", "EDM preconditioning"),
+        ((config("SCMScheduler"), (), 5), "scheduler", "TrigFlow"),
+        ((config("DPMSolverMultistepScheduler", use_flow_sigmas=True), ALPHAS, 5), "scheduler", "'flow_prediction'"),
         ((config("DPMSolverMultistepScheduler", solver_order=3), ALPHAS, 5), "scheduler", "solver_order=3"),
         (
-            (config("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"), ALPHAS, 5),
-            "scheduler", "algorithm_type='sde-dpmsolver\\+\\+'",
+            (config("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver"), ALPHAS, 5),
+            "scheduler", "algorithm_type='sde-dpmsolver'; dpm",
         ),
         ((config("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True), (), 5), "scheduler", "latent tokens"),
         ((config(), (), 5), "scheduler", "trained by flow matching"),

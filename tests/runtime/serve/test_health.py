@@ -31,7 +31,7 @@ def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_images(pipe
         assert all(after[n] > before[n] for n in before if n.startswith("driffusion_lane_busy_seconds_total"))
         with ThreadPoolExecutor(8) as pool:
             made = [pool.submit(ask, client, num_inference_steps=60, seed=n) for n in range(8)]
-            while not pipeline.lanes.seated:
+            while not pipeline.lanes.running:
                 time.sleep(0.001)
             asked = 0
             while not all(one.done() for one in made):
@@ -98,7 +98,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
 def test_a_lane_that_is_lost_after_another_was_given_up_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.serve.health.RETRIES", (0.0,))
     tried: list[tuple[str, ...]] = []
-    lanes = SimpleNamespace(seated=1, overdue=lambda seconds: ())
+    lanes = SimpleNamespace(running=1, overdue=lambda seconds: ())
     pipeline = SimpleNamespace(lost=("a",), lanes=lanes, devices=())
 
     def revive() -> bool:

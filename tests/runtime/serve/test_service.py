@@ -232,11 +232,11 @@ def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> No
     with serving(pipeline) as client:
         wanted = [files(ask(client, seed=14, lanes=lanes)) for lanes in (1, 2)]
         with posted(client, LONG), posted(client, LONG):
-            until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            until(lambda: pipeline.lanes.running + pipeline.lanes.waiting == 2)
             with posted(client, LONG), posted(client, LONG):
-                until(lambda: pipeline.lanes.seated + pipeline.lanes.waiting == 4)
+                until(lambda: pipeline.lanes.running + pipeline.lanes.waiting == 4)
                 assert pipeline.lanes.waiting >= 2
-            until(lambda: depth(client) == pipeline.lanes.seated + pipeline.lanes.waiting == 2)
+            until(lambda: depth(client) == pipeline.lanes.running + pipeline.lanes.waiting == 2)
         assert files(ask(client, seed=14, lanes=1)) == wanted[0]
         until(lambda: depth(client) == 0)
         assert files(ask(client, seed=14)) == wanted[1]
