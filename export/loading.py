@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,21 +248,14 @@ def module(source: Source, component: str, precision: str | None) -> torch.nn.Mo
 
 def _complete(what: str, loaded: torch.nn.Module, found: Mapping[str, Any], files: Sequence[Path]) -> None:
     """ExportError unless every weight came from the files. Tied weights, which come from others, are not in `found`."""
+    expected = {key: tuple(tensor.shape) for key, tensor in loaded.state_dict().items()}
+    there = {key: shape for key, shape in expected.items() if key not in found["missing_keys"]}
+    there |= dict.fromkeys(found["unexpected_keys"], ())
+    there |= {key: tuple(shape) for key, shape, _ in found["mismatched_keys"]}
     name = files[0].name if len(files) == 1 else f"{len(files)} files"
-    buffers = {key for key, _ in loaded.named_buffers()}
-
-    def refuse(keys: Iterable[str], says: str) -> None:
-        several = sorted(keys)
-        if several:
-            tensors = "1 tensor is" if len(several) == 1 else f"{len(several)} tensors are"
-            raise ExportError(f"{what}: {tensors} {says.format(name)}, first {several[0]}")
-
-    refuse(set(found["missing_keys"]) - buffers, "missing in {}")
-    for key, there, wanted in sorted(found["mismatched_keys"]):
-        shapes = ["×".join(map(str, shape)) for shape in (there, wanted)]
-        raise ExportError(f"{what}: {key} is {shapes[0]} in {name} and {shapes[1]} by config.json")
-    refuse(set(found["unexpected_keys"]) - buffers, "in {} that config.json has no layer for")
-    refuse(found.get("error_msgs", ()), "not as they should be in {}")
+    single_file.complete(what, name, expected, there, {key for key, _ in loaded.named_buffers()})
+    if found.get("error_msgs"):
+        raise ExportError(f"{what}: {first_line(ValueError(*found['error_msgs'][:1]))}")
 
 
 def configs(source: Source) -> Components:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers.loaders
 import torch
 from diffusers import pipelines
 from diffusers.loaders.single_file import load_single_file_sub_model
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     infer_diffusers_model_type,
@@ -22,18 +24,6 @@ from export.lora import tensor_names
 
 SUFFIXES = (".safetensors", ".ckpt")
 _CONFIGS = ("*.json", "*.txt", "*.model")
-
-
-class _Warnings(logging.Handler):
-    """Keeps what diffusers warns of: the only sign of weights that belong to no layer."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Called by `logging`."""
-        self.found.append(record.getMessage())
 
 
 def read(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -86,37 +76,57 @@ def refuse_layout(checkpoint: Path, layout: str) -> None:
 def component(checkpoint: Path, folder: Path, name: str, kind: Any, dtype: torch.dtype | None) -> torch.nn.Module:
     """One component with the checkpoint's weights, or the folder's where the checkpoint has none of it.
 
-    ExportError for weights that are missing, or that belong to no layer.
+    ExportError for weights that are missing, of another shape, or that belong to no layer.
     """
-    library, heard, log = kind.__module__.split(".")[0], _Warnings(), logging.getLogger("diffusers")
-    level = log.level
-    log.addHandler(heard)
-    log.setLevel(logging.WARNING)
-    others = [handler for handler in log.handlers if handler is not heard]
-    for handler in others:
-        log.removeHandler(handler)
-    try:
-        with reading(f"{checkpoint} cannot be loaded: {name}"):
-            module: torch.nn.Module = load_single_file_sub_model(
-                library_name=library, class_name=kind.__name__, name=name, checkpoint=read(checkpoint),
-                pipelines=pipelines, is_pipeline_module=False, cached_model_config_path=str(folder),
-                local_files_only=True, torch_dtype=dtype or torch.float32,
-            )  # fmt: skip
-    finally:
-        log.removeHandler(heard)
-        log.setLevel(level)
-        for handler in others:
-            log.addHandler(handler)
-    missing = sorted(key for key, tensor in module.state_dict().items() if tensor.is_meta)
-    if missing:
-        raise ExportError(
-            f"{checkpoint} cannot be loaded: {name}: {len(missing)} tensors are missing in {checkpoint.name}, first "
-            f"{missing[0]}"
-        )
-    unused = [line for line in heard.found if "were not used" in line]
-    if unused:
-        raise ExportError(f"{checkpoint} cannot be loaded: {name}: {' '.join(unused[0].split())[:300]}")
+    what = f"{checkpoint} cannot be loaded: {name}"
+    if issubclass(kind, diffusers.loaders.FromOriginalModelMixin):
+        with reading(what):
+            expected, found = _shapes(checkpoint, folder, name, kind)
+        complete(what, checkpoint.name, expected, found)
+    with reading(what):
+        module: torch.nn.Module = load_single_file_sub_model(
+            library_name=kind.__module__.split(".")[0], class_name=kind.__name__, name=name,
+            checkpoint=read(checkpoint), pipelines=pipelines, is_pipeline_module=False,
+            cached_model_config_path=str(folder), local_files_only=True, torch_dtype=dtype or torch.float32,
+        )  # fmt: skip
+    tensors = module.state_dict()
+    given = {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}
+    complete(what, checkpoint.name, _shapes_of(tensors), _shapes_of(given))
     return module
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _shapes(checkpoint: Path, folder: Path, name: str, kind: Any) -> tuple[Shapes, Shapes]:
+    """The shapes of a model of diffusers by its config, and those that the checkpoint gives under diffusers' names."""
+    config = kind.load_config(folder, subfolder=name, local_files_only=True)
+    with torch.device("meta"):
+        expected = kind.from_config(config).state_dict()
+    found = read(checkpoint)
+    if not set(expected) <= set(found):
+        found = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"](config=config, checkpoint=found)
+    return _shapes_of(expected), _shapes_of(found)
+
+
+def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def complete(what: str, file: str, expected: Shapes, found: Shapes, buffers: Iterable[str] = ()) -> None:
+    """ExportError unless a file has exactly the tensors that are expected, beside those called `buffers`."""
+
+    def refuse(keys: set[str], says: str) -> None:
+        if keys:
+            tensors = "1 tensor is" if len(keys) == 1 else f"{len(keys)} tensors are"
+            raise ExportError(f"{what}: {tensors} {says}, first {min(keys)}")
+
+    refuse(set(expected) - set(found) - set(buffers), f"missing in {file}")
+    for key in sorted(set(expected) & set(found)):
+        if expected[key] != found[key]:
+            shapes = ["×".join(map(str, shape)) for shape in (found[key], expected[key])]
+            raise ExportError(f"{what}: {key} is {shapes[0]} in {file} and {shapes[1]} by config.json")
+    refuse(set(found) - set(expected) - set(buffers), f"in {file} that config.json has no layer for")
 
 
 def check_prediction(checkpoint: Path, scheduler: Any, folder: Path) -> None:

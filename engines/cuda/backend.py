@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Array, Call, Measurements, Rows
+from engines.base import Array, LaneCall, Measurements, Rows
 from engines.cuda.cache import RoundCache
 from engines.cuda.driver import LANE_TIMEOUT, SPIN_SECONDS, Device, Driver, abandon
 from engines.cuda.kernels import DISTANCE_BLOCK, DISTANCE_GRID, MAX_OUTPUTS, PARTIALS, Kernels
@@ -142,7 +142,7 @@ class CudaBackend:
             raise NonFiniteError("a latent became NaN or infinite on the GPU: no image can be made of it")
         return value
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """See Backend.predict. Returns before the calls have run."""
         self._flush(calls)
 
@@ -180,7 +180,7 @@ class CudaBackend:
             found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
         return found
 
-    def _timed(self, calls: Sequence[Call]) -> float:
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
         """From an idle device to an idle device, with what a round costs beside its calls."""
         self._flush(())
         self._settle()
@@ -242,7 +242,7 @@ class CudaBackend:
         self._ids += (id(sources), id(table), id(targets))
         self._pending_floats += size
 
-    def _flush(self, calls: Sequence[Call]) -> None:
+    def _flush(self, calls: Sequence[LaneCall]) -> None:
         """Plays what is pending and then the calls."""
         pending = self._pending
         if not pending and not calls:
@@ -254,7 +254,7 @@ class CudaBackend:
         else:
             self._play_anew(pending, calls)
 
-    def _play_anew(self, pending: list[tuple[Sequence[str], Array, Sequence[str]]], calls: Sequence[Call]) -> None:
+    def _play_anew(self, pending: list[tuple[Sequence[str], Array, Sequence[str]]], calls: Sequence[LaneCall]) -> None:
         """A round that nobody has asked for in these words: finds or compiles it, and remembers the words."""
         self._driver("cuCtxSetCurrent", self._home.context)  # another network may have run on this thread
         shape = self._shape

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from engines.base import Backend, Branch, Call
+from engines.base import Backend, Branch, LaneCall
 
-Play = Callable[[Sequence[Branch]], Sequence[Call]]  # runs the branches of a round; returns the calls by lane
+Play = Callable[[Sequence[Branch]], Sequence[LaneCall]]  # runs the branches of a round; returns the calls by lane
 
 
 @lru_cache(maxsize=4096)
-def place(branches: tuple[Branch, ...], held: Sequence[int], lanes: int) -> tuple[Call, ...]:
+def place(branches: tuple[Branch, ...], held: Sequence[int], lanes: int) -> tuple[LaneCall, ...]:
     """Deals a round's branches evenly over the lanes held, of so many, in order: one call per lane, empty on others.
 
     With enough lanes each branch has one of its own, a lone guided evaluation uses two, and one lane gets one batch.
     The same round gives the same object, by which a backend knows it again.
     """
-    calls: list[Call] = [()] * lanes
+    calls: list[LaneCall] = [()] * lanes
     share, extra = divmod(len(branches), len(held))
     start = 0
     for lane in held:
@@ -34,7 +34,7 @@ def on_all_lanes(backend: Backend) -> Play:
     predict, lanes = backend.predict, backend.lanes
     held = range(lanes)
 
-    def play(branches: Sequence[Branch]) -> Sequence[Call]:
+    def play(branches: Sequence[Branch]) -> Sequence[LaneCall]:
         calls = place(tuple(branches), held, lanes)
         predict(calls)
         return calls

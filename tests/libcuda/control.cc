@@ -100,7 +100,7 @@ CONTROL int imaginary_fail(const char *name, int nth, int status, int sticky, in
     return 1;
 }
 
-// Waits that `ignored(stream, event)` picks are forgotten.
+// Waits that `ignored(stream, event)` picks are forgotten. It is asked about those that have something to wait for.
 CONTROL void imaginary_ignore_waits(int (*ignored)(uintptr_t, uintptr_t)) {
     std::lock_guard<std::mutex> guard(machine.lock);
     machine.ignored = ignored;

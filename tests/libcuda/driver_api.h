@@ -104,6 +104,8 @@ typedef enum cudaError_enum : int {
     X(cuMemHostAlloc, cuMemHostAlloc, (void **pointer, size_t size, unsigned int flags))                             \
     X(cuMemFreeHost, cuMemFreeHost, (void *pointer))                                                                 \
     X(cuMemcpyAsync, cuMemcpyAsync, (CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream))          \
+    X(cuMemcpyPeerAsync, cuMemcpyPeerAsync,                                                                          \
+      (CUdeviceptr target, CUcontext to, CUdeviceptr source, CUcontext from, size_t size, CUstream stream))          \
     X(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2,                                                                       \
       (CUdeviceptr target, const void *source, size_t size, CUstream stream))                                        \
     X(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void *target, CUdeviceptr source, size_t size, CUstream stream))     \

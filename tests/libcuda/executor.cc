@@ -7,6 +7,7 @@ CUresult submit(Stream *stream, WorkPointer work) {
     if (stream->capture) return capture_node(stream, std::move(work));
     Operation operation;
     operation.stamp = stamp(stream, track_of(stream, 0), work->model);
+    operation.stamp.watched = watch(*work);
     operation.work = std::move(work);
     stream->queue.push_back(std::move(operation));
     return CUDA_SUCCESS;
@@ -22,8 +23,9 @@ void run_work(const Work &work, const Stamp &when) {
     const auto reachable = [&](size_t first) {
         for (size_t n = first; n < accesses.size(); ++n) {
             const Access &one = accesses[n];
-            const char *why = visible(work.context, allocation_at(one.low, one.high - one.low));
-            if (!why) continue;
+            const Allocation *allocation = allocation_at(one.low, one.high - one.low);
+            const char *why = visible(work.context, allocation);
+            if (!why || (work.through_host && allocation)) continue;
             violate("%s touches %zu bytes at %#lx: %s", work.what, static_cast<size_t>(one.high - one.low),
                     static_cast<unsigned long>(one.low), why);
             break_context(work.context, CUDA_ERROR_ILLEGAL_ADDRESS);

@@ -88,15 +88,12 @@ const char *visible(Context *context, const Allocation *allocation) {
 
 // --- host memory that must not change before it was copied -----------------------------------------------------------
 
-struct Watch {
-    uintptr_t address;
-    std::vector<unsigned char> expected;
-};
 static std::vector<std::weak_ptr<Watch>> watches;
 
-static std::shared_ptr<Watch> watch(uintptr_t address, size_t size) {
-    const unsigned char *bytes = bytes_at(address, size);
-    auto made = std::make_shared<Watch>(Watch{address, {bytes, bytes + size}});
+std::shared_ptr<Watch> watch(const Work &work) {
+    if (!work.host_size) return nullptr;
+    const unsigned char *bytes = bytes_at(work.host_source, work.host_size);
+    auto made = std::make_shared<Watch>(Watch{work.host_source, {bytes, bytes + work.host_size}});
     watches.erase(std::remove_if(watches.begin(), watches.end(), [](auto &one) { return one.expired(); }), watches.end());
     watches.push_back(made);
     return made;
@@ -130,7 +127,8 @@ static bool is_side(uintptr_t address, size_t size, Side side, const char *funct
     return true;
 }
 
-static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t source, Side from, size_t size, CUstream on) {
+static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t source, Side from, size_t size, CUstream on,
+                     bool through_host = false) {
     const char *name = NAMES[function];
     Stream *stream = find<Stream>(on, name);
     if (!stream) return CUDA_ERROR_INVALID_HANDLE;
@@ -139,7 +137,7 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     const Allocation *sides[] = {allocation_at(target, size), allocation_at(source, size)};
     for (const Allocation *side : sides) {
         const char *why = side ? visible(stream->context, side) : nullptr;
-        if (why) {
+        if (why && !through_host) {
             violate("%s: the stream's device copies %s", name, why);
             return CUDA_ERROR_INVALID_VALUE;
         }
@@ -152,6 +150,7 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     auto work = std::make_shared<Work>();
     work->what = name;
     work->context = stream->context;
+    work->through_host = through_host;
     if (sides[0]) work->accesses.push_back({target, target + size, true});
     if (sides[1]) work->accesses.push_back({source, source + size, false});
     const bool between = sides[0] && sides[1] && sides[0]->device >= 0 && sides[1]->device >= 0 &&
@@ -159,14 +158,13 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     const bool zeros = between && machine.peer_zeros;
     std::vector<unsigned char> held;  // pageable memory is read before the call returns
     if (!sides[1]) held.assign(reinterpret_cast<unsigned char *>(source), reinterpret_cast<unsigned char *>(source) + size);
-    std::shared_ptr<Watch> watched;
-    if (sides[1] && sides[1]->device < 0 && !stream->capture) watched = watch(source, size);
+    if (sides[1] && sides[1]->device < 0) work->host_source = source, work->host_size = size;
     const bool to_host = sides[0] && sides[0]->device < 0, to_pageable = !sides[0];
     auto done = std::make_shared<bool>(false);
-    work->run = [=, held = std::move(held)](const Stamp &) {
+    work->run = [=, held = std::move(held)](const Stamp &when) {
         unsigned char *into = to_pageable ? reinterpret_cast<unsigned char *>(target) : bytes_at(target, size);
         const unsigned char *of = held.empty() ? bytes_at(source, size) : held.data();
-        if (watched && memcmp(of, watched->expected.data(), size))
+        if (when.watched && memcmp(of, when.watched->expected.data(), size))
             violate("%s: the host changed the memory before it was copied", name);
         zeros ? memset(into, 0, size) : memmove(into, of, size);
         if (to_host) changed_by_device(target, size);
@@ -276,6 +274,23 @@ CUresult cuMemFreeHost(void *pointer) {
 
 CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream) {
     return call(F_cuMemcpyAsync, CONTEXT, [&] { return copy(F_cuMemcpyAsync, target, ANY, source, ANY, size, stream); });
+}
+
+// Between contexts that are named; without peer access the driver goes through the host, which no graph can.
+CUresult cuMemcpyPeerAsync(CUdeviceptr target, CUcontext to, CUdeviceptr source, CUcontext from, size_t size, CUstream on) {
+    return call(F_cuMemcpyPeerAsync, CONTEXT, [&] {
+        const Context *contexts[] = {find<Context>(to, "cuMemcpyPeerAsync"), find<Context>(from, "cuMemcpyPeerAsync")};
+        if (!contexts[0] || !contexts[1]) return CUDA_ERROR_INVALID_CONTEXT;
+        const Allocation *sides[] = {allocation_at(target, size), allocation_at(source, size)};
+        for (int n = 0; n < 2; ++n)
+            if (sides[n] && sides[n]->device != contexts[n]->device) {
+                violate("cuMemcpyPeerAsync: memory is of another context than the one that is named");
+                return CUDA_ERROR_INVALID_VALUE;
+            }
+        const Stream *stream = find<Stream>(on, "cuMemcpyPeerAsync");
+        const bool through_host = stream && !stream->capture;
+        return copy(F_cuMemcpyPeerAsync, target, DEVICE, source, DEVICE, size, on, through_host);
+    });
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t size, CUstream stream) {

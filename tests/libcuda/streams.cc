@@ -113,7 +113,8 @@ CUresult cuStreamWaitEvent(CUstream on, CUevent of, unsigned int) {
         Event *event = find<Event>(of, "cuStreamWaitEvent");
         if (const CUresult status = look_up(on, F_cuStreamWaitEvent, &stream)) return status;
         if (!event) return CUDA_ERROR_INVALID_HANDLE;
-        if (machine.ignored && machine.ignored(stream->handle, event->handle)) return CUDA_SUCCESS;
+        const bool something = event->capture || event->asked;  // that it would wait for
+        if (something && machine.ignored && machine.ignored(stream->handle, event->handle)) return CUDA_SUCCESS;
         if (event->capture) return join_capture(stream, event);
         if (stream->capture) {
             if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;

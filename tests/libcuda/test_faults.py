@@ -43,8 +43,13 @@ def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
     code = kernels.machine_code(kernels.Variant("float32"), "90", KERNELS)
     modules = [cuda("cuModuleLoadData", code) for _ in range(2)]
     attribute = cuda.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    copies = {"cuMemcpyAsync": (device, host), "cuMemcpyHtoDAsync": (device, host),
-              "cuMemcpyDtoHAsync": (host, device), "cuMemcpyDtoDAsync": (device, device)}  # fmt: skip
+    copies = {
+        "cuMemcpyAsync": (device, host),
+        "cuMemcpyHtoDAsync": (device, host),
+        "cuMemcpyDtoHAsync": (host, device),
+        "cuMemcpyDtoDAsync": (device, device),
+    }
+    there = cuda.contexts[0]  # fmt: skip
     return {
         "cuInit": (0,), "cuDeviceGet": (0,), "cuDeviceGetName": (64, 0), "cuDeviceGetPCIBusId": (64, 0),
         "cuDeviceGetAttribute": (attribute, 0), "cuDeviceCanAccessPeer": (0, 1), "cuDevicePrimaryCtxRetain": (1,),
@@ -60,7 +65,8 @@ def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
         "cuEventSynchronize": (event,), "cuEventElapsedTime": tuple(timed), "cuGraphInstantiate": (graphs[0], 0),
         "cuGraphLaunch": (executables[0], stream), "cuGraphDestroy": (graphs[1],),
         "cuGraphExecDestroy": (executables[1],), "cuModuleLoadData": (code,), "cuModuleUnload": (modules[0],),
-        "cuModuleGetFunction": (modules[1], b"advance"), **{name: (*two, 8, stream) for name, two in copies.items()},
+        "cuModuleGetFunction": (modules[1], b"advance"), "cuMemcpyPeerAsync": (device, there, device, there, 8, stream),
+        **{name: (*two, 8, stream) for name, two in copies.items()},
     }  # fmt: skip
 
 

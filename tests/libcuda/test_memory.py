@@ -56,6 +56,24 @@ def test_a_peer_without_access(cuda: Cuda) -> None:
     broken(cuda.machine, "without peer access")
 
 
+def test_a_copy_between_contexts_needs_no_access(cuda: Cuda) -> None:
+    """Unless it is captured: the driver goes through the host then."""
+    source = cuda.alloc()
+    cuda.on(1)
+    target, stream = cuda.alloc(), cuda.stream()
+    both = target, cuda.contexts[1], source, cuda.contexts[0], 256, stream
+    cuda.machine.view(source, 256)[:] = 9
+    cuda("cuMemcpyPeerAsync", *both)
+    cuda("cuStreamSynchronize", stream)
+    assert (cuda.machine.view(target, 256) == 9).all()
+    swapped = target, cuda.contexts[0], source, cuda.contexts[1], 256, stream
+    assert cuda.status("cuMemcpyPeerAsync", *swapped) == "CUDA_ERROR_INVALID_VALUE"
+    broken(cuda.machine, "of another context than the one that is named")
+    cuda.capture(stream)
+    assert cuda.status("cuMemcpyPeerAsync", *both) == "CUDA_ERROR_INVALID_VALUE"
+    broken(cuda.machine, "without peer access")
+
+
 def test_machines_without_peers(cuda: Cuda) -> None:
     cuda.machine.set("peers", 0)
     assert cuda("cuDeviceCanAccessPeer", 0, 1) == 0
@@ -174,6 +192,22 @@ def test_host_memory_that_changes_before_its_copy(cuda: Cuda) -> None:
     cuda("cuStreamSynchronize", stream)
     ctypes.memset(host, 3, 256)
     assert cuda.machine.forgive() == []
+
+
+def test_host_memory_that_changes_before_a_graph_copies_it(cuda: Cuda) -> None:
+    memory, host, stream = cuda.alloc(), cuda.pinned(), cuda.stream()
+    cuda.capture(stream)
+    cuda("cuMemcpyHtoDAsync", memory, host, 256, stream)
+    graph = cuda.graph(stream)
+    for value in (1, 2):
+        ctypes.memset(host, value, 256)
+        cuda("cuGraphLaunch", graph, stream)
+        cuda("cuStreamSynchronize", stream)
+        assert (cuda.machine.view(memory, 256) == value).all()
+    cuda("cuGraphLaunch", graph, stream)
+    ctypes.memset(host, 3, 1)
+    cuda("cuStreamSynchronize", stream)
+    broken(cuda.machine, "the host changed the memory before it was copied")
 
 
 def test_host_memory_that_a_copy_changes_is_right(cuda: Cuda) -> None:

@@ -19,7 +19,8 @@ from runtime.sampling.execute import execute
 from runtime.sampling.operations import STATE, Options, fresh
 from runtime.sampling.program import program
 from runtime.sampling.schedule import Schedule
-from runtime.sampling.schedulers import RULES, schedule_from_config
+from runtime.sampling.schedulers import RULES, UNKNOWN, schedule_from_config, substitute
+from runtime.sampling.spacing import CURVES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 SHAPE = (1, 4, 6, 5)
@@ -168,6 +169,86 @@ def test_sequential_equals_diffusers(
         expected = diffusers_loop(scheduler, noise, z, monkeypatch, **step)
         actual = play(schedule, noise, z)
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), (steps, schedule.name)
+
+
+@pytest.mark.parametrize(
+    ("own", "fields"),
+    [
+        ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "use_karras_sigmas": True, "timestep_spacing": "trailing"}),
+        ("DEISMultistepScheduler", {"solver_type": "logrho"}),
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}),
+    ],
+)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_substitute_equals_diffusers_from_config(
+    own: str, fields: dict[str, Any], steps: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the model's own class calls its solver by a word of its own."""
+    saved = getattr(diffusers, own)(**STABLE, **fields)
+    name = substitute({**saved.config, "_class_name": own})
+    assert name == "dpm++2m"
+    theirs = diffusers.DPMSolverMultistepScheduler.from_config(saved.config)
+    theirs.set_timesteps(steps)
+    alphas = theirs.alphas_cumprod.tolist()
+    schedule = schedule_from_config({**saved.config, "_class_name": own}, alphas, steps, scheduler=name)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    expected = diffusers_loop(theirs, noise, {}, monkeypatch)
+    assert np.abs(play(schedule, noise, {}) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+DRAFTED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+      for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")),
+    *((name, {curve: True}) for name in CURVED for curve in ("use_exponential_sigmas", "use_beta_sigmas")),
+    *(("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, curve: True}) for curve in CURVES),
+    ("DPMSolverMultistepScheduler", SDE),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fields"), DRAFTED)
+@pytest.mark.parametrize("steps", STEPS)
+def test_drafted_and_verified_equals_sequential(
+    name: str, fields: dict[str, Any], steps: int, rng: np.random.Generator
+) -> None:
+    """What `adaptive` accepts at tolerance 0 is the sequential result, and every mode's drafts are finite."""
+    own = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**fields, **own)
+    alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
+    schedule = schedule_from_config({**scheduler.config, "_class_name": name}, alphas, steps)
+    noise = rng.standard_normal(SHAPE, np.float32)
+    z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
+    expected = play(schedule, noise, z)
+    verified = play(schedule, noise, z, "adaptive", k=3, tolerance=0.0)
+    assert np.abs(verified - expected).max() <= 1e-5 * np.abs(expected).max()
+    for mode in ("conservative", "aggressive"):
+        for drafts in ("frozen", "extrapolated", "corrected"):
+            assert np.isfinite(play(schedule, noise, z, mode, k=3, drafts=drafts)).all(), (mode, drafts)
+
+
+def test_nothing_but_the_table_is_put_in_the_place_of_a_scheduler() -> None:
+    import inspect
+
+    kinds = [
+        name for name, _ in inspect.getmembers(diffusers.schedulers, inspect.isclass) if name.endswith("Scheduler")
+    ]
+    known = {rule.class_name for rule in RULES.values()}
+    listed = {kind for names in UNKNOWN for kind in names.split()}
+    assert not known & listed and {name for name in listed if name.endswith("Scheduler")} <= {
+        *kinds,
+        "KarrasVeScheduler",
+    }
+    for kind in kinds:
+        name = substitute({"_class_name": kind})
+        if kind not in listed:
+            assert name is None
+        elif name is None:
+            with pytest.raises(ParameterError, match=f"{kind} cannot be drafted: "):
+                schedule_from_config({"_class_name": kind}, ALPHAS, 5)
+        else:
+            assert name in RULES and all(one.fits for names, one in UNKNOWN.items() if kind in names.split())
 
 
 def config(name: str = "DDIMScheduler", **fields: Any) -> dict[str, Any]:

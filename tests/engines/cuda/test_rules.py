@@ -1,0 +1,130 @@
+"""The CUDA backend against the driver's rules: every wait is needed, lanes overlap, nothing is left, calls are few."""
+
+# covers: engines/cuda/backend.py
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from engines.cuda.backend import CudaBackend
+from engines.cuda.driver import Driver
+from engines.errors import DeviceError, NonFiniteError
+from runtime.sampling.operations import Options
+from tests.engines.cuda.test_backend import left, model, run, schedule
+from tests.libcuda.lanes import FunctionNetwork
+from tests.libcuda.machine import KERNELS, Machine
+
+pytestmark = pytest.mark.imaginary_gpus
+AGGRESSIVE = Options(k=4)
+MACHINES = [((0, 1, 2, 3), True), ((0, 1, 2, 3), False), ((0, 0, 0, 0), True), ((1, 0, 0), True)]
+NAMES = ["peers", "no peers", "one GPU", "uneven"]
+
+
+@pytest.fixture(autouse=True)
+def _few_copies_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
+
+
+def opened(
+    devices: Sequence[int], *, peers: bool = True, graphs: bool = True, eager: int = 0
+) -> tuple[Machine, CudaBackend]:
+    machine = Machine(max(devices) + 1, seed=len(devices), eager=eager, peers=peers)
+    networks = [FunctionNetwork(machine, device, model) for device in devices]
+    return machine, CudaBackend(Driver(), networks, "float32", KERNELS, graphs=graphs)
+
+
+def image(backend: CudaBackend, steps: int = 9) -> Any:
+    return run(backend, "aggressive", AGGRESSIVE, schedule(steps))
+
+
+def rounds(backend: CudaBackend) -> Callable[[], int]:
+    """How many rounds a backend has played from now on."""
+    count = [0]
+    predict = backend.predict
+
+    def counted(calls: Any) -> None:
+        count[0] += 1
+        predict(calls)
+
+    backend.predict = counted  # type: ignore[method-assign]
+    return lambda: count[0]
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "streams"])
+@pytest.mark.parametrize(("devices", "peers"), MACHINES, ids=NAMES)
+def test_every_wait_is_needed(devices: tuple[int, ...], peers: bool, graphs: bool) -> None:
+    """Any one of them that is left out is found in that image, whatever order it happened to run in.
+
+    Only conditioning that goes up to another device before more of it is covered by the wait for what follows.
+    """
+    missed, number, asked = [], 0, 1
+    while number < asked:
+        number, asked = number + 1, 0
+        machine, backend = opened(devices, peers=peers, graphs=graphs)
+
+        def nth(stream: int, event: int, number: int = number) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked == number
+
+        machine.ignore_waits(nth)
+        try:
+            image(backend, 5)
+        except (DeviceError, NonFiniteError):
+            machine.forgive()
+            asked = max(asked, number + 1)
+            continue
+        if not machine.forgive() and number <= asked:
+            missed.append(number)
+    assert number > 8
+    assert len(missed) <= (devices == (1, 0, 0)), missed
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "streams"])
+@pytest.mark.parametrize(("devices", "peers"), MACHINES, ids=NAMES)
+def test_lanes_overlap(devices: tuple[int, ...], peers: bool, graphs: bool) -> None:
+    """In no round does a model call wait for another one."""
+    machine, backend = opened(devices, peers=peers, graphs=graphs)
+    for _ in range(3):
+        machine.chain(again=True)
+        played = rounds(backend)
+        image(backend)
+        assert machine.chain() == played()
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "streams"])
+@pytest.mark.parametrize(("devices", "peers"), MACHINES, ids=NAMES)
+def test_close_leaves_nothing(devices: tuple[int, ...], peers: bool, graphs: bool) -> None:
+    machine, backend = opened(devices, peers=peers, graphs=graphs)
+    for _ in range(3):
+        image(backend)
+    backend.close()
+    left(machine)
+
+
+# the context, numbers up, recorded, waited for, launch; and at the end of half a table recorded, or waited for
+CALLS_PER_ROUND = 6
+
+
+@pytest.mark.parametrize(
+    ("devices", "mode", "options"),
+    [
+        ((0,), "sequential", Options(k=1)),
+        ((0, 1, 2, 3), "aggressive", AGGRESSIVE),
+        ((0,) * 8, "aggressive", AGGRESSIVE),
+    ],
+    ids=["sequential on one lane", "aggressive on four GPUs", "aggressive on eight lanes of one"],
+)
+def test_driver_calls_per_round(devices: tuple[int, ...], mode: str, options: Options) -> None:
+    """Once rounds are graphs, on GPUs that are so fast that the host never waits."""
+    machine, backend = opened(devices, eager=400)
+
+    found = []
+    for steps in (21, 21, 21, 41, 41, 41):
+        played, before = rounds(backend), machine.calls()
+        run(backend, mode, options, schedule(steps))
+        found.append((played(), machine.calls() - before))
+    (few, less), (many, more) = found[2], found[5]
+    assert (more - less) / (many - few) <= CALLS_PER_ROUND, found
