@@ -67,7 +67,6 @@ WHOLE = {"test_architecture", "test_commands", "test_readme", "test_soak"}
 PENDING: set[tuple[str, str]] = {
     ("file", "engines/cuda/backend.py"),
     ("file", "tests/export/test_loading.py"),
-    ("mirror", "tests/runtime/test_edits.py"),
 }
 
 
