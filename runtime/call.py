@@ -85,7 +85,22 @@ class Option:
         if self.kind is str:
             for text in value if self.several and isinstance(value, list | tuple) else (value,):
                 self._text(text)
+        if self.kind is np.ndarray:
+            return self._array(value)
         return self._number(value, high or self.high) if self.kind in (int, float) else value
+
+    def _array(self, value: Any) -> np.ndarray:
+        """An array of another library through DLPack, without a copy where it lies in this computer's memory."""
+        if hasattr(value, "detach"):  # PyTorch's, which does not export what needs a gradient
+            value = value.detach()
+        try:
+            found = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            message = f"{self.name} cannot be read as an array ({error}): give float32 in this computer's memory"
+            raise ParameterError(self.name, message) from error
+        if found.dtype.kind not in "fiu":
+            raise ParameterError(self.name, f"{self.name} must be an array of numbers, not of {found.dtype}")
+        return found
 
     def _text(self, value: Any) -> None:
         try:
