@@ -19,12 +19,14 @@ SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,
 
 # what `gpu-check` is told: --only PART…, --lanes 1 2, --within SECONDS, --again
 PARTS ?=
+# the version of Python that `gpu-bundle` is for
+PYTHON_THERE ?= 3.12
 
 # two processes, each with whole files: what one makes serves all its tests
 TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
-.PHONY: help engines embed serve test test-all soak lint bench bench-full gpu-check train clean-engines clean
+.PHONY: help engines embed serve test test-all soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +97,11 @@ bench-full: bench ## quality of all samplers and kinds of drafts, too, which tak
 
 gpu-check: ## test and measure everything that this machine's GPUs can do, without network; says what cannot be done
 	@$(if $(wildcard .venv/bin/python),$(RUN),python3) -m bench.gpu --json bench/results/gpu.json $(PARTS)
+
+gpu-bundle: .venv/.export ## what a machine with GPUs and no network needs for gpu-check, into build/gpu-bundle
+	@$(RUN) -m export shapes --devices cpu
+	@$(RUN) -m export shapes --devices cuda:0
+	@$(RUN) -m bench.gpu.bundle --python $(PYTHON_THERE) $(PARTS)
 
 train: .venv/.dev ## train the embedded model again: an hour and a half on two idle cores
 	@$(RUN) -m export.shapes.train

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Thread
 
-from engines.base import Backend, Call
+from engines.base import Backend, LaneCall
 from engines.host import HostBackend
 from runtime.sampling.operations import STATE
 
@@ -42,7 +42,7 @@ def replay(backend: HostBackend) -> float:
     return seconds
 
 
-def enqueued(backend: Backend, rounds: Sequence[Sequence[Call]]) -> float:
+def enqueued(backend: Backend, rounds: Sequence[Sequence[LaneCall]]) -> float:
     """Seconds for the calls of the last image alone on lanes ordered by events, as GPUs are, without combinations."""
     backend.read(STATE)  # idle
     start = time.perf_counter()

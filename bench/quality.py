@@ -40,6 +40,7 @@ from engines.files import written_whole
 from engines.manifest import sha256_files
 from engines.store import BUILD, Bundle
 from export.shapes.data import Scene
+from runtime.call import Call
 from runtime.pipeline import Pipeline
 
 WORK = BUILD / "bench"
@@ -57,7 +58,7 @@ def wrong_attributes(image: Any, scene: Scene) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how to draw, and what to compare with. `options` go to `Pipeline.generate`."""
+    """One row: how to draw, and what to compare with. `options` are more fields of its `Call`."""
 
     name: str
     line: str  # of the plot
@@ -149,10 +150,10 @@ class Drawn:
         for start in range(0, case.images, case.batch):
             rows = slice(start, start + case.batch)
             results.append(
-                pipeline.generate(
+                pipeline.run(Call(
                     captions[rows], latents=noise[rows], seed=seed + start, mode=case.mode, scheduler=case.scheduler,
                     num_inference_steps=case.steps, guidance_scale=case.guidance_scale, **case.options,
-                )
+                ))
             )  # fmt: skip
         images = [image for result in results for image in result.images]
         alone = case.mode == "adaptive"  # each image was made by itself, and the report adds them up

@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,12 +28,12 @@ from bench.floor import enqueued, replay
 from bench.models import EMBEDDED, Checkpoint, checkpoint, model_arguments, one_lane, prompts
 from bench.statistics import interval, median, middle, percentiles, quantile, ratio, scaled
 from bench.torch_baseline import NotPossibleHereError, Setting, TorchBaseline, Wanted
-from engines.base import Array, Call
+from engines.base import Array, LaneCall
 from engines.errors import ParameterError
 from engines.host import HostBackend
 from engines.runtimes import RUNTIMES
 from runtime.calibrate import calibrate
-from runtime.call import MODES
+from runtime.call import MODES, Call, add_options
 from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
@@ -52,8 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest in ("devices", "model"):
             action.nargs, action.help = "+", f"one or several: {action.help}"
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES[1:], "auto"], metavar="MODE")
-    parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of srds, adaptive and auto")
+    add_options(parser, ["k", "tolerance"], {"tolerance": 0.01})
     parser.add_argument("--schedulers", nargs="+", default=[None], help="default: the model's own")
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument(
@@ -200,12 +199,12 @@ class Contender:
         return more
 
 
-def _recorded(backend: Any) -> list[Sequence[Call]]:
+def _recorded(backend: Any) -> list[Sequence[LaneCall]]:
     """The rounds of the next image, as the backend is asked for them."""
-    rounds: list[Sequence[Call]] = []
+    rounds: list[Sequence[LaneCall]] = []
     predict = backend.predict
 
-    def recording(calls: Sequence[Call]) -> None:
+    def recording(calls: Sequence[LaneCall]) -> None:
         rounds.append(calls)
         predict(calls)
 
@@ -271,9 +270,10 @@ def contenders(
                                    "guidance_scale": cell["guidance_scale"]}  # fmt: skip
         options |= {"k": k} if mode != "auto" and k is not None else {}
         options |= {"tolerance": tolerance} if mode in ("srds", "adaptive", "auto") else {}
+        call = Call(**options)
 
         def draw(prompt: str, seed: int, noise: Array) -> tuple[float, Array, Result | None]:
-            result = pipeline.generate(prompt, seed=seed, latents=noise, **options)
+            result = pipeline.run(replace(call, prompt=prompt, seed=seed, latents=noise))
             return result.report.seconds["denoise"], result.latents, result
 
         return Contender(name, baseline, mode, draw, pipeline, Meter(pipeline.devices))

@@ -32,7 +32,7 @@ from bench.statistics import median, quantile
 from engines.base import Array
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
-from runtime.call import MODES
+from runtime.call import MODES, Call, add_options
 from runtime.pipeline import Pipeline, Result
 from runtime.sampling.noise import gaussian
 
@@ -187,8 +187,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", nargs="+", choices=SCENARIOS, help="one or several")
     model_arguments(parser)
     parser.add_argument("--mode", choices=MODES, default="auto")
-    parser.add_argument("--k", type=int, help="drafts per round; default: the number of lanes")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of auto, srds and adaptive")
+    add_options(parser, ["k", "tolerance"], {"tolerance": 0.01})
     parser.add_argument("--steps", type=int, help="default: what the benchmark of this model says")
     parser.add_argument("--guidance", type=float, dest="guidance_scale")
     parser.add_argument("--scheduler")
@@ -278,11 +277,12 @@ class Bench:
     def draw(self, wanted: Sequence[int], **other: Any) -> list[Result]:
         """One result per prompt, all from the fixed latents."""
         setting = self.setting
-        result = self.pipeline.generate(
+        call = Call(
             [self.prompts[n] for n in wanted], latents=self.latents.repeat(len(wanted), 0),
             negative_prompt=setting.negative_prompt, num_inference_steps=setting.num_inference_steps,
             guidance_scale=setting.guidance_scale, scheduler=setting.scheduler, **(other or self.options),
         )  # fmt: skip
+        result = self.pipeline.run(call)
         for name, seconds in result.report.seconds.items():
             self.stages.setdefault(name, []).append(seconds)
         each = zip(result.images, result.latents, strict=True)

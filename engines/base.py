@@ -27,7 +27,7 @@ class Branch(NamedTuple):
     conditioning: int
 
 
-Call = Sequence[Branch]
+LaneCall = Sequence[Branch]  # what one lane runs as one batch
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Measurements:
     staged: ordered pairs of devices whose direct copies failed their test, so that latents go through host memory.
     """
 
-    timed: Callable[[Sequence[Call]], float]
+    timed: Callable[[Sequence[LaneCall]], float]
     critical_path_seconds: float | None = None
     spans: Sequence[tuple[float, float]] | None = None
     copied: Mapping[str, int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Backend(Protocol):
     def read(self, slot: str) -> Array:
         """A copy of a slot; waits for it."""
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """Runs the calls at the same time, call n on lane n; an empty call leaves its lane idle."""
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:

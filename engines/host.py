@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Measurements, Rows, combine
+from engines.base import Array, LaneCall, Measurements, Rows, combine
 from engines.errors import DeviceError, ParameterError
 from engines.process import Owner
 
@@ -92,7 +92,7 @@ class HostBackend:
         for branches, arrays in self._inputs.items():
             self._fill(branches, arrays)
         self.measurements.spans = self._spans = [(0.0, 0.0)] * len(self._lanes)
-        self.played: list[Sequence[Call]] = []
+        self.played: list[Sequence[LaneCall]] = []
 
     def write(self, slot: str, value: Array) -> None:
         """See Backend.write."""
@@ -108,11 +108,11 @@ class HostBackend:
         self.mark("copy")
         return value
 
-    def runs(self, calls: Sequence[Call]) -> list[tuple[int, Run]]:
+    def runs(self, calls: Sequence[LaneCall]) -> list[tuple[int, Run]]:
         """The bare model calls of a round with their lanes: what a floor is measured with."""
         return [(n, bound.run) for n, bound in self._prepare(calls)]
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """See Backend.predict. The first error of a lane is raised here, after all lanes have stopped.
 
         The calling thread prepares for all lanes: a lane's thread that touched Python objects would wait for the
@@ -182,7 +182,7 @@ class HostBackend:
         self.mark("combine")
         return found
 
-    def _timed(self, calls: Sequence[Call]) -> float:
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
         before = self._critical
         self.predict(calls)
         return self._critical - before
@@ -221,7 +221,7 @@ class HostBackend:
             self._bound.clear()  # it reads and writes the array before
         return row
 
-    def _prepare(self, calls: Sequence[Call]) -> list[tuple[int, _Bound]]:
+    def _prepare(self, calls: Sequence[LaneCall]) -> list[tuple[int, _Bound]]:
         """The calls of a round, bound to memory and with their timesteps set."""
         wanted = [
             (

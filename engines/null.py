@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, Call, Measurements, Progress, Rows
+from engines.base import Array, LaneCall, Measurements, Progress, Rows
 from engines.devices import LaneSpec
 from engines.manifest import DENOISER, Axes, Network, axes_of
 from engines.store import Bundle, Plan
@@ -18,7 +18,7 @@ from engines.store import Bundle, Plan
 class Costs(Protocol):
     """What the virtual clock runs on: seconds that a machine would need."""
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """The calls of a round, with what starting them and moving their latents takes."""
 
     def combine(self, sources: int, targets: int) -> float:
@@ -34,7 +34,7 @@ class CallCosts:
 
     seconds: Callable[[int], float] = lambda branches: 0.0
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """See Costs."""
         return max(self.seconds(len(call)) for call in calls if call)
 
@@ -51,7 +51,8 @@ class NullBackend:
     """Checks every slot access of a plan and counts; its clock, `seconds`, runs on costs instead of on hardware.
 
     Distances are zero, or what was once measured: `answers` gives them in the order in which they were asked for.
-    Reading a slot that nobody wrote, or two jobs of a round meeting in one slot, is an AssertionError: plans are ours.
+    Reading a slot that nobody wrote, or two branches of a round writing one slot, is an AssertionError: this engine
+    makes the programs itself.
     """
 
     def __init__(self, lanes: int, costs: Costs | None = None, answers: Iterator[float] | None = None) -> None:
@@ -80,7 +81,7 @@ class NullBackend:
         assert slot in self.written, f"slot {slot!r} is read but was never written"
         return np.zeros(self.shape, np.float32)
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """One round."""
         assert len(calls) <= self.lanes, f"{len(calls)} calls for {self.lanes} lanes"
         branches = [branch for call in calls for branch in call]
@@ -122,7 +123,7 @@ class NullBackend:
         """Virtual seconds since the image began."""
         return Measurements(self._timed, self.seconds)
 
-    def _timed(self, calls: Sequence[Call]) -> float:
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
         before = self.seconds
         self.predict(calls)
         return self.seconds - before

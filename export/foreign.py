@@ -21,7 +21,8 @@ def reading(what: str) -> Iterator[None]:
     except (EngineError, MemoryError):
         raise
     except Exception as error:
-        raise ExportError(f"{what}: {first_line(error)}") from error
+        cause = error.__cause__ if type(error).__name__ == "OnnxExporterError" and error.__cause__ else error
+        raise ExportError(f"{what}: {first_line(cause)}") from error
 
 
 def first_line(error: BaseException) -> str:

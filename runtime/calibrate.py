@@ -16,6 +16,7 @@ from engines.command import exit_code
 from engines.errors import ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
+from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.operations import STATE
 from runtime.sampling.schedulers import make_schedule
@@ -26,7 +27,7 @@ REPEATS = 7
 
 def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     """Median seconds of a call per batch size, with all lanes at work; larger batches only while the budget lasts."""
-    pipeline.generate(pipeline.manifest.examples[0], num_inference_steps=1)  # binds an image
+    pipeline.run(Call(pipeline.manifest.examples[0], num_inference_steps=1))  # binds an image
     backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
     timed = backend.measurements.timed
     for batch in BATCHES:
@@ -42,8 +43,8 @@ def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
 def drift_seconds(pipeline: Pipeline, calls: dict[int, float], steps: int, guidance_scale: float, images: int) -> float:
     """About how long measuring the drifts of all candidates takes: as many sequential evaluations and one more."""
     branches = 2 if guidance_scale > 1 and pipeline.manifest.guidance == "classifier_free" else 1
-    per_half = min(seconds / batch for batch, seconds in calls.items()) / pipeline.backend.lanes
-    return (len(candidates()) + 1) * steps * branches * images * per_half
+    per_branch = min(seconds / batch for batch, seconds in calls.items()) / pipeline.backend.lanes
+    return (len(candidates()) + 1) * steps * branches * images * per_branch
 
 
 def measure_drifts(
@@ -55,11 +56,11 @@ def measure_drifts(
     prompts = [examples[n % len(examples)] for n in range(images)]
 
     def latents(candidate: Candidate) -> Array:
-        result = pipeline.generate(
+        call = Call(
             prompts, num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler,
             mode=candidate.mode, k=candidate.k, drafts=candidate.drafts,
         )  # fmt: skip
-        return result.latents.reshape(images, -1)
+        return pipeline.run(call).latents.reshape(images, -1)
 
     reference, found = latents(EXACT), []
     setting = pipeline.setting(scheduler, steps, guidance_scale)

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from engines.base import Backend, Branch, Call
+from engines.base import Backend, Branch, LaneCall
 from engines.errors import DeviceError
 from runtime.lane_policy import ELASTIC, Seconds
 from runtime.sampling.place import place
@@ -52,7 +52,7 @@ class Lease:
         """The end of waiting."""
         self.own, self.backend, self.generation = own, backend, generation
 
-    def play(self, branches: Sequence[Branch]) -> list[Call]:
+    def play(self, branches: Sequence[Branch]) -> list[LaneCall]:
         """Plays a round on the lanes that it may have now and returns the calls by lane; may raise to cancel."""
         self.before_round()
         lanes = self._lanes
@@ -117,9 +117,9 @@ class Lanes:
 
     @contextmanager
     def alone(self, wait: bool) -> Iterator[bool]:
-        """Admits no request meanwhile; True when none has lanes, for which it waits if it is told to.
+        """Admits no request meanwhile; True when none has lanes. With `wait` it waits until none has.
 
-        Who waits may close everything: visitors, too, are waited for, and kept out.
+        With `wait` everything may be closed inside: it also waits for visitors and keeps new ones out.
         """
         with self._changed:
             free = wait or not (self._leases or self._queue or self._wanting_alone)
@@ -178,7 +178,7 @@ class Lanes:
             late = [one for one in self._leases.values() if one.since is not None and now - one.since > seconds]
             return tuple(sorted(lane for lease in late for lane in lease.held))
 
-    def count_busy(self, backend: Backend, calls: Sequence[Call]) -> None:
+    def count_busy(self, backend: Backend, calls: Sequence[LaneCall]) -> None:
         """Adds up how long the lanes of the last round were busy."""
         spans = backend.measurements.spans
         if spans is None:

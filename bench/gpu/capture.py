@@ -34,7 +34,7 @@ class Question:
         driver("cuCtxSetCurrent", bench.device.context)
         try:
             graph = driver.capture(bench.stream, enqueue)
-        except DeviceError as error:
+        except (DeviceError, RuntimeError) as error:  # the bindings raise one for what the driver does not have
             driver("cuCtxSetCurrent", bench.device.context)
             return row | {"reason": str(error)}
         for _ in range(LAUNCHES):
@@ -124,7 +124,7 @@ def _between_devices(bench: DeviceBench, settings: Settings, source: int, target
         driver("cuCtxSetCurrent", bench.device.context)
         fork = driver.event()
         for peer in (False, True):
-            reason = _enable(bench, other) if peer else None
+            reason = enable_peers(bench, other) if peer else None
             how = "with peer access" if peer else "without peer access"
             if reason:
                 yield {
@@ -170,7 +170,7 @@ def _round_trip(
     return enqueue
 
 
-def _enable(bench: DeviceBench, other: DeviceBench) -> str | None:
+def enable_peers(bench: DeviceBench, other: DeviceBench) -> str | None:
     """Peer access in both directions; why not, or None."""
     driver = bench.driver
     for of, to in ((bench, other), (other, bench)):

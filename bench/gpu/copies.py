@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from bench.gpu.capture import enable_peers
 from bench.gpu.device import DeviceBench
 from bench.gpu.engine import CopyNetwork
 from bench.gpu.parts import NotPossibleError, Row, Settings, open_driver
@@ -43,6 +44,8 @@ def rates(settings: Settings) -> Iterator[Row]:
             "on one device": partial(bench.copy, target, source, size),
         }
         for other in others:
+            if enable_peers(bench, other):
+                continue
             driver("cuCtxSetCurrent", other.device.context)
             remote = other.allocate(size)
             driver("cuCtxSetCurrent", bench.device.context)

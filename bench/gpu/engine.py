@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.parts import Row, Settings, open_driver
-from engines.base import Array, Backend, Call
+from engines.base import Array, Backend, LaneCall
 from engines.cuda.backend import CudaBackend, Enqueue, Tensor
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import BYTES
@@ -115,7 +115,7 @@ class Image:
     latents: Array
     rounds: int
     seconds: float
-    calls: list[Sequence[Call]]
+    calls: list[Sequence[LaneCall]]
 
 
 def make_image(
@@ -124,10 +124,10 @@ def make_image(
     """One image; its seconds are from the first write to the last read. `words` has one row per branch of guidance."""
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(plan.init_noise_sigma)
     conditioning = [{"encoder_hidden_states": np.repeat(branch[None], shape[0], 0)} for branch in words]
-    calls: list[Sequence[Call]] = []
+    calls: list[Sequence[LaneCall]] = []
     predict = backend.predict
 
-    def recording(asked: Sequence[Call]) -> None:
+    def recording(asked: Sequence[LaneCall]) -> None:
         calls.append(asked)
         predict(asked)
 

@@ -166,9 +166,9 @@ class Baseline:
 
 def speed_of_shapes(settings: Settings) -> Iterator[Row]:
     """The embedded model's network in float32 at 16 × 16 latents."""
+    driver = _opened()
     from bench.gpu.unet import shapes_unet
 
-    driver = _opened()
     return _speed(driver, settings, shapes_unet().to("cuda:0"), _words(32, 128), SHAPE, "float32")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from engines.errors import ParameterError
 from engines.runtimes import RUNTIMES
 from runtime.call import markdown
+from runtime.sampling.schedulers import RULES, UNKNOWN
 
 
 def server() -> str:
@@ -37,6 +38,26 @@ def runtimes() -> str:
     return "\n".join(lines)
 
 
+def schedulers() -> str:
+    """The schedulers by name, with the values of the config's fields that they take."""
+    lines = ["| name | diffusers' class | prediction | spacing |", "|---|---|---|---|"]
+    for name, rule in RULES.items():
+        fixed = "".join(f", `{key}={value}`" for key, value in rule.fixed.items())
+        kinds, spacings = (", ".join(rule.allowed.get(key, ())) for key in ("prediction_type", "timestep_spacing"))
+        lines.append(f"| `{name}` | `{rule.class_name}`{fixed} | {kinds} | {spacings} |")
+    return "\n".join(lines)
+
+
+def substitutes() -> str:
+    """Diffusers' schedulers that have no rule, and what takes their place."""
+    lines = ["| scheduler of the checkpoint | played as | why it has no rule |", "|---|---|---|"]
+    for names, unknown in UNKNOWN.items():
+        classes = ", ".join(f"`{name}`" for name in names.split() if name[0].isupper())
+        instead = f"`{unknown.substitute}`, which {unknown.fits}" if unknown.substitute else "refused"
+        lines.append(f"| {classes} | {instead} | {unknown.reason} |")
+    return "\n".join(lines)
+
+
 def _default(action: argparse.Action) -> str:
     if action.default in (None, [], ()):
         return ""
@@ -50,6 +71,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "http": lambda: markdown(http=True),
     "server": server,
     "runtimes": runtimes,
+    "schedulers": schedulers,
+    "substitutes": substitutes,
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench import moves
 from bench.moves import Link
-from engines.base import Backend, Branch, Call
+from engines.base import Backend, Branch, LaneCall
 from engines.host import HostBackend
 from runtime.auto import call_seconds
 from runtime.sampling.operations import STATE
@@ -31,7 +31,7 @@ class LinkCosts:
     combine_seconds: float = moves.COMBINE
     launch: float = LAUNCH
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """See engines.null.Costs."""
         branches = [len(call) for call in calls]
         seconds = [self.call(count) if count else 0.0 for count in branches]
@@ -58,7 +58,7 @@ class MeasuredCosts:
     sums: dict[tuple[int, int], float] = field(default_factory=dict)
     distance: float = 0.0
 
-    def round(self, calls: Sequence[Call]) -> float:
+    def round(self, calls: Sequence[LaneCall]) -> float:
         """See engines.null.Costs."""
         branches = [len(call) for call in calls if call]
         seconds = call_seconds(self.calls[len(branches)])
@@ -123,7 +123,7 @@ def partial_sum(backend: Backend, sources: int, targets: int) -> Callable[[], No
     return lambda: backend.combine(names[:sources], rows, names[:targets])
 
 
-def _after_a_call(backend: Backend, calls: Sequence[Call], work: Callable[[], object]) -> float:
+def _after_a_call(backend: Backend, calls: Sequence[LaneCall], work: Callable[[], object]) -> float:
     taken = []
     for _ in range(REPEATS):
         backend.predict(calls)

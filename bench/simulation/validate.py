@@ -15,9 +15,10 @@ from bench.models import lane_names, prompts
 from bench.simulation.costs import MeasuredCosts, measured_costs
 from bench.simulation.predict import MODES, options
 from bench.statistics import ratio
-from engines.base import Backend, Call
+from engines.base import Backend, LaneCall
 from engines.null import NullBackend
 from runtime.auto import rehearse
+from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.operations import Options
 from runtime.sampling.schedule import Schedule
@@ -30,7 +31,7 @@ def _shapes(mode: str, schedule: Schedule, chosen: Options, lanes: int, guidance
     seen = set()
 
     class Noting(MeasuredCosts):
-        def round(self, calls: Sequence[Call]) -> float:
+        def round(self, calls: Sequence[LaneCall]) -> float:
             return 0.0
 
         def combine(self, sources: int, targets: int) -> float:
@@ -74,7 +75,7 @@ def validate(
     found: dict[tuple[str, float], list[tuple[float, float, int]]] = {case: [] for case in cases}
 
     def costs_now() -> MeasuredCosts:
-        pipeline.generate(asked[0], mode="sequential", num_inference_steps=1)  # binds an image
+        pipeline.run(Call(asked[0], mode="sequential", num_inference_steps=1))  # binds an image
         return measured_costs(pipeline.backend, shapes)
 
     asked = prompts(pipeline.manifest, passes + 1)
@@ -83,10 +84,11 @@ def validate(
         for mode, scale in cases:
             option = chosen[mode]
             with Recorder(pipeline.backend) as recorder:
-                report = pipeline.generate(
+                call = Call(
                     asked[number], mode=mode, k=option.k, drafts=option.drafts, tolerance=option.tolerance,
                     iterations=option.iterations, num_inference_steps=steps, guidance_scale=scale, seed=number,
-                ).report  # fmt: skip
+                )  # fmt: skip
+                report = pipeline.run(call).report
             images.append((mode, scale, recorder.answers, report))
         costs = costs.mean(costs_now())
         for mode, scale, answers, report in images:
@@ -138,9 +140,10 @@ def record(pipeline: Pipeline, steps: Sequence[int], ks: Iterable[int]) -> dict[
         for k in sorted(set(ks)):
             option = options("adaptive", k, split=False)
             with Recorder(pipeline.backend) as recorder:
-                pipeline.generate(
+                call = Call(
                     prompt, mode="adaptive", k=k, tolerance=option.tolerance, drafts=option.drafts,
                     num_inference_steps=count,
                 )  # fmt: skip
+                pipeline.run(call)
             found[count, k] = recorder.answers
     return found

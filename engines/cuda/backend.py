@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Array, Call, Measurements, Rows
+from engines.base import Array, LaneCall, Measurements, Rows
 from engines.cuda.driver import Device, Driver, release
 from engines.cuda.kernels import (
     BLOCK,
@@ -222,7 +222,7 @@ class CudaBackend:
             raise NonFiniteError("a latent became NaN or infinite on the GPU: no image can be made of it")
         return widen(raw, self._dtype).reshape(self._shape)
 
-    def predict(self, calls: Sequence[Call]) -> None:
+    def predict(self, calls: Sequence[LaneCall]) -> None:
         """See Backend.predict. Returns before the calls have run."""
         self._flush(calls)
 
@@ -259,7 +259,7 @@ class CudaBackend:
             found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
         return found
 
-    def _timed(self, calls: Sequence[Call]) -> float:
+    def _timed(self, calls: Sequence[LaneCall]) -> float:
         """From an idle device to an idle device, with what a round costs beside its calls."""
         self._flush()
         self._settle()
@@ -293,7 +293,7 @@ class CudaBackend:
         self._pending.append((tuple(self._index[s] for s in sources), rows, tuple(self._row(t) for t in targets)))
         self._pending_floats += rows.size
 
-    def _flush(self, calls: Sequence[Call] = ()) -> None:
+    def _flush(self, calls: Sequence[LaneCall] = ()) -> None:
         """Plays what is pending and then the calls."""
         if not self._pending and not calls:
             return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engines.base import Backend, Branch, Call
+from engines.base import Backend, Branch, LaneCall
 
-Play = Callable[[Sequence[Branch]], Sequence[Call]]  # runs the branches of a round; returns the calls by lane
+Play = Callable[[Sequence[Branch]], Sequence[LaneCall]]  # runs the branches of a round; returns the calls by lane
 
 
-def place(branches: Sequence[Branch], held: Sequence[int], lanes: int) -> list[Call]:
+def place(branches: Sequence[Branch], held: Sequence[int], lanes: int) -> list[LaneCall]:
     """Deals a round's branches evenly over the lanes held, of so many, in order: one call per lane, empty on others.
 
     With enough lanes each branch has one of its own, a lone guided evaluation uses two, and one lane gets one batch.
     """
-    calls: list[Call] = [()] * lanes
+    calls: list[LaneCall] = [()] * lanes
     share, extra = divmod(len(branches), len(held))
     start = 0
     for lane in held:
@@ -31,7 +31,7 @@ def on_all_lanes(backend: Backend) -> Play:
     predict, lanes = backend.predict, backend.lanes
     held = range(lanes)
 
-    def play(branches: Sequence[Branch]) -> list[Call]:
+    def play(branches: Sequence[Branch]) -> list[LaneCall]:
         calls = place(branches, held, lanes)
         predict(calls)
         return calls

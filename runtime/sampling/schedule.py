@@ -88,7 +88,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the model is told at each step."""
+        """The timestep that goes into the model at each step."""
         return tuple(row.timestep for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""What each lane did when: recorded beside an image that is being made, for who asks."""
+"""What each lane did when: recorded during one denoising loop, on request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from engines.base import Backend, Branch, Call
+from engines.base import Backend, Branch, LaneCall
 from runtime.sampling.place import Play
 
 P = ParamSpec("P")
@@ -43,7 +43,7 @@ class Timeline:
     def rounds(self, play: Play) -> Play:
         """What plays rounds and returns their calls by lane, with the calls noted."""
 
-        def noted(branches: Sequence[Branch]) -> Sequence[Call]:
+        def noted(branches: Sequence[Branch]) -> Sequence[LaneCall]:
             calls = play(branches)
             self._round += 1
             times = self._backend.measurements.spans

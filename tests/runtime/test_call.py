@@ -93,6 +93,13 @@ def test_values_come_in_plain_types_and_cannot_be_changed() -> None:
     assert replace(call, seed=4).first_blocks == (1, 2)
 
 
+def test_minus_one_chooses_a_seed_once() -> None:
+    chosen = {Call(PROMPT, seed=-1).seed for _ in range(20)}
+    assert len(chosen) > 15 and min(chosen) >= 0 and max(chosen) < 2**32
+    call = Call(PROMPT, seed=-1)
+    assert replace(call, width=64).seed == call.seed, "what the report says makes the image again"
+
+
 @pytest.mark.parametrize(
     ("options", "param", "message"),
     [

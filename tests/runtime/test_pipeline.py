@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import Array, Call
+from engines.base import Array, LaneCall
 from engines.errors import DeviceError, NonFiniteError, ParameterError
 from engines.host import HostBackend
 from engines.store import Bundle
@@ -216,7 +216,7 @@ def test_a_callback_that_raises_cancels_and_the_next_image_is_untouched(pipeline
 def test_nan_is_an_error_and_never_a_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = pipeline.backend.predict
 
-    def poisoned(calls: Sequence[Call]) -> None:
+    def poisoned(calls: Sequence[LaneCall]) -> None:
         predict(calls)
         output = calls[1][0].output
         pipeline.backend.write(output, pipeline.backend.read(output) * np.float32(np.nan))
@@ -303,8 +303,8 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
         ({"guidance_scale": float("inf")}, "guidance_scale", "finite"),
         ({"guidance_scale": "4"}, "guidance_scale", "finite"),
-        ({"seed": -1}, "seed", "from 0 to 18446744073709551615"),
-        ({"seed": 2**64}, "seed", "from 0"),
+        ({"seed": -2}, "seed", "from -1 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed", "from -1"),
         ({"seed": True}, "seed", "whole number"),
         ({"scheduler": "heun"}, "scheduler", "name one of ddim, ddpm"),
         ({"width": 63}, "width", "32 to 128 pixels in steps of 16"),

@@ -9,8 +9,9 @@ import pytest
 
 from bench.gpu.copies import LATENTS
 from bench.gpu.parts import NotPossibleError
-from tests.bench.gpu.conftest import TimedCuda
+from tests.libcuda.machine import Machine
 
+pytestmark = pytest.mark.imaginary_gpus
 Play = Callable[..., list[dict[str, Any]]]
 
 
@@ -18,13 +19,13 @@ def test_pairs(play: Play) -> None:
     assert {(row["from"], row["to"], row["copies"]) for row in play("peer-copies")} == {(0, 1, "peer"), (1, 0, "peer")}
 
 
-def test_pairs_that_lie_are_staged(play: Play, cuda: TimedCuda) -> None:
-    cuda.fault["peer zeros"] = 1
+def test_pairs_that_lie_are_staged(play: Play, machine: Machine) -> None:
+    machine.set("peer_zeros", 1)
     assert {row["copies"] for row in play("peer-copies")} == {"staged"}
 
 
-def test_one_gpu_has_no_pairs(play: Play, cuda: TimedCuda) -> None:
-    cuda.devices = 1
+def test_one_gpu_has_no_pairs(play: Play, machine: Machine) -> None:
+    Machine(1)
     with pytest.raises(NotPossibleError, match="one GPU"):
         play("peer-copies")
 

@@ -12,6 +12,7 @@ from bench.gpu.engine import FASTEST, SCHEDULERS, distance, wrong
 from engines.cuda.backend import CudaBackend
 from runtime.sampling.samplers import SAMPLERS
 
+pytestmark = pytest.mark.imaginary_gpus
 Play = Callable[..., list[dict[str, Any]]]
 
 

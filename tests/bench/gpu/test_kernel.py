@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bench.gpu.device import DeviceBench
-from bench.gpu.kernel import SHAPES
+from bench.gpu.kernel import ODD, SHAPES
 from bench.kernel import _gpu_row
 from engines.cuda.driver import Driver
-from tests.bench.gpu.conftest import TimedCuda
-from tests.host_kernel import HostKernel
+from tests.libcuda.machine import KERNELS, Machine
 
+pytestmark = pytest.mark.imaginary_gpus
 Play = Callable[..., list[dict[str, Any]]]
 
 
@@ -28,34 +26,30 @@ def test_every_type_on_every_gpu(play: Play) -> None:
     assert all(0.1 < row["error_over_bound"] <= 1 and row["combinations"] >= 21 for row in rows)
 
 
+COMBINATIONS = 3 * sum(size[0] < 1000 for size in ODD)  # of one type; then one more, three counts, three distances
+
+
 @pytest.mark.parametrize(
-    ("name", "fault", "found"),
-    [
-        ("combine", lambda self, parameters, outputs, width, grid, block: None, "the kernel is wrong"),
-        ("advance", lambda self, pointer, blocks: None, "was not counted up"),
-        ("distance", lambda self, a, b, elements, partial, grid, block: None, "distances are wrong"),
-    ],
+    ("launch", "found"),
+    [(1, "the kernel is wrong"), (COMBINATIONS + 2, "counted up"), (COMBINATIONS + 7, "distances are wrong")],
 )
-def test_a_kernel_that_does_nothing_fails(
-    play: Play, monkeypatch: pytest.MonkeyPatch, name: str, fault: Callable[..., None], found: str
-) -> None:
-    monkeypatch.setattr(HostKernel, name, fault)
+def test_a_kernel_that_does_nothing_fails(play: Play, machine: Machine, launch: int, found: str) -> None:
+    machine.skip("cuLaunchKernel", launch)
     with pytest.raises(AssertionError, match=found):
         play("kernel-correctness")
+    machine.forgive()
 
 
-def test_one_bit_too_many_fails(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that is wrong by one unit in the last place, twice what rounding explains, is found."""
-    combine = HostKernel.combine
+def test_two_units_in_the_last_place_are_found(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_host = DeviceBench.to_host
 
-    def off(self: HostKernel, parameters: Any, outputs: int, width: int, grid: int, block: int) -> None:
-        combine(self, parameters, outputs, width, grid, block)
-        if parameters.elements == 257:
-            raw = (parameters.target[0] or 0) + 2 * 256
-            memory = np.ctypeslib.as_array((ctypes.c_uint16 * 1).from_address(raw))
-            memory += 4
+    def off(self: DeviceBench, pointer: int, size: int) -> Any:
+        raw = to_host(self, pointer, size)
+        if self.dtype == "float16" and size == 2 * 257:
+            raw.view(np.uint16)[256] += 2
+        return raw
 
-    monkeypatch.setattr(HostKernel, "combine", off)
+    monkeypatch.setattr(DeviceBench, "to_host", off)
     with pytest.raises(AssertionError, match="the kernel is wrong by"):
         play("kernel-correctness")
 
@@ -66,9 +60,9 @@ def test_rates_beside_a_copy(play: Play) -> None:
     assert all(row["of_copy"] > 0 and row["us_empty_launch"] > 0 for row in rows)
 
 
-def test_one_combination_beside_a_copy(cuda: TimedCuda, tmp_path: Path) -> None:
+def test_one_combination_beside_a_copy(machine: Machine) -> None:
     """`bench kernel` on a GPU: this PyTorch has none, so that only the kernel and the copy are timed."""
-    bench = DeviceBench(Driver(cuda), tmp_path, "float16")
+    bench = DeviceBench(Driver(), KERNELS, "float16")
     row = _gpu_row(bench, "SD 1.5", 1 << 10, 3, 2)
     bench.close()
     assert (row["inputs"], row["outputs"], row["device"]) == (7, 4, "cuda:0")

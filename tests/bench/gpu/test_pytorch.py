@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from bench.gpu.parts import NotPossibleError
 from bench.gpu.pytorch import Baseline, on_cpu
 from bench.gpu.unet import UNet, shapes_unet
 from engines.base import Array
-from engines.cuda.backend import Enqueue, Tensor
 from engines.cuda.driver import Driver
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.operations import Options
 from runtime.sampling.schedule import Schedule
-from tests.bench.gpu.conftest import TimedCuda
+from tests.libcuda.lanes import FunctionNetwork
+from tests.libcuda.machine import Machine
 
+pytestmark = pytest.mark.imaginary_gpus
 Play = Callable[..., list[dict[str, Any]]]
 
 
@@ -35,28 +36,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def on_imaginary_gpus(cuda: TimedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch lanes whose work is a host function on the imaginary stream."""
+def on_imaginary_gpus(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch lanes whose networks run on the processor, when the imaginary stream comes to them."""
 
-    class HostNetwork:
-        def __init__(self, model: UNet, device: int, *, captured: bool = True, inside: bool = False) -> None:
-            self.device, self.capturable, self.run = device, inside, on_cpu(model)
+    def network(model: UNet, device: int, *, captured: bool = True, inside: bool = False) -> FunctionNetwork:
+        return FunctionNetwork(machine, device, on_cpu(model), capturable=inside)
 
-        def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
-            arrays = {name: self.view(tensor) for name, tensor in inputs.items()}
-            sample, timestep, into = arrays.pop("sample"), arrays.pop("timestep"), self.view(output)
-
-            def work() -> None:
-                into[...] = self.run(sample, timestep, arrays)
-
-            return lambda: cuda.submit(stream, work)
-
-        def view(self, tensor: Tensor) -> Any:
-            size = int(np.prod(tensor.shape)) * 4
-            return cuda.view(tensor.pointer, size).view(np.float32).reshape(tensor.shape)
-
-    monkeypatch.setattr(pytorch, "TorchNetwork", HostNetwork)
-    monkeypatch.setattr(pytorch, "_opened", lambda: Driver(cuda))
+    monkeypatch.setattr(pytorch, "TorchNetwork", network)
+    monkeypatch.setattr(pytorch, "_opened", Driver)
     monkeypatch.setattr(UNet, "to", lambda self, *where: self)
     monkeypatch.setattr(Baseline, "capture", lambda self: self)
 

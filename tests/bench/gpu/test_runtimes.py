@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,17 @@ from bench.gpu import runtimes
 from bench.gpu.device import DeviceBench
 from bench.gpu.parts import NotPossibleError
 from engines.cuda.driver import Driver
-from tests.bench.gpu.conftest import TimedCuda
+from tests.libcuda.machine import KERNELS, Machine
 
+pytestmark = pytest.mark.imaginary_gpus
 Play = Callable[..., list[dict[str, Any]]]
 
 
 class Context:
     """An execution context on the imaginary machine: y = ReLU(x · W), wrong by `off`."""
 
-    def __init__(self, cuda: TimedCuda, weights: Any, off: float = 0.0) -> None:
-        self.cuda, self.weights, self.off, self.pointers = cuda, weights, off, dict[str, int]()
+    def __init__(self, machine: Machine, weights: Any, off: float = 0.0) -> None:
+        self.machine, self.weights, self.off, self.pointers = machine, weights, off, dict[str, int]()
 
     def set_input_shape(self, name: str, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -31,33 +31,32 @@ class Context:
         self.pointers[name] = pointer
 
     def execute_async_v3(self, stream: int) -> bool:
+        size = 2 * self.shape[0] * self.shape[1]
+
         def work() -> None:
-            x, y = (
-                self.cuda.view(self.pointers[name], 2 * self.shape[0] * self.shape[1]).view(np.float16)
-                for name in ("x", "y")
-            )
+            x, y = (self.machine.view(self.pointers[name], size).view(np.float16) for name in ("x", "y"))
             product = x.reshape(self.shape).astype(np.float32) @ self.weights.astype(np.float32)
             y[:] = (np.maximum(product, 0) + self.off).astype(np.float16).ravel()
 
-        self.cuda.submit(next(one for one in self.cuda.streams if int(one) == stream), work)
-        return True
+        enqueue = self.machine.work(stream, work, [(self.pointers["x"], size)], [(self.pointers["y"], size)])
+        return not enqueue()
 
 
 @pytest.mark.parametrize("off", [0.0, 1.0])
-def test_a_plan_is_compared_and_captured(cuda: TimedCuda, tmp_path: Path, off: float) -> None:
+def test_a_plan_is_compared_and_captured(machine: Machine, off: float) -> None:
     weights = np.random.default_rng().standard_normal((runtimes.WIDTH, runtimes.WIDTH)).astype(np.float16) / 8
-    bench = DeviceBench(Driver(cuda), tmp_path, "float16")
-    row = runtimes._runs(Context(cuda, weights, off), bench, weights)
+    bench = DeviceBench(Driver(), KERNELS, "float16")
+    row = runtimes._runs(Context(machine, weights, off), bench, weights)
     assert row == {"right": off == 0, "captured": off == 0}
     bench.close()
 
 
-def test_real_plans_are_built_for_every_target(cuda: TimedCuda, tmp_path: Path) -> None:
+def test_real_plans_are_built_for_every_target(machine: Machine) -> None:
     """Without a driver they are not loaded, and the part says so and fails: it is not the machine that is missing."""
     trt = pytest.importorskip("tensorrt_rtx")
     assert runtimes._targets(trt, (8, 9)) == ["SM89", "CURRENT", None]
     assert runtimes._targets(trt, (9, 0)) == ["CURRENT", None]
-    bench = DeviceBench(Driver(cuda), tmp_path, "float16")
+    bench = DeviceBench(Driver(), KERNELS, "float16")
     weights = np.ones((runtimes.WIDTH, runtimes.WIDTH), np.float16)
     row = runtimes._one_plan(trt, "SM89", bench, weights)
     assert row["built"]

@@ -15,6 +15,7 @@ import pytest
 from bench.gpu.parts import DEVICE, Part, Settings
 from bench.gpu.supervise import Supervisor
 from tests import ROOT
+from tests.libcuda.plugin import environment
 
 
 def part(function: str, seconds: float = 20, name: str | None = None) -> Part:
@@ -173,3 +174,27 @@ def test_ctrl_c_ends_the_part(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert list(tmp_path.glob("*.running")), "nothing says that it was cut off"
     process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_parts_on_an_imaginary_driver_in_processes_of_their_own(tmp_path: Path) -> None:
+    """The real bindings and real processes: only the driver is not NVIDIA's."""
+    code = f"""if True:
+        from dataclasses import replace
+        from pathlib import Path
+        import bench.gpu
+        from bench.gpu.parts import PARTS
+        parts = [replace(p, target="tests.bench.gpu.imaginary:" + p.slug.replace("-", "_")) for p in PARTS]
+        chosen = ["device", "capture", "kernel-correctness", "peer-copies", "copies", "engine-overhead"]
+        bench.gpu.measure([1, 2], chosen, Path({str(tmp_path)!r}), rehearsal=True, parts=parts)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["part"], row["status"], row["reason"]) for row in rows] == [
+        (name, "passed", "")
+        for name in (
+            "machine", "device", "capture", "kernel correctness", "peer copies", "engine overhead", "copies",
+        )
+    ]  # fmt: skip
+    assert rows[1]["figures"][1]["name"].startswith("Imaginary")

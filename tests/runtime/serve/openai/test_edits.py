@@ -1,4 +1,5 @@
 """`/v1/images/edits`: images from images over HTTP, equal to the pipeline's, and forms that cannot be."""
+# covers: runtime/serve/openai/body.py, runtime/serve/openai/app.py, runtime/initial_state.py
 
 from __future__ import annotations
 
