@@ -21,7 +21,8 @@ def reading(what: str) -> Iterator[None]:
     except (EngineError, MemoryError):
         raise
     except Exception as error:
-        cause = error.__cause__ if type(error).__name__ == "OnnxExporterError" and error.__cause__ else error
+        torchs = type(error).__module__.startswith("torch.onnx")  # a page of advice, and the error as its cause
+        cause = error.__cause__ if torchs and error.__cause__ else error
         raise ExportError(f"{what}: {first_line(cause)}") from error
 
 

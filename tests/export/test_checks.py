@@ -133,6 +133,7 @@ print(json.dumps({path.name: sha256_file(path) for path in Path(sys.argv[2]).glo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_exports_in_two_processes_are_the_same_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
