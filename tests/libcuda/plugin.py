@@ -59,6 +59,9 @@ class _Child:
                 return [_ended(item, self.process.wait(), self._text())]
             report = json.loads(line)
             self._reports[report["nodeid"]].append(report)
+        for report in mine:
+            if isinstance(report["longrepr"], list):
+                report["longrepr"] = tuple(report["longrepr"])  # of a skipped test, which JSON does not keep
         return [item.config.hook.pytest_report_from_serializable(config=item.config, data=data) for data in mine]
 
     def _text(self) -> str:

@@ -86,6 +86,7 @@ def test_a_broken_rule_that_nobody_looks_at():
     assert cuda.status("cuMemFree", 4096) == "CUDA_ERROR_INVALID_VALUE"
 @pytest.mark.skip(reason="not today")
 def test_skipped(): pass
+def test_skips(): pytest.skip("not here")
 def test_ends_the_process(): ctypes.string_at(0)
 def test_behind_it(): pass
 """
@@ -108,5 +109,5 @@ def test_reports_of_the_process_per_file(monkeypatch: pytest.MonkeyPatch) -> Non
         "test_ends_the_process": "FAILED", "test_behind_it": "FAILED",
     }, done.stdout  # fmt: skip
     assert "nothing of this kind is allocated" in done.stdout
-    assert "1 skipped" in done.stdout
+    assert "2 skipped" in done.stdout
     assert "ended with status -11" in done.stdout

@@ -22,7 +22,7 @@ from tests.engines.tensorrt.conftest import H200, NETWORKS, RTX
 from tests.fake_tensorrt import FakeTensorRT
 from tests.libcuda.machine import Machine
 
-pytestmark = pytest.mark.imaginary_gpus
+pytestmark = [pytest.mark.imaginary_gpus, pytest.mark.timeout(400)]  # the first one may have to export
 
 
 class Imaginary:
@@ -68,10 +68,15 @@ def test_a_plan_for_another_gpu_is_refused_with_the_repair(
         load.load(imaginary.bundle, parse_devices("cuda:0"))
 
 
-@pytest.mark.parametrize("devices", ["cuda:0", "cuda:0*3", "cuda:0,cuda:1"])
+@pytest.mark.parametrize(
+    ("devices", "peers"),
+    [("cuda:0", True), ("cuda:0*4", True), ("cuda:0,cuda:1", True), ("cuda:0,cuda:1", False)],
+    ids=["one lane", "four lanes", "peers", "no peers"],
+)
 @pytest.mark.parametrize("mode", ["sequential", "aggressive"])
-def test_images_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devices: str, mode: str) -> None:
+def test_images_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devices: str, mode: str, peers: bool) -> None:
     load.build_missing(imaginary.bundle, parse_devices(devices))
+    imaginary.machine.set("peers", peers)
     wanted = _generate(Pipeline.load("shapes", "cpu"), mode)
     pipeline = Pipeline.load(str(imaginary.bundle.folder), devices)
     got = _generate(pipeline, mode)
@@ -84,7 +89,7 @@ def test_images_on_gpus_are_those_of_the_processor(imaginary: Imaginary, devices
     assert imaginary.tensorrt.loaded.count("denoiser") == (2 if "," in devices else 1), "weights once per device"
     assert imaginary.machine.calls("cuGraphLaunch") > 0
     assert got.report.critical_seconds is None
-    assert got.report.staged == ()
+    assert got.report.staged == (() if peers else ("cuda:0→cuda:1", "cuda:1→cuda:0"))
     assert got.report.timeline and {(span.start, span.end) for span in got.report.timeline} == {(None, None)}
     assert len([span for span in got.report.timeline if span.kind == "call"]) == got.report.calls
 

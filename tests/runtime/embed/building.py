@@ -14,6 +14,7 @@ from filelock import FileLock
 from engines.store import BUILD
 from runtime.embed.building import SOURCE, cmake_options
 
+NATIVE = Path(__file__).parent / "native"
 VARIANTS = {
     "plain": [],
     "clang": ["-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++"],
@@ -42,7 +43,7 @@ def built(variant: str = "plain") -> Path:
     folder = BUILD / "embed" / variant
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{variant}.lock"):
-        options = [*cmake_options(), "-DDRIFFUSION_TOOLS=ON", *VARIANTS[variant]]
+        options = [*cmake_options(), "-DDRIFFUSION_TOOLS=ON", f"-DDRIFFUSION_TESTS={NATIVE}", *VARIANTS[variant]]
         command("cmake", "-S", SOURCE, "-B", folder, "-G", "Ninja", *options)
         command("cmake", "--build", folder)
     return folder
