@@ -269,7 +269,7 @@ def contenders(
         options: dict[str, Any] = {"mode": mode, "num_inference_steps": cell["steps"], "scheduler": cell["scheduler"],
                                    "guidance_scale": cell["guidance_scale"]}  # fmt: skip
         options |= {"k": k} if mode != "auto" and k is not None else {}
-        options |= {"tolerance": tolerance} if mode in ("srds", "adaptive", "auto") else {}
+        options |= {"tolerance": tolerance} if mode in ("srds", "adaptive") else {}
         call = Call(**options)
 
         def draw(prompt: str, seed: int, noise: Array) -> tuple[float, Array, Result | None]:
@@ -283,7 +283,7 @@ def contenders(
         yield engine(NAMES.get(lanes, f"sequential, {lanes}, {how}"), name, lanes, "sequential")
     for lanes, mode in product(devices, modes):
         count = len(machine.pipeline(lanes).devices)
-        suffix = f", tolerance {tolerance:g}" if mode in ("srds", "adaptive", "auto") else ""
+        suffix = f", tolerance {tolerance:g}" if mode in ("srds", "adaptive") else ""
         where = f"{count} lanes" if len(devices) == 1 else lanes
         yield engine(f"{mode}, {where}{suffix}", None, lanes, mode)
     if torch:

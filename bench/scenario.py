@@ -240,7 +240,7 @@ class Bench:
         self.pipeline, self.mode, self.judges = pipeline, mode, judges
         self.options: dict[str, Any] = {"mode": mode}
         self.options |= {"k": k} if k is not None and mode != "auto" else {}
-        self.options |= {"tolerance": tolerance} if mode in ("auto", "srds", "adaptive") else {}
+        self.options |= {"tolerance": tolerance} if mode in ("srds", "adaptive") else {}
         self.scenic = False  # whether the checker knows what the prompts ask for
         self.stages: dict[str, list[float]] = {}
 

@@ -1,8 +1,9 @@
-"""Mode `auto`: the fastest plan, by measured call times, whose measured drift stays within the user's tolerance.
+"""Mode `auto`: the fastest candidate, by measured call times, whose measured drift is small enough.
 
 Both measurements are made once (`python -m runtime.calibrate`, which `make engines` runs) and stored with the compiled
 model: how many seconds a model call takes for each batch size while all lanes work, and how far from the sequential
-latents each candidate ends up.
+image each candidate ends up. Without a tolerance, small enough means that no calibration image is further than
+`SAME_PSNR` from the sequential one, which nobody can see.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from runtime.sampling.operations import STATE, Options
 from runtime.sampling.program import program
 from runtime.sampling.samplers import measures
 from runtime.sampling.schedule import Schedule
+
+SAME_PSNR = 50.0  # dB, an error of 0.8 of 255 at the root of the mean square; equal images count as EQUAL_PSNR
+EQUAL_PSNR = 99.0
 
 
 class _Strict(BaseModel):
@@ -55,19 +59,24 @@ class Candidate(_Strict):
 
 
 class Drift(_Strict):
-    """Relative L2 distance of the finished latents from the sequential ones, over some images."""
+    """Relative L2 distance of the finished latents from the sequential ones, over some images, and the lowest PSNR."""
 
     setting: Setting
     candidate: Candidate
     images: int
     median: float
     p90: float
+    psnr_min: float
+
+    def within(self, tolerance: float | None) -> bool:
+        """Whether the candidate may be played: by its 90th percentile, or without a tolerance by its worst image."""
+        return self.psnr_min >= SAME_PSNR if tolerance is None else self.p90 <= tolerance
 
 
 class Calibration(_Strict):
     """`calls[devices][batch]` is the seconds of a call with that many branches on each lane at the same time."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     calls: dict[str, dict[int, float]] = {}
     drifts: tuple[Drift, ...] = ()
 
@@ -90,11 +99,13 @@ class Calibration(_Strict):
 
 
 class Choice(_Strict):
-    """What `auto` chose, and what it expects of it."""
+    """What `auto` chose, what it expects of it by calibration, and the reason in words."""
 
     candidate: Candidate
     seconds: float | None
     drift_p90: float
+    psnr_min: float
+    reason: str
 
 
 EXACT = Candidate(mode="sequential", k=1, drafts="frozen")
@@ -169,33 +180,39 @@ def choose(
     lanes: int,
     schedule: Schedule,
     setting: Setting,
-    tolerance: float,
+    tolerance: float | None,
     images: int = 1,
     *,
     guided: bool = True,
 ) -> tuple[Choice, list[str]]:
     """The fastest candidate within the tolerance, and warnings; sequential where nothing was measured.
 
-    A tolerance of 0 is exact. The drift of a candidate is its 90th percentile over the images that were measured.
-    `guided` says whether the model makes a second pass for guidance.
+    A tolerance of 0 is exact; None is `SAME_PSNR`. `guided` says whether the model makes a second pass for guidance.
     """
+
+    def exact(reason: str) -> Choice:
+        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0, psnr_min=EQUAL_PSNR, reason=reason)
+
     if tolerance == 0 or not schedule.draftable:
-        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), []
+        return exact("tolerance 0" if tolerance == 0 else f"{schedule.name} takes steps that are too long to draft"), []
     measured, drifts = calibration.calls.get(devices), calibration.for_setting(setting)
     if not measured or not drifts:
         missing = "call times on these devices" if not measured else f"drift of {setting.model_dump()}"
-        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0), [
-            f"mode auto plays sequential: the {missing} was never measured; `python -m runtime.calibrate` does it"
-        ]
+        reason = f"the {missing} was never measured; `python -m runtime.calibrate` does it"
+        return exact(reason), [] if tolerance is None else [f"mode auto plays sequential: {reason}"]
     scale = setting.guidance_scale if guided else 1.0
     wanted = candidates()  # an older file may know others
-    allowed = [(EXACT, 0.0), *((d.candidate, d.p90) for d in drifts if d.p90 <= tolerance and d.candidate in wanted)]
+    bound = f"a PSNR of {SAME_PSNR:g} dB in every image" if tolerance is None else f"a drift of {tolerance:g}"
+    allowed = [(EXACT, 0.0, EQUAL_PSNR)]
+    allowed += [(d.candidate, d.p90, d.psnr_min) for d in drifts if d.within(tolerance) and d.candidate in wanted]
     timed = [
         Choice(
             candidate=candidate,
             seconds=predicted_seconds(candidate, schedule, lanes, scale, measured, images),
             drift_p90=p90,
+            psnr_min=psnr,
+            reason=f"the fastest that kept to {bound} in calibration",
         )
-        for candidate, p90 in allowed
+        for candidate, p90, psnr in allowed
     ]
     return min(timed, key=lambda choice: (choice.seconds, choice.drift_p90)), []

@@ -15,7 +15,7 @@ from engines.base import Array, Branch
 from engines.command import exit_code
 from engines.errors import ParameterError
 from engines.store import BUILD, locked
-from runtime.auto import EXACT, Calibration, Candidate, Drift, candidates
+from runtime.auto import EQUAL_PSNR, EXACT, Calibration, Candidate, Drift, candidates
 from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.operations import STATE
@@ -55,21 +55,37 @@ def measure_drifts(
     examples = pipeline.manifest.examples or ("",)
     prompts = [examples[n % len(examples)] for n in range(images)]
 
-    def latents(candidate: Candidate) -> Array:
+    def made(candidate: Candidate) -> tuple[Array, Array]:
         call = Call(
             prompts, num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler,
             mode=candidate.mode, k=candidate.k, drafts=candidate.drafts,
         )  # fmt: skip
-        return pipeline.run(call).latents.reshape(images, -1)
+        result = pipeline.run(call)
+        pixels = np.stack([np.asarray(image, np.float32) for image in result.images])
+        return result.latents.reshape(images, -1), pixels.reshape(images, -1)
 
-    reference, found = latents(EXACT), []
-    setting = pipeline.setting(scheduler, steps, guidance_scale)
-    for candidate in tqdm(wanted, desc=f"drift at {steps} steps", unit="plan", mininterval=0.5):
-        distances = np.linalg.norm(latents(candidate) - reference, axis=1) / np.linalg.norm(reference, axis=1)
-        p90 = float(np.quantile(distances, 0.9))
+    reference, pixels = made(EXACT)
+    setting, found = pipeline.setting(scheduler, steps, guidance_scale), []
+    for candidate in tqdm(wanted, desc=f"drift at {steps} steps", unit="candidate", mininterval=0.5):
+        latents, other = made(candidate)
+        distances = np.linalg.norm(latents - reference, axis=1) / np.linalg.norm(reference, axis=1)
         found.append(
-            Drift(setting=setting, candidate=candidate, images=images, median=float(np.median(distances)), p90=p90)
+            Drift(
+                setting=setting,
+                candidate=candidate,
+                images=images,
+                median=float(np.median(distances)),
+                p90=float(np.quantile(distances, 0.9)),
+                psnr_min=float(psnr(other, pixels).min()),
+            )
         )
+    return found
+
+
+def psnr(pixels: Array, references: Array) -> Array:
+    """Peak signal-to-noise ratio in dB of each row, of pixels from 0 to 255; equal rows are `EQUAL_PSNR` apart."""
+    error = np.square(pixels - references, dtype=np.float64).mean(axis=1)
+    found: Array = np.minimum(EQUAL_PSNR, 10 * np.log10(255**2 / np.maximum(error, 1e-12)))
     return found
 
 
@@ -123,7 +139,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="default: the model's own")
     parser.add_argument("--budget", type=float, default=600, help="seconds; what would take longer is left out")
     parser.add_argument("--scheduler", help="default: the model's own")
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=16, help="how many the drift is measured over")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     options = vars(parser.parse_args())
     return exit_code(

@@ -155,9 +155,10 @@ class Call:
         high=1000, flag="--first-blocks",
     )  # fmt: skip
     drafts: str = _option("auto", "how drafts are guessed", choices=("auto", *DRAFTS), **_both("drafts"))
-    tolerance: float = _option(
-        0.0, "auto, adaptive and srds: largest relative error that is accepted; 0 is exact", low=0,
-        **_both("tolerance"), http_range=(0, 100),
+    tolerance: float | None = _option(
+        None, "auto, adaptive and srds: largest relative error that is accepted; 0 is exact", low=0,
+        absent="auto: no visible difference, measured in calibration; others: 0", **_both("tolerance"),
+        http_range=(0, 100),
     )  # fmt: skip
     blocks: int | None = _option(
         None, "srds: number of blocks", absent="near the root of the number of steps", low=1, of_model=True,

@@ -261,7 +261,7 @@ class Pipeline:
         schedule = make_schedule(manifest, checked.scheduler, steps, size, eta=checked.eta, first=first)
         guided = manifest.guidance == "classifier_free"
         mode, choice, options = checked.mode, None, Options(
-            checked.k, resolve(checked.drafts), checked.tolerance, checked.blocks, checked.pipelined,
+            checked.k, resolve(checked.drafts), checked.tolerance or 0.0, checked.blocks, checked.pipelined,
             checked.iterations, tuple(checked.first_blocks),
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []

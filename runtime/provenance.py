@@ -66,11 +66,17 @@ def _versions() -> dict[str, str]:
 
 
 def engine_version() -> str:
-    """This project's version: the checkout's own, which an older installation may not know; else the installed one."""
+    """This project's version: the checkout's own, which an older installation may not know; else the installed one.
+
+    "unknown" where only the packages were copied, as into a container.
+    """
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if project.is_file():
         return str(tomllib.loads(project.read_text())["project"]["version"])
-    return version("driffusion-engine")
+    try:
+        return version("driffusion-engine")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def load_average() -> float:

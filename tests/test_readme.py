@@ -27,6 +27,7 @@ from bench.page.tables import RESULTS, block, load, readmes, rebuilt
 from engines.errors import ParameterError
 from engines.store import Bundle
 from runtime.__main__ import arguments as runtime_arguments
+from runtime.auto import SAME_PSNR
 from runtime.call import OPTIONS
 from runtime.pipeline import Pipeline
 from runtime.serve.__main__ import arguments as serve_arguments
@@ -300,6 +301,7 @@ QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
     ("engines/README.md", "10 ms"): lambda: inspect.signature(moves.measure).parameters["call_seconds"].default == 0.01,
     ("engines/README.md", "0.1 %"): lambda: moves_gain("NVLink", 0.1),
     ("engines/README.md", "0.35 %"): lambda: moves_gain("PCIe 4", 0.35),
+    ("runtime/README.md", "50 dB"): lambda: SAME_PSNR == 50,
     ("runtime/serve/README.md", "2 seconds"): lambda: RETRIES[0] == 2,
     ("runtime/serve/README.md", "10 seconds"): lambda: RETRIES[1] == 10,
     ("runtime/serve/README.md", "60 seconds"): lambda: RETRIES[2:] == (60.0,),

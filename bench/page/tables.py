@@ -107,7 +107,8 @@ def speed_summary(results: Path) -> str:
             if "seconds" in row and all(row[key] == value for key, value in wanted.items()):
                 against = [interval(row["speedups"].get(key)) for key in ("diffusers compiled", "one session")]
                 cells = [name.format(**row), str(row.get("rounds", "")), f"{row['seconds']['p50']:.3f}", *against]
-                lines.append(f"| {' | '.join(cells)} | {row['drift']['median']:.1e} |")
+                drift = row["drift"]["median"]
+                lines.append(f"| {' | '.join([*cells, f'{drift:.1e}' if drift else '0'])} |")
     return "\n".join(lines)
 
 

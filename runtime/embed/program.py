@@ -189,7 +189,7 @@ def refuse_measuring(call: Call) -> None:
     """ParameterError for a sampler that decides by what it measures, and for mode auto."""
     if call.mode == "auto":
         raise ParameterError("mode", f"a program holds one sampler: name the mode, {', '.join(SAMPLERS)}")
-    if measures(call.mode, Options(tolerance=call.tolerance)):
+    if measures(call.mode, Options(tolerance=call.tolerance or 0.0)):
         raise ParameterError(
             "mode",
             f"{call.mode} decides by what it measures: its coefficients depend on which drafts were accepted, so that "
@@ -258,8 +258,8 @@ def program_of(bundle: Bundle, lanes: Sequence[LaneSpec], call: Call) -> layout.
     size = InitialState.of(manifest, None, None).size(manifest, checked.width, checked.height)
     schedule = make_schedule(manifest, checked.scheduler, checked.num_inference_steps, size, eta=checked.eta)
     options = Options(
-        checked.k, resolve(checked.drafts), checked.tolerance, checked.blocks, checked.pipelined, checked.iterations,
-        tuple(checked.first_blocks),
+        checked.k, resolve(checked.drafts), checked.tolerance or 0.0, checked.blocks, checked.pipelined,
+        checked.iterations, tuple(checked.first_blocks),
     )  # fmt: skip
     check(checked.mode, schedule, options)
     recipe = Recipe(checked.mode, options, schedule, size, checked.guidance_scale, checked.clip_skip or 0)

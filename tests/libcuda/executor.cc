@@ -7,6 +7,7 @@ CUresult submit(Stream *stream, WorkPointer work) {
     if (stream->capture) return capture_node(stream, std::move(work));
     Operation operation;
     operation.stamp = stamp(stream, track_of(stream, 0), work->model);
+    operation.stamp.watched = watch(*work);
     operation.work = std::move(work);
     stream->queue.push_back(std::move(operation));
     return CUDA_SUCCESS;

@@ -86,6 +86,7 @@ static std::unique_ptr<Replay> replay(Executable *executable, Stream *stream) {
             stream->chain = std::max(stream->chain, made->stamps[need].chain);
         }
         made->stamps.push_back(stamp(stream, track_of(stream, node.branch), node.work->model));
+        made->stamps.back().watched = watch(*node.work);
         made->missing.push_back(static_cast<int>(node.needs.size()));
         if (node.needs.empty()) made->ready.push_back(static_cast<int>(n));
         join(end, stream->clock);

@@ -32,12 +32,19 @@ extern const char *const NAMES[FUNCTIONS];
 using Clock = std::vector<uint32_t>;  // by track: how much of it has surely ended
 void join(Clock &into, const Clock &from);
 
+// Host memory as it was when a copy of it was asked for (memory.cc)
+struct Watch {
+    uintptr_t address;
+    std::vector<unsigned char> expected;
+};
+
 // When one operation runs in the partial order: what has ended before it, its own place, model calls on its longest path
 struct Stamp {
     Clock clock;
     int track = 0;
     uint32_t tick = 0;
     int chain = 0;
+    std::shared_ptr<Watch> watched;
 };
 
 struct Access {
@@ -82,6 +89,8 @@ struct Work {
     Context *context = nullptr;
     const struct Module *module = nullptr;
     bool model = false;
+    uintptr_t host_source = 0;  // pinned memory that it copies, and how much
+    size_t host_size = 0;
     bool through_host = false;  // a copy that the driver makes without peer access
     std::vector<Access> accesses;
     std::function<void(std::vector<Access> &)> dynamic;
@@ -198,6 +207,7 @@ Allocation *allocation_at(uintptr_t address, size_t size);  // that holds all of
 unsigned char *bytes_at(uintptr_t address, size_t size);    // null outside allocations
 void free_allocation(Allocation *allocation, bool checked);
 size_t allocated_bytes(int device);
+std::shared_ptr<Watch> watch(const Work &work);  // null where it copies no host memory
 void changed_by_device(uintptr_t address, size_t size);  // host memory that is written by a copy, not by the host
 const char *visible(Context *context, const Allocation *allocation);  // why a device may not touch it, or null
 

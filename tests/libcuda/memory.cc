@@ -88,15 +88,12 @@ const char *visible(Context *context, const Allocation *allocation) {
 
 // --- host memory that must not change before it was copied -----------------------------------------------------------
 
-struct Watch {
-    uintptr_t address;
-    std::vector<unsigned char> expected;
-};
 static std::vector<std::weak_ptr<Watch>> watches;
 
-static std::shared_ptr<Watch> watch(uintptr_t address, size_t size) {
-    const unsigned char *bytes = bytes_at(address, size);
-    auto made = std::make_shared<Watch>(Watch{address, {bytes, bytes + size}});
+std::shared_ptr<Watch> watch(const Work &work) {
+    if (!work.host_size) return nullptr;
+    const unsigned char *bytes = bytes_at(work.host_source, work.host_size);
+    auto made = std::make_shared<Watch>(Watch{work.host_source, {bytes, bytes + work.host_size}});
     watches.erase(std::remove_if(watches.begin(), watches.end(), [](auto &one) { return one.expired(); }), watches.end());
     watches.push_back(made);
     return made;
@@ -161,14 +158,13 @@ static CUresult copy(Function function, uintptr_t target, Side to, uintptr_t sou
     const bool zeros = between && machine.peer_zeros;
     std::vector<unsigned char> held;  // pageable memory is read before the call returns
     if (!sides[1]) held.assign(reinterpret_cast<unsigned char *>(source), reinterpret_cast<unsigned char *>(source) + size);
-    std::shared_ptr<Watch> watched;
-    if (sides[1] && sides[1]->device < 0 && !stream->capture) watched = watch(source, size);
+    if (sides[1] && sides[1]->device < 0) work->host_source = source, work->host_size = size;
     const bool to_host = sides[0] && sides[0]->device < 0, to_pageable = !sides[0];
     auto done = std::make_shared<bool>(false);
-    work->run = [=, held = std::move(held)](const Stamp &) {
+    work->run = [=, held = std::move(held)](const Stamp &when) {
         unsigned char *into = to_pageable ? reinterpret_cast<unsigned char *>(target) : bytes_at(target, size);
         const unsigned char *of = held.empty() ? bytes_at(source, size) : held.data();
-        if (watched && memcmp(of, watched->expected.data(), size))
+        if (when.watched && memcmp(of, when.watched->expected.data(), size))
             violate("%s: the host changed the memory before it was copied", name);
         zeros ? memset(into, 0, size) : memmove(into, of, size);
         if (to_host) changed_by_device(target, size);

@@ -194,6 +194,22 @@ def test_host_memory_that_changes_before_its_copy(cuda: Cuda) -> None:
     assert cuda.machine.forgive() == []
 
 
+def test_host_memory_that_changes_before_a_graph_copies_it(cuda: Cuda) -> None:
+    memory, host, stream = cuda.alloc(), cuda.pinned(), cuda.stream()
+    cuda.capture(stream)
+    cuda("cuMemcpyHtoDAsync", memory, host, 256, stream)
+    graph = cuda.graph(stream)
+    for value in (1, 2):
+        ctypes.memset(host, value, 256)
+        cuda("cuGraphLaunch", graph, stream)
+        cuda("cuStreamSynchronize", stream)
+        assert (cuda.machine.view(memory, 256) == value).all()
+    cuda("cuGraphLaunch", graph, stream)
+    ctypes.memset(host, 3, 1)
+    cuda("cuStreamSynchronize", stream)
+    broken(cuda.machine, "the host changed the memory before it was copied")
+
+
 def test_host_memory_that_a_copy_changes_is_right(cuda: Cuda) -> None:
     """From one device into host memory and from there to another one, in order: nothing to object to."""
     first, second, host, stream = cuda.alloc(), cuda.alloc(), cuda.pinned(), cuda.stream()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from skimage.metrics import peak_signal_noise_ratio
 
 from engines.errors import ParameterError
 from engines.manifest import Manifest
@@ -26,7 +28,7 @@ from runtime.auto import (
     rehearse,
     seconds_by_lanes,
 )
-from runtime.calibrate import BATCHES, calibrate
+from runtime.calibrate import BATCHES, calibrate, psnr
 from runtime.calibrate import main as command
 from runtime.sampling.operations import Options
 from runtime.sampling.samplers import SAMPLERS, measures
@@ -36,9 +38,9 @@ SETTING = Setting(scheduler="ddim", eta=0.0, steps=50, guidance_scale=4.0)
 LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
 
 
-def drift(mode: str, k: int, p90: float) -> Drift:
+def drift(mode: str, k: int, p90: float, psnr_min: float = 40.0) -> Drift:
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
-    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90)
+    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90, psnr_min=psnr_min)
 
 
 def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None:
@@ -98,6 +100,25 @@ def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
     assert chosen(0.01) == chosen(1.0) == ("aggressive", 2), "as fast as k = 4 here, and closer"
 
 
+def test_without_a_tolerance_no_image_may_look_different(manifest: Manifest) -> None:
+    schedule = make_schedule(manifest, "ddim", 50)
+    drifts = (drift("conservative", 4, 0.004, 55.0), drift("aggressive", 2, 0.001, 49.9))
+    known = Calibration(calls={"four": LINEAR}, drifts=drifts)
+    choice, warnings = choose(known, "four", 4, schedule, SETTING, None)
+    assert (choice.candidate.mode, choice.candidate.k, choice.psnr_min) == ("conservative", 4, 55.0) and not warnings
+    assert "50 dB in every image" in choice.reason
+    choice, warnings = choose(Calibration(), "four", 4, schedule, SETTING, None)
+    assert choice.candidate == EXACT and not warnings and "never measured" in choice.reason
+
+
+def test_psnr_is_that_of_skimage(rng: np.random.Generator) -> None:
+    a, b = rng.integers(0, 256, (2, 5, 9, 7, 3)).astype(np.float32)
+    b[4] = a[4]
+    theirs: Any = peak_signal_noise_ratio  # it has no types
+    expected = [theirs(x, y, data_range=255) for x, y in zip(a[:4], b[:4], strict=True)]
+    np.testing.assert_allclose(psnr(a.reshape(5, -1), b.reshape(5, -1)), [*expected, 99.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("known", "what"),
     [
@@ -126,6 +147,10 @@ def test_calibration_is_measured_once_and_used(
         assert all(seconds > 0 for seconds in stored.calls[pipeline.calibration_key].values())
         assert all(found.setting.steps == 6 and found.median <= found.p90 for found in stored.drifts)
         exact = pipeline.generate("a red star", num_inference_steps=6).report
+        assert exact.auto is not None and exact.auto["reason"].startswith("the fastest that kept to a PSNR of 50 dB")
+        assert all(found.psnr_min < 50 for found in stored.drifts), "six steps are few"
+        zero = pipeline.generate("a red star", num_inference_steps=6, tolerance=0).report
+        assert zero.auto is not None and (zero.mode, zero.auto["reason"]) == ("sequential", "tolerance 0")
         loose = pipeline.generate("a red star", num_inference_steps=6, tolerance=1e9).report
         assert (exact.mode, exact.warnings) == ("sequential", ())
         assert loose.auto is not None and loose.auto["seconds"] > 0 and loose.mode == loose.auto["candidate"]["mode"]

@@ -95,7 +95,8 @@ def test_a_lone_image_has_all_lanes_and_gives_half_when_another_comes() -> None:
 
 def test_a_request_that_is_limited_to_one_lane_uses_the_one_that_it_owns() -> None:
     """The others go to requests that may use them; `used` names the lanes of the rounds."""
-    lanes = opened([OneAtATime(0.001) for _ in range(3)])
+    models = [OneAtATime(0.001) for _ in range(3)]
+    lanes = opened(models)
     with lanes.lease(USUAL) as first:
         assert (first.own, first.held) == (0, (0, 1, 2))
         with ThreadPoolExecutor(1) as pool:
@@ -105,6 +106,7 @@ def test_a_request_that_is_limited_to_one_lane_uses_the_one_that_it_owns() -> No
             lanes.update(first)
             wanted, lease = limited.result()
         assert (lease.own, lease.used, lease.lane_rounds) == (1, {1}, lease.rounds) and not first.used
+        assert models[1].runs >= lease.rounds and not models[0].runs and not models[2].runs
     alone, lease = image(lanes, 5)
     assert np.abs(alone - wanted).max() < 1e-4 * np.abs(alone).max() and lease.used == {0, 1, 2}
 

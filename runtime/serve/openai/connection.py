@@ -49,7 +49,7 @@ def limited_connection(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY or self in spare:
+            if self in spare:  # others keep uvicorn's own time between two requests
                 self._cancel_timer()
                 self._watch()
 
