@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from runtime.sampling.timeline import Timeline
 from runtime.tokenizer import PromptTokenizer
 
 P = ParamSpec("P")
+Returned = TypeVar("Returned")
 NO_CALLBACKS = Callbacks()
 
 
@@ -94,10 +96,10 @@ class Denoised:
 
 def _with_arguments(
     arguments: Callable[P, object],
-) -> Callable[[Callable[..., Result]], Callable[Concatenate[Pipeline, P], Result]]:
+) -> Callable[[Callable[..., Returned]], Callable[Concatenate[Pipeline, P], Returned]]:
     """Gives a method the keywords of a class, for type checkers, `help`, and completion in editors and notebooks."""
 
-    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Pipeline, P], Result]:
+    def decorate(method: Callable[..., Returned]) -> Callable[Concatenate[Pipeline, P], Returned]:
         own, taken = inspect.signature(method), inspect.signature(arguments)
         parameters = [own.parameters["self"], *taken.parameters.values()]
         vars(method)["__signature__"] = own.replace(parameters=parameters)
@@ -223,6 +225,23 @@ class Pipeline:
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
         return self.run(*read_arguments(*prompt, **options))
+
+    @_with_arguments(Arguments)
+    async def agenerate(self, *prompt: Any, **options: Any) -> Result:
+        """`generate` beside an event loop. Cancelling the task cancels the call before its next round."""
+        call, callbacks = read_arguments(*prompt, **options)
+        left = threading.Event()
+
+        def before_round() -> None:
+            if left.is_set():
+                raise asyncio.CancelledError
+            callbacks.before_round()
+
+        try:
+            return await asyncio.to_thread(self.run, call, replace(callbacks, before_round=before_round))
+        except asyncio.CancelledError:
+            left.set()
+            raise
 
     def run(self, call: Call, callbacks: Callbacks = NO_CALLBACKS) -> Result:
         """Makes the images of a call: check, encode, denoise, decode, report. Errors as of `generate`."""

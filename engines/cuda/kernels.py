@@ -96,7 +96,10 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, str]:
             raise DeviceError(f"{SOURCE.name} cannot be compiled for sm_{arch}: {result[0].name}")
         return result[1] if len(result) > 1 else None
 
-    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    try:
+        program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    except RuntimeError as error:  # what the bindings raise when they find no library
+        raise DeviceError(f"NVRTC is missing ({error}): pip install nvidia-cuda-nvrtc") from error
     options = [option.encode() for option in variant.options(arch)]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     log = bytes(bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1))  # of its own: it is written into
