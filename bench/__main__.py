@@ -29,6 +29,7 @@ COMMANDS = (
     "embed",
     "export",
     "gpu",
+    "host",
     "moves",
     "report",
 )

@@ -249,10 +249,13 @@ class CudaBackend:
             return
         planned = self._cache.planned.get((id(calls), *self._ids))
         self._pending, self._ids, self._pending_floats = [], [], 0
-        if planned is not None:
-            self._play(planned.round, planned.source, planned.bytes)
-        else:
-            self._play_anew(pending, calls)
+        try:
+            if planned is not None:
+                self._play(planned.round, planned.source, planned.bytes)
+            else:
+                self._play_anew(pending, calls)
+        except ValueError as error:  # of the enumeration of statuses, which has no such number
+            raise DeviceError(f"a round failed with a status that cuda-python does not know ({error})") from error
 
     def _play_anew(self, pending: list[tuple[Sequence[str], Array, Sequence[str]]], calls: Sequence[LaneCall]) -> None:
         """A round that nobody has asked for in these words: finds or compiles it, and remembers the words."""
@@ -379,13 +382,21 @@ class CudaBackend:
         """DeviceError when nothing has ended for too long; it names the lanes that the round under way waits for."""
         if (self._progress.stalled() or waited) <= self.lane_timeout:
             return
-        late = self._progress.late()
-        self._family.hung.update(late or [lane.number for lane in self._lanes if lane.stream is self._main])
+        self._family.hung.update(self._progress.late() or self._waiting_for())
         named = ", ".join(f"lane {n} (cuda:{self._lanes[n].device.ordinal})" for n in sorted(self._family.hung))
         raise DeviceError(
             f"{what} did not end within {self.lane_timeout:g} s: {named} hangs or is far too slow; start the program "
             "again to get its memory back, or allow more with --lane-timeout"
         )
+
+    def _waiting_for(self) -> list[int]:
+        """Lanes of devices that have not taken what was sent to them outside rounds; home's, when there are none."""
+        busy, found = self._driver.api.CUresult.CUDA_ERROR_NOT_READY, []
+        for lane in self._lanes:
+            with self._memory.on(lane.device):
+                status = self._driver.function("cuStreamQuery")(self._queries[lane.device.ordinal][0])[0]
+            found += [lane.number] if status == busy else []
+        return found or [lane.number for lane in self._lanes if lane.stream is self._main]
 
     def _failed(self, device: Device) -> bool:
         """An error that a lost device once gave comes again with every call, also on streams that nothing runs on."""

@@ -128,7 +128,7 @@ class RoundCache:
             release([partial(self._memory.driver, "cuGraphExecDestroy", graph) for graph in graphs])
         with SERIAL:
             for one in gone:
-                one.graph, one.held, one.calls = None, [], []
+                one.graph, one.held, one.calls, one.prepared = None, [], [], []
 
     def close(self) -> None:
         """Frees all of it; nothing may run."""

@@ -62,7 +62,7 @@ class Progress:
             now = time.perf_counter()
             if self._paced:
                 pace = (now - self._paced_at) / (begun - self._paced)
-                self._pace = min(pace, 1.2 * self._pace) if self._pace else pace
+                self._pace = (self._pace + pace) / 2 if self._pace else pace
             self._paced, self._paced_at = begun, now
         return max(1, min(MOST_AHEAD, int(AHEAD_SECONDS / self._pace))) if self._pace else 2
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,14 @@ TABLE_FLOATS = 32768  # of one round: coefficients, then timesteps
 Enqueue = Callable[[], None]
 # (sources, targets) of combinations, then (latent, output, conditioning) of the branches of every lane's call
 Key = tuple[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], tuple[tuple[tuple[int, int, int], ...], ...]]
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """What `bind` returns where something must be there before a run can be captured."""
+
+    def prepare(self) -> None:
+        """Makes it, for the next run."""
 
 
 class LaneNetwork(Protocol):
@@ -102,6 +110,7 @@ class RoundGraph:
     joins: list[Enqueue]
     copies: Mapping[str, int]
     numbers: tuple[int, ...] = ()
+    prepared: list[Prepared] = field(default_factory=list)
     runs: int = 0
     last: int = 0
     refused: int = 0
@@ -171,6 +180,9 @@ class Rounds:
     def capture(self, one: RoundGraph) -> None:
         """Makes a graph of a round, unless something in it cannot be captured."""
         try:
+            for run in one.prepared:
+                run.prepare()
+            self._driver("cuCtxSetCurrent", self._home.context)
             one.graph = self._driver.capture(self._main, lambda: self.enqueue(one))
             one.held = [lane.network.held for lane in one.lanes]
         except DeviceError as error:
@@ -202,10 +214,10 @@ class Rounds:
             if lane.device is not self._home:
                 moved["staged" if lane.carrier else "peer"] += 1 + len(_runs([output for _, output, _ in call]))
         name = f"round of {sum(len(call) for _, call in busy)} branches on {len(busy)} lanes"
-        lanes = tuple(lane for lane, _ in busy)
+        lanes, runs = tuple(lane for lane, _ in busy), list[object](run for *_, run in steps)
         return RoundGraph(
-            name, launches, identities, lanes, [call for call, _ in steps], [join for _, join in steps], moved,
-            tuple(lane.number for lane in lanes),
+            name, launches, identities, lanes, [call for call, _, _ in steps], [join for _, join, _ in steps], moved,
+            tuple(lane.number for lane in lanes), [run for run in runs if isinstance(run, Prepared)],
         )  # fmt: skip
 
     @staticmethod
@@ -238,8 +250,8 @@ class Rounds:
 
     def _call(
         self, lane: Lane, call: Sequence[tuple[int, int, int]], bound: Inputs, shape: ShapeMemory
-    ) -> tuple[Enqueue, Enqueue]:
-        """What a lane does in a round, and what home does when it is done."""
+    ) -> tuple[Enqueue, Enqueue, Enqueue]:
+        """What a lane does in a round, what home does when it is done, and the run of the network in it."""
         rows = [output for _, output, _ in call]
         runs, size, remote = _runs(rows), len(rows) * shape.bytes, lane.device is not self._home
         direct = not remote and len(runs) == 1
@@ -270,12 +282,12 @@ class Rounds:
             if lane.stream is not main:
                 driver("cuStreamWaitEvent", main, lane.done, 0)
 
-        return enqueue, join
+        return enqueue, join, run
 
     def _staged_call(
         self, lane: Lane, bound: Inputs, run: Enqueue, own: int, size: int, goals: Sequence[tuple[int, int, int]],
         shape: ShapeMemory,
-    ) -> tuple[Enqueue, Enqueue]:  # fmt: skip
+    ) -> tuple[Enqueue, Enqueue, Enqueue]:  # fmt: skip
         """The same through host memory, by the lane's carrier at home; `goals` are (slot, offset, bytes)."""
         driver, main = self._driver, self._main
         inbox = shape.lane_staging(lane.number, "in", bound.size)
@@ -301,7 +313,7 @@ class Rounds:
             driver("cuEventRecord", lane.arrived, lane.carrier)
             driver("cuStreamWaitEvent", main, lane.arrived, 0)
 
-        return enqueue, join
+        return enqueue, join, run
 
     def _finished(self, lane: Lane) -> None:
         lane.kernels.advance(lane.stream, lane.state, 1, self._table.seen + 4 * (1 + lane.number))

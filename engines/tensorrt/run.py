@@ -25,7 +25,7 @@ from engines.nvidia import gpus_of, visible_gpus
 from engines.store import Bundle, Plan
 from engines.tensorrt.budget import Budget
 from engines.tensorrt.build import build_missing
-from engines.tensorrt.contexts import CONTEXTS, Contexts, Engine, Shapes
+from engines.tensorrt.contexts import CONTEXTS, Context, Contexts, Engine, Shapes
 from engines.tensorrt.plan import BATCHES, batches, package, plan_fields
 
 __all__ = ["Engines", "build_missing", "trouble", "wanted"]
@@ -78,16 +78,7 @@ class EngineNetwork:
             self.capturable = self._contexts.get(shapes).capturable(handle) and self.capturable
             parts.append((shapes, own | {self._output: _rows(output, rows)}))
 
-        def run() -> None:
-            used = []
-            for shapes, tensors in parts:
-                context = self._contexts.get(shapes)
-                context.point(tensors)
-                context.run(handle)
-                used.append(context)
-            self.held = used
-
-        return run
+        return _Run(self, self._contexts, handle, parts)
 
     def trim(self) -> None:
         """See rounds.LaneNetwork."""
@@ -97,6 +88,27 @@ class EngineNetwork:
         """Frees contexts and scratch memory."""
         self.held = None
         self._contexts.close()
+
+
+class _Run:
+    """One call of a lane, in parts. Contexts that were let go meanwhile are made again, but never during a capture."""
+
+    def __init__(
+        self, network: EngineNetwork, contexts: Contexts, stream: int, parts: Sequence[tuple[Shapes, dict[str, Tensor]]]
+    ) -> None:
+        self._network, self._contexts, self._stream, self._parts = network, contexts, stream, parts
+        self._ready: list[Context] = []
+
+    def prepare(self) -> None:
+        """See rounds.Prepared."""
+        self._ready = [self._contexts.get(shapes) for shapes, _ in self._parts]
+
+    def __call__(self) -> None:
+        used, self._ready = self._ready or [self._contexts.get(shapes) for shapes, _ in self._parts], []
+        for context, (_, tensors) in zip(used, self._parts, strict=True):
+            context.point(tensors)
+            context.run(self._stream)
+        self._network.held = used
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:

@@ -146,6 +146,7 @@ def test_the_names_are_those_that_are_used() -> None:
         "manifest",
         "inputs",
         "startswith",
+        "held",
         "name",
         "said",
         "get",
