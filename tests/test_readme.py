@@ -60,6 +60,7 @@ RUN = (
 )
 # why a block is not run; its `make` lines are resolved with --dry-run and its options are parsed
 EXPLAINED = {
+    "driffusion::engine model": "is compiled and run by tests/runtime/embed/test_examples.py",
     "make engines MODEL=owner/name": "needs the hub; tests/export/test_loading.py exports folders, LoRA and sizes",
     "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
     "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
