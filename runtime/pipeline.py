@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
@@ -111,24 +112,28 @@ def _with_arguments(
 class Pipeline:
     """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
 
-    def __init__(self, bundle: Bundle, devices: str) -> None:
+    def __init__(self, bundle: Bundle, devices: str, lane_timeout: float = LANE_TIMEOUT) -> None:
         lanes = parse_devices(devices)
         self.manifest = bundle.manifest
-        self.machine = Machine(bundle, lanes)
+        self.machine = Machine(bundle, lanes, lane_timeout)
         self._tokenizer = PromptTokenizer(bundle)
         self._default_k = len(lanes)  # also when some are lost: an image depends on what was asked alone
         self._measured: tuple[str, Callable[[int], float]] | None = None
         self._here = threading.local()
 
     @classmethod
-    def load(cls, model: str, devices: str = "auto", build: Path | str = BUILD) -> Pipeline:
+    def load(
+        cls, model: str, devices: str = "auto", build: Path | str = BUILD, lane_timeout: float = LANE_TIMEOUT
+    ) -> Pipeline:
         """Loads an exported and compiled model by name or by bundle folder.
+
+        A lane of a GPU that makes no progress for `lane_timeout` seconds is lost.
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         lanes = parse_devices(devices)
         check_lanes(lanes)
-        return cls(Bundle.open(model, Path(build), precision(lanes)), devices)
+        return cls(Bundle.open(model, Path(build), precision(lanes)), devices, lane_timeout)
 
     def __repr__(self) -> str:
         state = "closed" if self.machine.closed else f"on {', '.join(map(str, self.devices))}"
