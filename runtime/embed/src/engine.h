@@ -22,7 +22,7 @@ namespace driffusion {
 struct Settings {
     std::string bundle, program, runtime;
     u32 lanes = 0, threads = 0;  // 0: as the program says
-    double spin_seconds = 50e-6;
+    double spin_seconds = 0;
     u32 max_requests = 256;
     bool compiled = true;
     void (*log)(void *, driffusion_log_level, const char *) = nullptr;
@@ -104,7 +104,7 @@ class Engine {
     std::vector<std::unique_ptr<Session>> denoisers_;
     Lanes lanes_;
     std::unique_ptr<Workers> workers_;
-    std::vector<std::unique_ptr<Player>> players_;  // by desk
+    std::vector<std::unique_ptr<Player>> players_;  // by owned lane
     std::mutex mutex_;
     std::condition_variable idle_;
     std::vector<std::shared_ptr<Request>> running_;
