@@ -26,6 +26,7 @@ ALLOWED = {
     "engines": {"engines"},
     # schedulers are pure; with them an export refuses before the work what the runtime would refuse after it
     "export": {
+        "engines.command",
         "engines.errors",
         "engines.devices",
         "engines.manifest",
@@ -40,7 +41,6 @@ ALLOWED = {
     # samplers are pure: arithmetic over slots, and a backend to run it on
     "runtime/sampling": {
         "engines.base",
-        "engines.command",
         "engines.errors",
         "engines.host",
         "engines.manifest",
