@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.gpu.engine import schedule
 from engines.cuda.backend import CudaBackend
-from engines.cuda.driver import Driver
+from engines.cuda.driver import Driver, bindings
 from engines.cuda.kernels import CACHE
 from engines.tensorrt.run import EngineNetwork
 from runtime.sampling.operations import STATE, Options
@@ -40,9 +40,7 @@ class FreeDriver:
     """`cuda.bindings.driver` of a machine on which everything is done at once, and nothing is computed."""
 
     def __init__(self) -> None:
-        from cuda.bindings import driver
-
-        self._real, self.calls, self._kept = driver, 0, list[Any]()
+        self._real, self.calls, self._kept = bindings(), 0, list[Any]()
         self._values: dict[str, Callable[..., tuple[Any, ...]]] = {
             "cuDriverGetVersion": lambda: (13000,), "cuDeviceGetCount": lambda: (1,),
             "cuDeviceGetName": lambda *_: (b"a GPU that costs nothing",), "cuDeviceGetAttribute": self._nine,

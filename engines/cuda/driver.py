@@ -239,6 +239,11 @@ def _load() -> Any:
     reason = available()
     if reason:
         raise DeviceError(f"{reason}: use --devices cpu, or install NVIDIA's driver 580 or newer")
+    return bindings()
+
+
+def bindings() -> Any:
+    """cuda-python's functions and types, which are there without a driver, too."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
