@@ -18,7 +18,20 @@ from engines.command import exit_code
 from engines.files import written_whole
 from runtime.provenance import result_file
 
-COMMANDS = ("run", "scenario", "simulate", "quality", "drafts", "kernel", "serve", "export", "gpu", "moves", "report")
+COMMANDS = (
+    "run",
+    "scenario",
+    "simulate",
+    "quality",
+    "drafts",
+    "kernel",
+    "serve",
+    "embed",
+    "export",
+    "gpu",
+    "moves",
+    "report",
+)
 
 
 def summary(module: ModuleType) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engines.cuda.backend import Enqueue, Tensor
+from engines.cuda.memory import Tensor
+from engines.cuda.rounds import Enqueue, Stateless
 
 _KINDS = {"float16": "<f2", "float32": "<f4"}
 
@@ -19,8 +20,8 @@ class _Memory:
         }  # fmt: skip
 
 
-class TorchNetwork:
-    """`model(sample, timestep, **conditioning) → output` on one device; see engines.cuda.Network.
+class TorchNetwork(Stateless):
+    """`model(sample, timestep, **conditioning) → output` on one device; see engines.cuda.rounds.LaneNetwork.
 
     A binding is captured as a graph of PyTorch's own, in its own memory pool, so that it needs no launch of single
     kernels; rounds then go through streams. With `inside` the model's kernels become part of the round's graph instead:
@@ -33,7 +34,7 @@ class TorchNetwork:
         self._pool: Any = None
 
     def bind(self, inputs: Mapping[str, Tensor], output: Tensor, stream: Any) -> Enqueue:
-        """See cuda.Network."""
+        """See rounds.LaneNetwork."""
         import torch
 
         device = torch.device("cuda", self.device)

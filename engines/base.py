@@ -39,6 +39,8 @@ class Measurements:
     spans: when each lane's last call began and ended, by `time.perf_counter`; None where the host does not wait.
     copied: copies between devices since the start: `peer`, and `staged` through host memory.
     staged: ordered pairs of devices whose direct copies failed their test, so that latents go through host memory.
+    counts: what is kept for rounds that come again, by kind.
+    stalled(): seconds since anything that was asked for began or ended, while something runs; any thread may ask.
     """
 
     timed: Callable[[Sequence[LaneCall]], float]
@@ -46,6 +48,8 @@ class Measurements:
     spans: Sequence[tuple[float, float]] | None = None
     copied: Mapping[str, int] = field(default_factory=dict)
     staged: tuple[tuple[int, int], ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    stalled: Callable[[], float] = lambda: 0.0
 
 
 class Backend(Protocol):

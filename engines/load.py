@@ -10,6 +10,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from engines.base import Array, Backend, Progress
+from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.runtimes import RUNTIMES, default_runtime
@@ -62,7 +63,9 @@ class RuntimeModule(Protocol):
     ) -> dict[str, Plan | None]:
         """Compiles what is missing or damaged: the new plans by name, None for those that were there."""
 
-    def Engines(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:  # noqa: N802 - a class
+    def Engines(  # noqa: N802 - a class
+        self, bundle: Bundle, lanes: Sequence[LaneSpec], *, lane_timeout: float
+    ) -> Engines:
         """Opens a model; BundleError when it is not compiled for these lanes, DeviceError when they are not there."""
 
 
@@ -78,9 +81,12 @@ def check(lanes: Sequence[LaneSpec]) -> None:
         raise DeviceError(f"there is no {lanes[0].device}: {reason}; use --devices auto or cpu")
 
 
-def load(bundle: Bundle, lanes: Sequence[LaneSpec]) -> Engines:
-    """Opens a model on lanes; BundleError when it is not compiled for them, DeviceError when they are not there."""
-    return module(lanes[0].runtime).Engines(bundle, lanes)
+def load(bundle: Bundle, lanes: Sequence[LaneSpec], lane_timeout: float = LANE_TIMEOUT) -> Engines:
+    """Opens a model on lanes; BundleError when it is not compiled for them, DeviceError when they are not there.
+
+    A GPU's lane that makes no progress for `lane_timeout` seconds hangs, and is given up with a DeviceError.
+    """
+    return module(lanes[0].runtime).Engines(bundle, lanes, lane_timeout=lane_timeout)
 
 
 def build_missing(

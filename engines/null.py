@@ -154,7 +154,7 @@ class NullRunner:
 class Engines:
     """A model of which nothing is computed: what is left of an image's time is the host's."""
 
-    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], *, lane_timeout: float = 0.0) -> None:
         manifest = bundle.manifest
         least = manifest.latent_axes(manifest.sizes.width, manifest.sizes.height, 1)
         self.runners = {

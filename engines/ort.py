@@ -170,7 +170,7 @@ class SessionLane:
 class Engines:
     """A loaded model: what runs once per image on all cores, and the lanes of the denoiser."""
 
-    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
+    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], *, lane_timeout: float = 0.0) -> None:
         threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
         self.runners = {
             network: Session(bundle, network, threads) for network in bundle.manifest.networks if network != DENOISER

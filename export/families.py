@@ -125,7 +125,21 @@ def _unet_refused(pipeline: Any) -> str | None:
         return f"its UNet takes {config.in_channels} channels, not the {latents} of the latents: inpainting or similar"
     if config.encoder_hid_dim_type or config.class_embed_type:
         return "its UNet wants more than a text (an image or a class)"
-    return None
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    width, wanted = sum(one.config.hidden_size for one in encoders if one), config.cross_attention_dim
+    return _widths("its UNet's cross_attention_dim", wanted, "its text encoders' states", width)
+
+
+def _widths(name: str, wanted: object, other: str, width: object) -> str | None:
+    """What the text encoders make has the width that the denoiser takes; else they are of different models."""
+    return None if wanted == width else f"{name} is {wanted}, and {other} are {width} wide: they do not belong together"
+
+
+def _plain_unet_refused(pipeline: Any) -> str | None:
+    kind = pipeline.unet.config.addition_embed_type
+    if kind is not None:
+        return f"its UNet's addition_embed_type is {kind!r}, which a pipeline with one text encoder has not"
+    return _unet_refused(pipeline)
 
 
 def _pooled_unet_refused(pipeline: Any) -> str | None:
@@ -140,7 +154,21 @@ def _packed_refused(pipeline: Any) -> str | None:
     config = pipeline.transformer.config
     if config.in_channels != 4 * pipeline.vae.config.latent_channels:
         return f"its transformer takes {config.in_channels} channels: it wants an image beside the text"
-    return None
+    wide, pooled = pipeline.text_encoder_2.config.d_model, pipeline.text_encoder.config.hidden_size
+    return _widths("its transformer's joint_attention_dim", config.joint_attention_dim, "T5's states", wide) or _widths(
+        "its transformer's pooled_projection_dim", config.pooled_projection_dim, "CLIP's pooled states", pooled
+    )
+
+
+def _joint_refused(pipeline: Any) -> str | None:
+    config, t5 = pipeline.transformer.config, pipeline.text_encoder_3
+    if config.in_channels != pipeline.vae.config.latent_channels:
+        return f"its transformer takes {config.in_channels} channels: it wants an image beside the text"
+    pooled = sum(one.config.projection_dim for one in (pipeline.text_encoder, pipeline.text_encoder_2))
+    wide = config.joint_attention_dim if t5 is None else t5.config.d_model
+    return _widths("its transformer's joint_attention_dim", config.joint_attention_dim, "T5's states", wide) or _widths(
+        "its transformer's pooled_projection_dim", config.pooled_projection_dim, "CLIP's pooled states", pooled
+    )
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -159,7 +187,7 @@ STABLE_DIFFUSION = Family(
     texts=(_TEXT,),
     sides=_unet_sides,
     guidance=_guidance_of_unet,
-    refused=_unet_refused,
+    refused=_plain_unet_refused,
     encoders={"text_encoder": _CLIP},
     denoiser="UNet2DConditionModel",
     defaults={"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8},
@@ -188,6 +216,7 @@ STABLE_DIFFUSION_3 = Family(
     texts=(_TEXT, _TEXT_2, Text("tokenizer_3", "input_ids_3", lambda tokenizer: SD3_TOKENS)),
     sides=_joint_sides,
     guidance=lambda pipeline: "classifier_free",
+    refused=_joint_refused,
     patch=2,
     strength_up=True,
     optional=("text_encoder_3", "tokenizer_3"),
@@ -220,7 +249,7 @@ LATENT_CONSISTENCY = Family(
     texts=(_TEXT,),
     sides=_unet_sides,
     guidance=_guidance_of_unet,
-    refused=_unet_refused,
+    refused=_plain_unet_refused,
     encoders={"text_encoder": _CLIP},
     denoiser="UNet2DConditionModel",
     defaults={"num_inference_steps": 4, "guidance_scale": 8.5, "strength": 0.8},

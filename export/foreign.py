@@ -21,7 +21,9 @@ def reading(what: str) -> Iterator[None]:
     except (EngineError, MemoryError):
         raise
     except Exception as error:
-        raise ExportError(f"{what}: {first_line(error)}") from error
+        torchs = type(error).__module__.startswith("torch.onnx")  # a page of advice, and the error as its cause
+        cause = error.__cause__ if torchs and error.__cause__ else error
+        raise ExportError(f"{what}: {first_line(cause)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ import torch
 from engines.errors import DeviceError, ExportError
 from engines.manifest import Axes, File, Network, Parity, TensorSpec
 from export.families import Sides
+from export.foreign import reading
 from export.networks import Axis, Exported
 
 OPSET = 20  # the newest that needs no Attention operator, which TensorRT-RTX cannot build
@@ -50,7 +51,8 @@ def export_network(
     """
     path = folder / f"{name}.onnx"
     stage(STAGES[0])
-    network = make()
+    with reading(f"{name} cannot be exported"):
+        network = make()
     network.module.eval().requires_grad_(requires_grad=False)
     weights = sum(one.numel() * one.element_size() for one in network.module.state_dict().values())
     batches = compared(name, weights, sides)
@@ -62,7 +64,8 @@ def export_network(
         stage(STAGES[2])
         drawn = [[one.values(_resolve(one.axes, numbers)) for one in network.inputs] for numbers in axes]
         network.module.float()  # torch has no fast fp16 on processors, and this is the better yardstick
-        found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
+        with reading(f"{name} cannot be run by torch"):
+            found = [_as_tuple(network.module(*map(_wide, inputs))) for inputs in drawn]
     stage(STAGES[3])
     names, inputs, outputs = [one.name for one in network.inputs], network.inputs, network.outputs
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -139,14 +142,15 @@ def _write(network: Exported, path: Path, sides: Sides, factor: int, *, beside: 
     """Torch's exporter, told which axes may change and how much; the weights go beside the graph or into it."""
     unit, low, high = sides.multiple // factor, sides.least // sides.multiple, sides.most // sides.multiple
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    free = {name: torch.export.Dim(f"{name}_{unit}", min=low, max=high) for name in ("height", "width")}
+    sides_free = ("height", "width") if low < high else ()
+    free = {name: torch.export.Dim(f"{name}_{unit}", min=low, max=high) for name in sides_free}
 
     def dynamic(axis: str) -> object:
         times, _, name = axis.rpartition("*")
         multiple = int(times or 1) * unit
         if name == "batch":
             return batch
-        if low == high:
+        if name not in free:
             return None
         return free[name] if multiple == 1 else multiple * free[name]
 
@@ -158,7 +162,7 @@ def _write(network: Exported, path: Path, sides: Sides, factor: int, *, beside: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        try:
+        with reading(f"{path.stem} cannot be exported by torch"):
             program = torch.onnx.export(
                 network.module,
                 tuple(one.values(_resolve(one.axes, numbers)) for one in network.inputs),
@@ -169,9 +173,6 @@ def _write(network: Exported, path: Path, sides: Sides, factor: int, *, beside: 
                 dynamic_shapes=shapes,
                 verbose=False,
             )
-        except torch.onnx.OnnxExporterError as error:
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ExportError(f"{path.stem} cannot be exported by torch: {cause}") from error
     assert program is not None
     program.save(path, external_data=beside)
     if beside:

@@ -28,7 +28,7 @@ __device__ inline void narrow(float wide, BFloat16 &value) {
 __device__ inline float widen(float value) { return value; }
 __device__ inline void narrow(float wide, float &value) { value = wide; }
 
-// engines/kernel.py mirrors these numbers and structs.
+// engines/cuda/kernels.py mirrors these numbers and structs.
 #define MAX_INPUTS 256
 #define MAX_TARGETS 128
 #define MAX_OUTPUTS 34
@@ -127,6 +127,10 @@ extern "C" __global__ void __launch_bounds__(256)
     partial[threads + thread] = norm;
 }
 
-// The end of a round: the next one reads the next block.
-extern "C" __global__ void advance(unsigned int *round, unsigned int blocks) { *round = (*round + 1u) % blocks; }
+// When all combinations of a round have read their block, and when a lane has finished a call: state[0] names the next
+// block, state[1] counts, and the count goes to `seen` in host memory, where the host reads it without a driver call.
+extern "C" __global__ void advance(unsigned int *state, unsigned int blocks, volatile unsigned int *seen) {
+    state[0] = (state[0] + 1u) % blocks;
+    *seen = ++state[1];
+}
 #endif

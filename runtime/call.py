@@ -13,7 +13,6 @@ made; `checked` adds what depends on the model.
 from __future__ import annotations
 
 import argparse
-import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
@@ -27,6 +26,7 @@ from PIL import Image
 from engines.base import Array
 from engines.errors import ParameterError
 from engines.manifest import Manifest
+from runtime.option import Option
 from runtime.sampling.drafts import DRAFTS
 from runtime.sampling.samplers import SAMPLERS
 from runtime.sampling.schedulers import SCHEDULERS
@@ -35,91 +35,7 @@ MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
 RANDOM_SEED = -1
 CHOSEN_SEEDS = 2**32  # chosen ones are below: JavaScript's numbers, and the fields of other tools, hold them
-Range = tuple[float | None, float | None]
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]  # pipeline, step, timestep, {"latents": …}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One argument of `Pipeline.generate`.
-
-    kind: the type of one value: str, int, float, bool, `numpy.ndarray` or `PIL.Image.Image`; `several` if a sequence
-    of them is also taken.
-    default: None means `absent`, which says in words what is used then.
-    low, high: the range of numbers, both included; None where it is open.
-    flag: the command line's name, without dashes for a positional argument; None where the command line has none.
-    http: the HTTP API's field; None where it has none. http_range: its range, narrower than low and high for some.
-    choices: the names to choose from. Those of `scheduler` are checked where the model's own scheduler is known.
-    of_model: the model or the lanes narrow the range, so that `Call.checked` checks it and says the narrower one.
-    """
-
-    name: str
-    kind: type
-    several: bool
-    default: Any
-    help: str
-    absent: str | None = None
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    flag: str | None = None
-    http: str | None = None
-    http_range: Range = (None, None)
-    of_model: bool = False
-
-    def check(self, value: Any, *, high: float | None = None) -> Any:
-        """The value in its plain type; ParameterError where it is of another type or out of range.
-
-        `high` replaces the option's own. Texts, arrays and images are checked where they are used.
-        """
-        if value is None and self.default is None:
-            return None
-        if self.several and self.kind is int:
-            if not isinstance(value, list | tuple):
-                raise ParameterError(self.name, f"{self.name} must be a list of whole numbers, not {value!r}")
-            return tuple(self._number(one, high or self.high) for one in value)
-        if self.choices and value not in self.choices:
-            raise ParameterError(self.name, f"unknown {self.name} {value!r}: use one of {', '.join(self.choices)}")
-        if self.kind is bool and not isinstance(value, bool):
-            raise ParameterError(self.name, f"{self.name} must be True or False, not {value!r}")
-        if self.kind is str:
-            for text in value if self.several and isinstance(value, list | tuple) else (value,):
-                self._text(text)
-        return self._number(value, high or self.high) if self.kind in (int, float) else value
-
-    def _text(self, value: Any) -> None:
-        try:
-            if isinstance(value, str):
-                value.encode()
-        except UnicodeEncodeError as error:
-            wrong = ascii(value[error.start : error.end])
-            message = f"{self.name} is no valid Unicode: it holds {wrong} at character {error.start}: send UTF-8"
-            raise ParameterError(self.name, message) from None
-
-    def _number(self, value: Any, high: float | None) -> float:
-        whole, low = self.kind is int, self.low
-        types = int | np.integer if whole else int | float
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, types)
-            or not math.isfinite(value)
-            or value < (-math.inf if low is None else low)
-            or value > (math.inf if high is None else high)
-        ):
-            kind = "whole number" if whole else "number"
-            if low is not None and high is not None:
-                wanted = f"a {kind} from {low} to {high}"
-            else:
-                wanted = f"a finite {kind}" + (f" of at least {low}" if low is not None else "")
-            raise ParameterError(self.name, f"{self.name} must be {wanted}, not {value!r}")
-        return int(value) if whole else float(value)
-
-    @property
-    def default_text(self) -> str:
-        """The default as documentation and `--help` show it."""
-        if self.absent is not None:
-            return self.absent
-        return "none" if self.default is None or self.default == () else str(self.default)
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:

@@ -52,7 +52,7 @@ class Lease:
         """The end of waiting."""
         self.own, self.backend, self.generation = own, backend, generation
 
-    def play(self, branches: Sequence[Branch]) -> list[LaneCall]:
+    def play(self, branches: Sequence[Branch]) -> Sequence[LaneCall]:
         """Plays a round on the lanes that it may have now and returns the calls by lane; may raise to cancel."""
         self.before_round()
         lanes = self._lanes
@@ -62,7 +62,7 @@ class Lease:
         if held is not self._noted:
             self.used.update(held)
             self._noted = held
-        calls = place(branches, held, lanes.count)
+        calls = place(tuple(branches), held, lanes.count)
         self.since = time.monotonic()
         try:
             self.backend.predict(calls)
@@ -172,10 +172,14 @@ class Lanes:
                 self._changed.notify_all()
 
     def overdue(self, seconds: float) -> tuple[int, ...]:
-        """Lanes of rounds that have taken longer than that already."""
+        """Lanes of requests for which nothing has ended for longer than that: by the host's clock, or the device's."""
         now = time.monotonic()
         with self._changed:
-            late = [one for one in self._leases.values() if one.since is not None and now - one.since > seconds]
+            late = [
+                one
+                for one in self._leases.values()
+                if (one.since is not None and now - one.since > seconds) or one.backend.measurements.stalled() > seconds
+            ]
             return tuple(sorted(lane for lease in late for lane in lease.held))
 
     def count_busy(self, backend: Backend, calls: Sequence[LaneCall]) -> None:
@@ -197,6 +201,13 @@ class Lanes:
         total: Counter[str] = Counter()
         for backend in self._backends:
             total.update(backend.measurements.copied)
+        return dict(total)
+
+    def counts(self) -> dict[str, int]:
+        """What backends keep for rounds that come again, by kind."""
+        total: Counter[str] = Counter()
+        for backend in self._backends:
+            total.update(backend.measurements.counts)
         return dict(total)
 
     @property

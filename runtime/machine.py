@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from engines.base import Array, Backend, Branch
+from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec
 from engines.errors import DeviceError, EngineError, NonFiniteError
 from engines.load import Runner, load
@@ -36,8 +37,8 @@ class Machine:
     lanes that there are.
     """
 
-    def __init__(self, bundle: Bundle, devices: tuple[LaneSpec, ...]) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, devices: tuple[LaneSpec, ...], lane_timeout: float = LANE_TIMEOUT) -> None:
+        self.bundle, self._lane_timeout = bundle, lane_timeout
         self._wanted = self.devices = devices
         self.lost: tuple[str, ...] = ()
         self.closed = False
@@ -47,7 +48,7 @@ class Machine:
 
     def _open(self) -> None:
         """Loads the networks on the lanes that there are."""
-        self.engines = load(self.bundle, self.devices)
+        self.engines = load(self.bundle, self.devices, self._lane_timeout)
         self.prober: Backend | None = None
 
     def _backend_of(self, lane: int) -> Backend:

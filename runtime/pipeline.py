@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
@@ -37,6 +39,7 @@ from runtime.sampling.timeline import Timeline
 from runtime.tokenizer import PromptTokenizer
 
 P = ParamSpec("P")
+Returned = TypeVar("Returned")
 NO_CALLBACKS = Callbacks()
 
 
@@ -94,10 +97,10 @@ class Denoised:
 
 def _with_arguments(
     arguments: Callable[P, object],
-) -> Callable[[Callable[..., Result]], Callable[Concatenate[Pipeline, P], Result]]:
+) -> Callable[[Callable[..., Returned]], Callable[Concatenate[Pipeline, P], Returned]]:
     """Gives a method the keywords of a class, for type checkers, `help`, and completion in editors and notebooks."""
 
-    def decorate(method: Callable[..., Result]) -> Callable[Concatenate[Pipeline, P], Result]:
+    def decorate(method: Callable[..., Returned]) -> Callable[Concatenate[Pipeline, P], Returned]:
         own, taken = inspect.signature(method), inspect.signature(arguments)
         parameters = [own.parameters["self"], *taken.parameters.values()]
         vars(method)["__signature__"] = own.replace(parameters=parameters)
@@ -109,24 +112,28 @@ def _with_arguments(
 class Pipeline:
     """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
 
-    def __init__(self, bundle: Bundle, devices: str) -> None:
+    def __init__(self, bundle: Bundle, devices: str, lane_timeout: float = LANE_TIMEOUT) -> None:
         lanes = parse_devices(devices)
         self.manifest = bundle.manifest
-        self.machine = Machine(bundle, lanes)
+        self.machine = Machine(bundle, lanes, lane_timeout)
         self._tokenizer = PromptTokenizer(bundle)
         self._default_k = len(lanes)  # also when some are lost: an image depends on what was asked alone
         self._measured: tuple[str, Callable[[int], float]] | None = None
         self._here = threading.local()
 
     @classmethod
-    def load(cls, model: str, devices: str = "auto", build: Path | str = BUILD) -> Pipeline:
+    def load(
+        cls, model: str, devices: str = "auto", build: Path | str = BUILD, lane_timeout: float = LANE_TIMEOUT
+    ) -> Pipeline:
         """Loads an exported and compiled model by name or by bundle folder.
+
+        A lane of a GPU that makes no progress for `lane_timeout` seconds is lost.
 
         BundleError when it is missing, altered or not compiled for this machine; DeviceError for unknown devices.
         """
         lanes = parse_devices(devices)
         check_lanes(lanes)
-        return cls(Bundle.open(model, Path(build), precision(lanes)), devices)
+        return cls(Bundle.open(model, Path(build), precision(lanes)), devices, lane_timeout)
 
     def __repr__(self) -> str:
         state = "closed" if self.machine.closed else f"on {', '.join(map(str, self.devices))}"
@@ -223,6 +230,23 @@ class Pipeline:
         ParameterError for arguments that cannot be used, NonFiniteError when a model's output is not finite.
         """
         return self.run(*read_arguments(*prompt, **options))
+
+    @_with_arguments(Arguments)
+    async def agenerate(self, *prompt: Any, **options: Any) -> Result:
+        """`generate` beside an event loop. Cancelling the task cancels the call before its next round."""
+        call, callbacks = read_arguments(*prompt, **options)
+        left = threading.Event()
+
+        def before_round() -> None:
+            if left.is_set():
+                raise asyncio.CancelledError
+            callbacks.before_round()
+
+        try:
+            return await asyncio.to_thread(self.run, call, replace(callbacks, before_round=before_round))
+        except asyncio.CancelledError:
+            left.set()
+            raise
 
     def run(self, call: Call, callbacks: Callbacks = NO_CALLBACKS) -> Result:
         """Makes the images of a call: check, encode, denoise, decode, report. Errors as of `generate`."""

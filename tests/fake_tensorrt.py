@@ -35,6 +35,7 @@ class FakeTensorRT:
         self.machine = machine
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()  # that are alive
         self.loaded: list[str] = []
+        self.scratch: Callable[[str, dict[str, tuple[int, ...]]], int] = lambda network, shapes: SCRATCH
 
     def Runtime(self, logger: Any) -> Any:
         return self
@@ -46,10 +47,8 @@ class FakeTensorRT:
 
 
 class FakeEngine:
-    device_memory_size_v2 = SCRATCH
-
     def __init__(self, module: FakeTensorRT, path: str) -> None:
-        self.module = module
+        self.module, self.name = module, Path(path).stem
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
@@ -84,10 +83,13 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = 0
-        self.prepared: dict[int, Callable[[], int]] = {}
+        self.prepared: dict[tuple[int, ...], Callable[[], int]] = {}
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.engine.module.scratch(self.engine.name, dict(self.shapes))
 
     def set_device_memory(self, pointer: int, size: int) -> None:
-        assert size >= SCRATCH and pointer % 256 == 0
+        assert size >= self.update_device_memory_size_for_shapes() and pointer % 256 == 0
         self.engine.module.machine.view(pointer, size)
         self.scratch = pointer
 
@@ -98,14 +100,14 @@ class FakeContext:
         return all(fits) and shape[0] <= LARGEST
 
     def set_tensor_address(self, name: str, pointer: int) -> None:
-        assert not self.prepared, "an address is changed after a run was enqueued"
         self.addresses[name] = pointer
 
     def execute_async_v3(self, handle: int) -> bool:
         assert self.scratch and current_device() == self.engine.device
-        if handle not in self.prepared:
-            self.prepared[handle] = self._prepare(handle)
-        return self.prepared[handle]() == 0
+        key = (handle, *self.addresses.values())  # a run keeps the addresses that it was enqueued with
+        if key not in self.prepared:
+            self.prepared[key] = self._prepare(handle)
+        return self.prepared[key]() == 0
 
     def _prepare(self, handle: int) -> Callable[[], int]:
         machine, session = self.engine.module.machine, self.engine.session

@@ -60,5 +60,5 @@ class HostKernel:
         pointers = ctypes.c_void_p(a), ctypes.c_void_p(b)
         self._library.run_distance(grid, block, *pointers, ctypes.c_ulonglong(elements), ctypes.c_void_p(partial))
 
-    def advance(self, pointer: int, blocks: int) -> None:
-        self._library.run_advance(ctypes.c_void_p(pointer), ctypes.c_uint(blocks))
+    def advance(self, state: int, blocks: int, seen: int) -> None:
+        self._library.run_advance(ctypes.c_void_p(state), ctypes.c_uint(blocks), ctypes.c_void_p(seen))

@@ -46,4 +46,6 @@ extern "C" void run_distance(unsigned int grid, unsigned int block, const STORAG
     every_thread(grid, block, [&] { distance(a, b, elements, partial); });
 }
 
-extern "C" void run_advance(unsigned int *round, unsigned int blocks) { advance(round, blocks); }
+extern "C" void run_advance(unsigned int *state, unsigned int blocks, unsigned int *seen) {
+    advance(state, blocks, seen);
+}

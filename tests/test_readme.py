@@ -60,11 +60,13 @@ RUN = (
 )
 # why a block is not run; its `make` lines are resolved with --dry-run and its options are parsed
 EXPLAINED = {
+    "driffusion::engine model": "is compiled and run by tests/runtime/embed/test_examples.py",
     "make engines MODEL=owner/name": "needs the hub; tests/export/test_loading.py exports folders, LoRA and sizes",
     "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
     "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
     "machine.forgive()": "shows the shape of a test; tests/libcuda and tests/engines/cuda are full of them",
     "make test\n": "is what runs this",
+    "--within 60": "needs GPUs; tests/bench/gpu runs its parts on imaginary ones",
     "pre-commit install": "changes the checkout; tests/test_commands.py runs the hooks",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 
@@ -204,3 +205,33 @@ def save(name: str, folder: Path, seed: int = 0) -> Any:
     pipeline.save_pretrained(folder / name)
     absent = {part: None for part, component in pipeline.components.items() if component is None}
     return type(pipeline).from_pretrained(folder / name, **absent)
+
+
+def lora_file(folder: Path, target: Path, seed: int, *, text: bool = False) -> Path:
+    """A LoRA of random weights for the attention of a folder's denoiser, saved by diffusers."""
+    import diffusers
+    import torch
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    layers = {}
+    for part in ("unet", "transformer", *(["text_encoder"] if text else [])):
+        module = getattr(pipeline, part, None)
+        if module is not None:
+            targets = ["q_proj", "v_proj"] if part == "text_encoder" else ["to_q", "to_v"]
+            module.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+            layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module)
+    pipeline.save_lora_weights(target.parent, weight_name=target.name, **layers)
+    return target
+
+
+def weights(folder: Path, *loras: tuple[Path, float], part: str = "unet") -> dict[str, np.ndarray]:
+    """A component's weights as they would be exported."""
+    from export.loading import load, open_source
+    from export.lora import Lora
+
+    source = open_source(folder, [Lora(file, scale) for file, scale in loras])
+    module = getattr(load(source, [part], "fp32"), part)
+    return {name: value.numpy() for name, value in module.state_dict().items()}

@@ -6,7 +6,6 @@ too: the engine then plays such rounds through streams. Wrong bytes without an e
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from bench.gpu.device import DeviceBench
 from bench.gpu.parts import Row, Settings, open_driver
-from engines.cuda.backend import pinned
+from engines.cuda.memory import pinned
 from engines.errors import DeviceError
 
 SIZE = (32 << 10) + 3  # about the latents of SD 1.5, and no power of two
@@ -82,8 +81,7 @@ def _on_one_device(bench: DeviceBench, source: int, middle: int, target: int) ->
 
     def with_kernel() -> None:
         driver(copy, target, source, SIZE, main)
-        parameters = [ctypes.c_void_p(bench.small + 8), ctypes.c_uint(1)]
-        driver.launch(bench.kernels.function("advance"), 1, 1, main, parameters)
+        bench.advance(1)
 
     def forked() -> None:
         driver(copy, middle, source, SIZE, main)

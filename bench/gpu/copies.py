@@ -10,7 +10,8 @@ from bench.gpu.capture import enable_peers
 from bench.gpu.device import DeviceBench
 from bench.gpu.engine import CopyNetwork
 from bench.gpu.parts import NotPossibleError, Row, Settings, open_driver
-from engines.cuda.backend import CudaBackend, pinned
+from engines.cuda.backend import CudaBackend
+from engines.cuda.memory import pinned
 
 LATENTS = {"SD 1.5": 32 << 10, "SDXL": 128 << 10, "SD 3": 512 << 10, "64 MiB": 64 << 20}
 

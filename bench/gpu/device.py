@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import BLOCK, Combination, Kernels, combination
+from engines.cuda.memory import pinned
 
 IN_A_ROW = 20
 TABLE_BYTES = 1 << 16
@@ -26,6 +26,9 @@ class DeviceBench:
         self.stream = driver.stream()
         self.started, self.ended = driver.event(timing=True), driver.event(timing=True)
         self.allocated: list[int] = []
+        word, self._free_word = pinned(driver, 4)
+        self.seen = word.view(np.uint32)
+        self.seen[0] = 0
         self.table, self.small = self.allocate(TABLE_BYTES), self.allocate(256)
         self.driver("cuMemsetD32Async", self.small, 0, 64, self.stream)
 
@@ -46,6 +49,8 @@ class DeviceBench:
         self.free(list(self.allocated))
         for event in (self.started, self.ended):
             self.driver("cuEventDestroy", event)
+        self._free_word()
+        self.kernels.close()
         self.driver("cuStreamDestroy", self.stream)
 
     def settle(self) -> None:
@@ -84,8 +89,11 @@ class DeviceBench:
 
     def empty(self) -> None:
         """The smallest kernel that there is."""
-        parameters = [ctypes.c_void_p(self.small), ctypes.c_uint(1)]
-        self.driver.launch(self.kernels.function("advance"), 1, 1, self.stream, parameters)
+        self.advance(1)
+
+    def advance(self, blocks: int) -> None:
+        """Counts: the block of the next round, and all rounds, which the host finds in `seen`."""
+        self.kernels.advance(self.stream, self.small + 8, blocks, self.seen.ctypes.data)
 
     def seconds(self, work: Callable[..., None], *arguments: Any, repeats: int = 20) -> float:
         """Median device seconds of a piece of work, between two events around a graph with many of it.

@@ -14,9 +14,11 @@ import numpy as np
 
 from bench.gpu.parts import Row, Settings, open_driver
 from engines.base import Array, Backend, LaneCall
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
 from engines.cuda.kernels import BYTES
+from engines.cuda.memory import Tensor
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.errors import ParameterError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
@@ -64,7 +66,7 @@ def samplers_to_check(plan: Schedule) -> Iterator[tuple[str, Options]]:
             yield mode, options
 
 
-class CopyNetwork:
+class CopyNetwork(Stateless):
     """Predicts its input: a model that costs one small copy.
 
     `routed` (float32 only) makes the first number of every prediction the timestep's, scaled, and the second that of

@@ -48,6 +48,9 @@ if sys.prefix != sys.base_prefix:  # a new environment sees the packages of the 
     site, = Path(sys.argv[1]).glob("lib/python*/site-packages")
     paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     (site / "parent.pth").write_text("\n".join(paths) + "\n")
+    for path in paths:  # NVIDIA's libraries are looked for in site-packages alone, not on sys.path
+        if Path(path, "nvidia").is_dir() and not (site / "nvidia").exists():
+            (site / "nvidia").symlink_to(Path(path, "nvidia"))
 PYTHON
 fi
 
@@ -63,6 +66,20 @@ rtx=("$stage"/tensorrt_rtx*.whl)
 if compgen -G "$stage/tensorrt_rtx_cu13_libs-*.whl" > /dev/null; then pip --no-deps "${rtx[@]}"; fi
 if compgen -G "$stage/onnxruntime_gpu-*.whl" > /dev/null; then
   pip --no-deps --force-reinstall "$stage"/onnxruntime_gpu-*.whl
+fi
+
+# the kernels are compiled there: without a compiler that works nothing runs on a GPU, and this needs none
+compiles() {
+  (cd "$root" && .venv/bin/python -c 'from engines.cuda.kernels import Variant, compile_variant
+compile_variant(Variant("float16", 5, 8), "90")')
+}
+if ! compiles 2> /dev/null; then
+  compiler=("$stage"/nvidia_cuda_nvrtc-*.whl)
+  [ -e "${compiler[0]}" ] || { compiles || true; fail "NVRTC does not work, and its wheel is not in these parts"; }
+  link=("$root"/.venv/lib/python*/site-packages/nvidia)
+  [ ! -L "${link[0]}" ] || rm "${link[0]}"
+  pip --no-deps --force-reinstall "${compiler[0]}"
+  compiles || fail "the kernels cannot be compiled here"
 fi
 
 # 4. exported models, where there are none

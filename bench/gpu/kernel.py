@@ -10,8 +10,8 @@ import numpy as np
 
 from bench.gpu.device import DeviceBench
 from bench.gpu.parts import Row, Settings, open_driver
-from engines.cuda.backend import narrow, widen
 from engines.cuda.kernels import BYTES, DISTANCE_BLOCK, DISTANCE_GRID, PARTIALS
+from engines.cuda.memory import narrow, widen
 
 EPSILON = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}
 # elements, inputs, outputs: sizes around the warp, the block and the widths of loads, and the largest combinations
@@ -84,14 +84,13 @@ def _flag(bench: DeviceBench) -> bool:
 
 
 def _advanced(bench: DeviceBench) -> bool:
-    """Whether the counter of rounds goes round: after as many steps as there are blocks it is 0 again."""
-    blocks, seen = 3, []
-    function = bench.kernels.function("advance")
-    for _ in range(blocks):
-        parameters = [ctypes.c_void_p(bench.small + 8), ctypes.c_uint(blocks)]
-        bench.driver.launch(function, 1, 1, bench.stream, parameters)
-        seen.append(int(bench.to_host(bench.small + 8, 4).view(np.uint32)[0]))
-    return seen == [1, 2, 0]
+    """Whether the number of the block goes round, and the host sees how often."""
+    found, before = [], int(bench.seen[0])
+    for _ in range(3):
+        bench.advance(3)
+        block = int(bench.to_host(bench.small + 8, 4).view(np.uint32)[0])
+        found.append((block, int(bench.seen[0]) - before))
+    return found == [(1, 1), (2, 2), (0, 3)]
 
 
 def _distance_error(bench: DeviceBench, rng: np.random.Generator) -> float:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.cuda.kernels import CACHE
+
 if TYPE_CHECKING:
     from engines.cuda.driver import Driver
 
 Row = dict[str, Any]
-CACHE = Path(__file__).resolve().parents[2] / "build" / "kernels"
 
 
 class NotPossibleError(Exception):
@@ -28,7 +29,7 @@ class Settings:
 
     lanes: tuple[int, ...] = (1, 2, 4)
     rehearsal: bool = False
-    cache: Path = CACHE
+    cache: Path = CACHE / "kernels"
 
     @property
     def steps(self) -> int:

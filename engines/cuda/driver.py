@@ -1,7 +1,6 @@
 """The CUDA driver through cuda-python: every call checked, every wait limited, every message with its repair.
 
-`cuda.bindings.driver` is used as it is: functions return a status and their results. Tests put a machine of their own
-in its place.
+`cuda.bindings.driver` is used as it is: functions return a status and their results.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,24 @@ from engines.errors import DeviceError
 
 log = logging.getLogger(__name__)
 MINIMUM_DRIVER = 13000  # the CUDA version that cuda-python and our machine code are of
-WAIT_SECONDS = 120.0
+LANE_TIMEOUT = 120.0  # seconds without progress after which a lane counts as hanging
 SPIN_SECONDS = 0.002
 _REPAIRS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "use fewer lanes, a smaller image or a smaller batch, or free the device's memory",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "this GPU is older than compute capability 7.5 or newer than this version knows",
     "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "this model lane cannot be captured: set graphs=False",
 }
-
-
 _LOST = range(700, 800), "the device was lost: start the program again, and look at the system's log for Xid messages"
+
+# A capture in one thread fails, or takes in what is not its own, when another thread allocates, frees, loads a module
+# or makes an execution context meanwhile (NVIDIA/TensorRT issue 2888). All of that takes turns in this process.
+SERIAL = threading.RLock()
+_SERIAL_CALLS = frozenset({
+    "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuModuleLoadData", "cuModuleUnload",
+    "cuStreamCreate", "cuStreamDestroy", "cuEventCreate", "cuEventDestroy", "cuGraphExecDestroy",
+    "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease", "cuDevicePrimaryCtxReset", "cuCtxEnablePeerAccess",
+})  # fmt: skip
+_abandoned: list[object] = []
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,10 @@ class Driver:
     """`driver("cuMemAlloc", n)` returns what the call returns after its status, or raises DeviceError."""
 
     def __init__(self, api: Any = None) -> None:
+        more_connections()
         self.api = api or _load()
         self._calls: dict[str, Callable[..., Any]] = {}
+        self._retained: list[Device] = []
         self("cuInit", 0)
         version = self("cuDriverGetVersion")
         if version < MINIMUM_DRIVER:
@@ -62,11 +73,27 @@ class Driver:
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """One driver call."""
-        call = self._calls.get(name) or self._calls.setdefault(name, getattr(self.api, name))
+        call = self._calls.get(name) or self._calls.setdefault(name, self.function(name))
         status, *values = call(*arguments)
         if status:
             raise self.error(name, status)
         return values[0] if len(values) == 1 else values
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """A driver call as cuda-python has it; a status code that it does not know ends as DeviceError."""
+        function = getattr(self.api, name)
+        serial = name in _SERIAL_CALLS
+
+        def call(*arguments: Any) -> Any:
+            try:
+                if serial:
+                    with SERIAL:
+                        return function(*arguments)
+                return function(*arguments)
+            except ValueError as error:  # of the enumeration, which has no such number
+                raise DeviceError(f"{name} failed with a status that cuda-python does not know ({error})") from error
+
+        return call
 
     def error(self, name: str, status: Any) -> DeviceError:
         """What a failed call means."""
@@ -96,7 +123,31 @@ class Driver:
     def device(self, ordinal: int) -> Device:
         """A GPU by number, with its primary context, which other libraries in this process share."""
         name, capability = self.describe(ordinal)
-        return Device(ordinal, self("cuDevicePrimaryCtxRetain", self("cuDeviceGet", ordinal)), name, capability)
+        context = self("cuDevicePrimaryCtxRetain", self("cuDeviceGet", ordinal))
+        self._retained.append(Device(ordinal, context, name, capability))
+        return self._retained[-1]
+
+    def failed(self, device: Device) -> bool:
+        """Whether a device gives an error with every call, as it does after one that cannot be overcome."""
+        try:
+            self("cuCtxSetCurrent", device.context)
+            self("cuMemGetInfo")
+        except DeviceError:
+            return True
+        return False
+
+    def close(self) -> None:
+        """Lets go of the devices' contexts; that of a device that failed is reset, so that it may be opened again."""
+        while self._retained:
+            device = self._retained.pop()
+            again = all(other.ordinal != device.ordinal for other in self._retained)
+            name = "cuDevicePrimaryCtxReset" if again and self.failed(device) else "cuDevicePrimaryCtxRelease"
+            try:
+                self("cuDevicePrimaryCtxRelease", self("cuDeviceGet", device.ordinal))
+                if name == "cuDevicePrimaryCtxReset":
+                    self(name, self("cuDeviceGet", device.ordinal))
+            except DeviceError as error:
+                log.warning("cuda:%d: %s", device.ordinal, error)
 
     def stream(self) -> Any:
         """A stream of the current context that does not wait for the default stream."""
@@ -108,8 +159,16 @@ class Driver:
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """A graph that is ready to launch, of what `enqueue` puts on a stream and on those that it forks and joins."""
-        collected = gc.isenabled()
-        gc.disable()  # what a collection frees meanwhile may be a CUDA object, and freeing ends a capture
+        with SERIAL:
+            collected = gc.isenabled()
+            gc.disable()  # what a collection frees meanwhile may be a CUDA object, and freeing ends a capture
+            try:
+                return self._capture(stream, enqueue)
+            finally:
+                if collected:
+                    gc.enable()
+
+    def _capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         self("cuStreamBeginCapture", stream, self.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
             enqueue()
@@ -118,19 +177,16 @@ class Driver:
             if graph:
                 self.api.cuGraphDestroy(graph)
             raise
-        finally:
-            if collected:
-                gc.enable()
         graph = self("cuStreamEndCapture", stream)
         try:
             return self("cuGraphInstantiate", graph, 0)
         finally:
             self("cuGraphDestroy", graph)
 
-    def wait(self, event: Any, what: str, seconds: float = WAIT_SECONDS) -> None:
+    def wait(self, event: Any, what: str, seconds: float = LANE_TIMEOUT) -> None:
         """Waits for an event on the host: first without giving up the processor, and never for ever."""
+        query, busy = self.function("cuEventQuery"), self.api.CUresult.CUDA_ERROR_NOT_READY
         start = time.perf_counter()
-        query, busy = self.api.cuEventQuery, self.api.CUresult.CUDA_ERROR_NOT_READY
         while (status := query(event)[0]) == busy:
             waited = time.perf_counter() - start
             if waited > seconds:
@@ -155,12 +211,23 @@ def release(todo: list[Callable[[], None]]) -> None:
             log.warning("%s", error)
 
 
+def abandon(*kept: object) -> None:
+    """Keeps what a hanging device uses until the process ends: to free any of it could wait for ever."""
+    _abandoned.extend(kept)
+
+
+def more_connections() -> None:
+    """Before the first `cuInit`: by default work of more than eight streams shares queues, and lanes would wait."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
 def available() -> str | None:
     """Why no GPU can be used here, or None. Asks without cuda-python, whose failed loading cannot be undone."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "there is no NVIDIA driver on this machine"
+    more_connections()
     count = ctypes.c_int()
     status = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:

@@ -8,13 +8,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.cuda.driver import Device, Driver
+from engines.cuda.driver import Device, Driver, release
 from engines.errors import DeviceError
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "driffusion-engine"
@@ -25,15 +25,8 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 MAX_INPUTS, MAX_TARGETS, MAX_OUTPUTS, MAX_LANES = 256, 128, 34, 64
-
-
-BLOCK = 128
-MAX_GRID = 8192
-
-
+BLOCK, MAX_GRID = 128, 8192
 DISTANCE_GRID, DISTANCE_BLOCK = 8, 256
-
-
 PARTIALS = 2 * DISTANCE_GRID * DISTANCE_BLOCK
 
 
@@ -96,7 +89,10 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, str]:
             raise DeviceError(f"{SOURCE.name} cannot be compiled for sm_{arch}: {result[0].name}")
         return result[1] if len(result) > 1 else None
 
-    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    try:
+        program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    except RuntimeError as error:  # what the bindings raise when they find no library
+        raise DeviceError(f"NVRTC is missing ({error}): pip install nvidia-cuda-nvrtc") from error
     options = [option.encode() for option in variant.options(arch)]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     log = bytes(bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1))  # of its own: it is written into
@@ -128,13 +124,16 @@ class Kernels:
 
     def __init__(self, driver: Driver, device: Device, dtype: str, cache: Path) -> None:
         self._driver, self._device, self._dtype, self._cache = driver, device, dtype, cache
+        self._modules: dict[Variant, Any] = {}
         self.function = lru_cache(maxsize=None)(self._load)
 
     def _load(self, name: str, outputs: int = 0, elements_at_once: int = 0) -> Any:
-        code = machine_code(Variant(self._dtype, outputs, elements_at_once), self._device.arch, self._cache)
+        variant = Variant(self._dtype, outputs, elements_at_once)
         self._driver("cuCtxSetCurrent", self._device.context)
-        module = self._driver("cuModuleLoadData", code)
-        return self._driver("cuModuleGetFunction", module, name.encode())
+        if variant not in self._modules:
+            code = machine_code(variant, self._device.arch, self._cache)
+            self._modules[variant] = self._driver("cuModuleLoadData", code)
+        return self._driver("cuModuleGetFunction", self._modules[variant], name.encode())
 
     def combination(self, parameters: Combination, outputs: int) -> tuple[Any, int]:
         """The function for a combination and its grid."""
@@ -142,6 +141,22 @@ class Kernels:
         at_once = width(self._dtype, outputs, parameters.elements, pointers)
         grid = min(-(-parameters.elements // (at_once * BLOCK)), MAX_GRID)
         return self.function("combine_latents", outputs, at_once), max(grid, 1)
+
+    def advance(self, stream: Any, state: int, blocks: int, seen: int) -> None:
+        """Goes on to the next of so many blocks, and counts: two words of the device, and one of the host."""
+        parameters = [ctypes.c_void_p(state), ctypes.c_uint(blocks), ctypes.c_void_p(seen)]
+        self._driver.launch(self.function("advance"), 1, 1, stream, parameters)
+
+    def close(self) -> None:
+        """Unloads everything; no kernel may be queued any more."""
+        modules, self._modules = list(self._modules.values()), {}
+        self.function.cache_clear()
+
+        def unload(module: Any) -> None:
+            self._driver("cuCtxSetCurrent", self._device.context)
+            self._driver("cuModuleUnload", module)
+
+        release([partial(unload, module) for module in modules])
 
 
 def combination(

@@ -14,9 +14,11 @@ import onnxruntime
 
 from engines.base import Array, Progress
 from engines.cuda import driver as cuda
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor
-from engines.cuda.driver import Driver
+from engines.cuda.backend import CudaBackend
+from engines.cuda.driver import LANE_TIMEOUT, Driver, abandon
 from engines.cuda.kernels import CACHE
+from engines.cuda.memory import Tensor
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.manifest import DENOISER
@@ -65,7 +67,7 @@ def open_session(model: str, name: str, device: int, stream: Any = None) -> onnx
     return session
 
 
-class ProviderNetwork:
+class ProviderNetwork(Stateless):
     """The noise predictor of one lane."""
 
     capturable = False
@@ -119,8 +121,12 @@ class ProviderSession:
 class Engines:
     """A loaded model on GPUs: text encoder and VAE decoder on the first lane's device, and the lanes."""
 
-    def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None) -> None:
-        driver = driver or Driver()
+    def __init__(
+        self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None, *,
+        lane_timeout: float = LANE_TIMEOUT,
+    ) -> None:  # fmt: skip
+        self._own, driver = driver is None, driver or Driver()
+        self._driver = driver
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}
         models = {network: str(bundle.onnx(network)) for network in bundle.manifest.networks}
@@ -136,7 +142,9 @@ class Engines:
         self.plan_folder = bundle.folder / f"onnxruntime-{onnxruntime.__version__}-{name}"
         self.plan_folder.mkdir(exist_ok=True)
         self._siblings: list[CudaBackend] = []
-        self._open = partial(CudaBackend, driver, self._networks, output.dtype, CACHE / "kernels")
+        self._open = partial(
+            CudaBackend, driver, self._networks, output.dtype, CACHE / "kernels", lane_timeout=lane_timeout
+        )
         self.backend = self._open()
 
     def sibling(self, home: int) -> CudaBackend:
@@ -146,7 +154,13 @@ class Engines:
 
     def close(self) -> None:
         """Waits for the lanes and frees their memory."""
-        for network in self._networks:
-            network.close()
         for backend in (*self._siblings, self.backend):
             backend.close()
+        if self.backend.hangs:
+            abandon(self._networks, dict(self.runners))
+            return
+        for network in self._networks:
+            network.close()
+        self.runners.clear()
+        if self._own:
+            self._driver.close()

@@ -139,15 +139,18 @@ def build_missing(
     """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
     found: dict[str, Plan | None] = {}
     there, runtime = visible_gpus(), lanes[0].runtime
+    opened: list[Driver] = []
     with locked(bundle.folder):
         for gpu in gpus_of(lanes):
             if not hasattr(package(runtime), "ComputeCapability"):  # it builds for the GPU that is current
-                driver = Driver()
-                driver("cuCtxSetCurrent", driver.device(there.index(gpu)).context)
+                opened.append(Driver())
+                opened[-1]("cuCtxSetCurrent", opened[-1].device(there.index(gpu)).context)
             for network in bundle.manifest.networks:
                 there_already = bundle.has_intact_plan(plan_fields(bundle, network, gpu, runtime))
                 built = None if there_already else _build_plan(bundle, network, gpu, runtime, progress)
                 found[f"{network} for {gpu}"] = built
+    for driver in opened:
+        driver.close()
     return found
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from engines.base import Backend, Branch, LaneCall
 
 Play = Callable[[Sequence[Branch]], Sequence[LaneCall]]  # runs the branches of a round; returns the calls by lane
 
 
-def place(branches: Sequence[Branch], held: Sequence[int], lanes: int) -> list[LaneCall]:
+@lru_cache(maxsize=4096)
+def place(branches: tuple[Branch, ...], held: Sequence[int], lanes: int) -> tuple[LaneCall, ...]:
     """Deals a round's branches evenly over the lanes held, of so many, in order: one call per lane, empty on others.
 
     With enough lanes each branch has one of its own, a lone guided evaluation uses two, and one lane gets one batch.
+    The same round gives the same object, by which a backend knows it again.
     """
     calls: list[LaneCall] = [()] * lanes
     share, extra = divmod(len(branches), len(held))
@@ -23,7 +26,7 @@ def place(branches: Sequence[Branch], held: Sequence[int], lanes: int) -> list[L
             end, extra = end + 1, extra - 1
         calls[lane] = branches[start:end]
         start = end
-    return calls
+    return tuple(calls)
 
 
 def on_all_lanes(backend: Backend) -> Play:
@@ -31,8 +34,8 @@ def on_all_lanes(backend: Backend) -> Play:
     predict, lanes = backend.predict, backend.lanes
     held = range(lanes)
 
-    def play(branches: Sequence[Branch]) -> list[LaneCall]:
-        calls = place(branches, held, lanes)
+    def play(branches: Sequence[Branch]) -> Sequence[LaneCall]:
+        calls = place(tuple(branches), held, lanes)
         predict(calls)
         return calls
 

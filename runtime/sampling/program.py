@@ -72,9 +72,10 @@ class GuidedProgram:
                 ]
             else:
                 columns.append((slot, column, 1.0))
-        rows = [[row[column] * factor for _, column, factor in columns] for row in operation.rows]
+        rows = np.array([[row[column] * factor for _, column, factor in columns] for row in operation.rows], np.float32)
+        rows.setflags(write=False)  # a backend may know it again by its identity
         sources = tuple(slot for slot, _, _ in columns)
-        return GuidedCombine(sources, np.array(rows, np.float32), operation.targets, operation.finished)
+        return GuidedCombine(sources, rows, operation.targets, operation.finished)
 
 
 @lru_cache(maxsize=16)

@@ -88,7 +88,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
-        pipeline = Pipeline.load(model, devices, build)
+        pipeline = Pipeline.load(model, devices, build, limits.lane_seconds)
         usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
         if usual > limits.side:
             message = f"--max-side {limits.side} rules out the usual images of {pipeline.manifest.model}"
@@ -145,7 +145,11 @@ def arguments() -> argparse.ArgumentParser:
         ("--timeout", "seconds", "seconds until a request gets 504, or 408 while it arrives"),
         ("--connections", "connections", "open connections; requests on more get 503, idle ones are closed"),
         ("--drain", "drain", "seconds to finish accepted requests after SIGTERM or Ctrl-C; then they get 503"),
-        ("--lane-timeout", "lane_seconds", "seconds of one round after which the server is no longer ready"),
+        (
+            "--lane-timeout",
+            "lane_seconds",
+            "seconds without progress after which a lane hangs, and a GPU's is lost",
+        ),
         ("--max-body", "body", "bytes of a request"),
         ("--max-upload", "upload", "bytes of a request with an image"),
         ("--max-prompt", "prompt", "characters of a prompt"),

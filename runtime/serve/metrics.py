@@ -92,6 +92,10 @@ class LaneCollector(Collector):
         for kind, number in lanes.copied().items():
             copies.add_metric([kind], number)
         yield copies
+        kept = GaugeMetricFamily("driffusion_kept", "What GPU lanes keep for rounds that come again.", labels=["kind"])
+        for kind, number in lanes.counts().items():
+            kept.add_metric([kind], number)
+        yield kept
         yield GaugeMetricFamily("driffusion_images_seated", "Requests that have lanes.", lanes.running)
 
 

@@ -25,27 +25,6 @@ TEXT, UNET, VAE = (
 )
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family by name, made once; not to be changed."""
-    from tests.tiny import save
-
-    root = tmp_path_factory.mktemp("folders")
-
-    def folder(name: str) -> Path:
-        if not (root / name).is_dir():
-            save(name, root)
-        return root / name
-
-    return folder
-
-
-@pytest.fixture
-def copied(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A Stable Diffusion folder that may be changed."""
-    return Path(shutil.copytree(tiny("sd1"), tmp_path / "copied"))
-
-
 @pytest.fixture
 def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The one line that an export ends with, before it begins with a network."""
@@ -154,6 +133,7 @@ print(json.dumps({path.name: sha256_file(path) for path in Path(sys.argv[2]).glo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_exports_in_two_processes_are_the_same_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.cuda.backend import narrow, widen
 from engines.cuda.kernels import (
     ARCHITECTURES,
     BLOCK,
@@ -30,6 +29,7 @@ from engines.cuda.kernels import (
     machine_code,
     width,
 )
+from engines.cuda.memory import narrow, widen
 from engines.errors import DeviceError
 from tests.host_kernel import HostKernel
 
@@ -145,19 +145,21 @@ def test_timesteps_and_rounds() -> None:
     table = np.arange(stride * rounds, dtype=np.float32).reshape(rounds, stride)
     latent, out = np.ones(5, np.float32), np.zeros(5, np.float32)
     first, second, number, flag = (
-        np.full(4, -1, np.float32), np.full(4, -1, np.float32), np.zeros(1, np.uint32), np.zeros(1, np.uint32),
+        np.full(4, -1, np.float32), np.full(4, -1, np.float32), np.zeros(2, np.uint32), np.zeros(1, np.uint32),
     )  # fmt: skip
     parameters = combination(
         [latent.ctypes.data], [[out.ctypes.data]], 5, [(first.ctypes.data, 3), (second.ctypes.data, 2)]
     )
     parameters.data, parameters.round, parameters.not_finite = (a.ctypes.data for a in (table, number, flag))
     parameters.stride, parameters.rows, parameters.timesteps = stride, 2, 8
-    for n in (0, 1, 2, 0):
+    seen = np.zeros(1, np.uint32)
+    for count, n in enumerate((0, 1, 2, 0), 1):
         kernel.combine(parameters, 1, 1, 2, BLOCK)
         assert (out == table[n, 2]).all()
         assert first.tolist() == [*table[n, 8:11].tolist(), -1]
         assert second.tolist() == [*table[n, 11:13].tolist(), -1, -1]
-        kernel.advance(number.ctypes.data, rounds)
+        kernel.advance(number.ctypes.data, rounds, seen.ctypes.data)
+        assert number[1] == seen[0] == count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

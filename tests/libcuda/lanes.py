@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array
-from engines.cuda.backend import Enqueue, Tensor, narrow
 from engines.cuda.kernels import BYTES
+from engines.cuda.memory import Tensor, narrow
+from engines.cuda.rounds import Enqueue, Stateless
 from engines.errors import DeviceError
 from tests.libcuda.machine import Machine, Range
 
@@ -41,7 +42,7 @@ def checked(status: int) -> None:
         raise DeviceError(f"the model failed with status {status}: the device was lost")
 
 
-class FunctionNetwork:
+class FunctionNetwork(Stateless):
     """`model(sample, timestep, conditioning)` as one call on a lane; without a model, a call that costs nothing."""
 
     def __init__(self, machine: Machine, device: int, model: Model | None, *, capturable: bool = True) -> None:

@@ -177,6 +177,7 @@ static void tells_the_host(const Stamp &when) {
     work.accesses = {{address(state), address(state) + 8, true}, {address(seen), address(seen) + 4, true}};
     work.run = [=](const Stamp &when) {
         advance(content(state), blocks, content(seen));
+        changed_by_device(address(seen), 4);
         tells_the_host(when);
     };
 }

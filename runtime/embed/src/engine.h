@@ -22,7 +22,7 @@ namespace driffusion {
 struct Settings {
     std::string bundle, program, runtime;
     u32 lanes = 0, threads = 0;  // 0: as the program says
-    double spin_seconds = 50e-6;
+    double spin_seconds = 0;
     u32 max_requests = 256;
     bool compiled = true;
     void (*log)(void *, driffusion_log_level, const char *) = nullptr;

@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
-from runtime.call import OPTIONS, Call, Option, meant
+from runtime.call import OPTIONS, Call, meant
 from runtime.input_image import to_srgb
+from runtime.option import Option
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
 

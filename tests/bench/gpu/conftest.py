@@ -13,7 +13,7 @@ from tests.libcuda.machine import KERNELS, Machine
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """What the parts of this process run on."""
-    monkeypatch.setattr("engines.cuda.backend.PAIR_BYTES", (64,))
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
     return Machine(2, seed=1)
 
 

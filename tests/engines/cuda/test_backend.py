@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from engines.base import Array
-from engines.cuda.backend import CudaBackend, Enqueue, Tensor, narrow
+from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
+from engines.cuda.memory import Tensor, narrow
+from engines.cuda.rounds import Enqueue
 from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
@@ -113,7 +115,7 @@ def test_equal_to_the_cpu(case: tuple[str, Options, int, str], places: tuple[int
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(10))
 def test_ten_thousand_orders(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.cuda.backend.PAIR_BYTES", (64,))
+    monkeypatch.setattr("engines.cuda.peers.PAIR_BYTES", (64,))
     chance = np.random.default_rng(part)
     wanted = [reference(mode, options, schedule(steps, name)) for mode, options, steps, name in CASES]
     for number in range(1000):
@@ -150,8 +152,8 @@ def test_a_removed_wait_is_caught(kind: str, graphs: bool) -> None:
     plan, options = schedule(7), Options(k=2)
     wanted = reference("aggressive", options, plan)
     caught = 0
-    for seed in range(10):
-        machine, backend = open_cuda((0, 1), seed=seed, graphs=graphs, eager=0)
+    for seed in range(30):
+        machine, backend = open_cuda((0, 1), seed=seed, graphs=graphs, eager=0, lane_timeout=0.1)
         machine.ignore_waits(ignore(kind, backend))
         try:
             caught += not distance(run(backend, "aggressive", options, plan), wanted) < 1e-5
@@ -279,12 +281,11 @@ def test_a_lost_device_is_an_error() -> None:
     backend.close()
 
 
-def test_a_hanging_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.cuda.driver.Driver.wait.__defaults__", (0.2,))
+def test_a_hanging_device_is_an_error() -> None:
     plan, options = schedule(20), Options(k=2)
-    machine, backend = open_cuda((0,), seed=12)
+    machine, backend = open_cuda((0,), seed=12, lane_timeout=0.2)
     machine.set("hangs", 1)
-    with pytest.raises(DeviceError, match=r"did not end within 0\.2 s"):
+    with pytest.raises(DeviceError, match=r"did not end within 0\.2 s: lane 0 \(cuda:0\) hangs"):
         run(backend, "aggressive", options, plan)
 
 

@@ -82,3 +82,17 @@ def test_an_installed_library_is_found(shapes: Bundle, write: Write, tmp_path: P
     assert found and up and (folder / up[1]).resolve() == prefix
     assert (prefix / found[1]).resolve() == library.parent.resolve()
     assert (prefix / "include" / "driffusion.h").is_file() and "-ldriffusion" in text
+
+
+def test_the_program_of_the_page(shapes: Bundle, write: Write, tmp_path: Path) -> None:
+    """The C++ block of the library's README, compiled without warnings and run."""
+    (code,) = re.findall(r"```cpp\n(.*?)```", (SOURCE / "README.md").read_text(), re.DOTALL)
+    source, program = tmp_path / "page.cc", tmp_path / "page"
+    source.write_text(code)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{SOURCE / 'include'}"]
+    command("c++", *flags, source, "-o", program, f"-L{built()}", "-ldriffusion", f"-Wl,-rpath,{built()}")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "shapes").symlink_to(shapes.folder)
+    write("shapes.program", num_inference_steps=24)
+    said = command(program, cwd=tmp_path).splitlines()
+    assert said == ["64x64 after 10 steps", "64x64 after 20 steps", "12288 bytes in 13 rounds"]

@@ -161,10 +161,10 @@ def test_rounds_of_aggressive_write_one_combination_each(manifest: Manifest) -> 
 @pytest.mark.parametrize("lanes", range(1, 9))
 @pytest.mark.parametrize("count", range(1, 20))
 def test_placement_is_even_complete_and_ordered(count: int, lanes: int) -> None:
-    branches = [Branch("x", n, f"noise {n}", n % 2) for n in range(count)]
+    branches = tuple(Branch("x", n, f"noise {n}", n % 2) for n in range(count))
     for held in (range(lanes), range(0, lanes, 2), range(lanes - 1, lanes)):
         calls = place(branches, held, lanes)
-        assert [branch for call in calls for branch in call] == branches
+        assert tuple(branch for call in calls for branch in call) == branches
         sizes = [len(calls[lane]) for lane in held]
         assert len(calls) == lanes and sum(sizes) == count, "nothing runs on lanes that are not held"
         assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)

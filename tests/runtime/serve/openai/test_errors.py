@@ -132,7 +132,7 @@ def test_a_lane_that_dies_is_logged_with_the_request(shapes: Bundle, log: pytest
         patch.setattr(pipeline.backend._lanes[1], "bind", lambda inputs, output: burnt_out, raising=False)
         response = client.post(GENERATE, json={"prompt": PROMPT}, headers={"x-request-id": "mine-4"})
         assert "cpu/1 stopped working" in response.json()["report"]["warnings"][0]
-    assert "ERROR runtime.pipeline: request=mine-4 cpu/1 stopped working (burnt out)" in log.text
+    assert "ERROR runtime.machine: request=mine-4 cpu/1 stopped working (burnt out)" in log.text
     pipeline.close()
 
 

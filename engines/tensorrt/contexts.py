@@ -1,0 +1,214 @@
+"""A TensorRT engine on one device, and its execution contexts: one per shape, in memory of the size that it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.cuda.driver import SERIAL, Device, Driver
+from engines.cuda.memory import Tensor
+from engines.errors import DeviceError
+from engines.tensorrt.build import make_logger
+
+log = logging.getLogger(__name__)
+CONTEXTS = 8  # shapes that a lane keeps ready; graphs keep what they were captured with beyond that
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Engine:
+    """A plan on one device. Its weights are there once, however many lanes use it.
+
+    TensorRT-RTX compiles kernels when a context is made; what it compiled is kept in `jit`, beside the plan.
+    """
+
+    def __init__(
+        self, driver: Driver, device: Device, plan: bytes, name: str, trt: Any, jit: Path | None = None
+    ) -> None:
+        self.driver, self.device, self.name = driver, device, name
+        self._trt, self._jit, self._kept = trt, jit, b""
+        self._messages: list[str] = []
+        driver("cuCtxSetCurrent", device.context)
+        self._runtime = self._trt.Runtime(make_logger(self._trt, self._messages))
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise DeviceError(
+                f"TensorRT cannot load the plan of {name} on {device.name}: "
+                f"{self.said() or 'it is for another GPU or version'}: "
+                "free memory on the device, or build it again with `make engines`"
+            )
+        self._settings = self._runtime_settings()
+
+    def said(self) -> str:
+        """TensorRT's last errors."""
+        return "; ".join(self._messages[-3:])
+
+    def _runtime_settings(self) -> Any:
+        """How contexts are made: in memory of the caller's.
+
+        TensorRT-RTX compiles kernels when a context is made: one cache for all contexts of the engine, and before the
+        first run rather than behind it, or a captured graph would keep the provisional ones for ever.
+        """
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return strategy
+        settings = self.engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        settings.dynamic_shapes_kernel_specialization_strategy = eager
+        self._cache = settings.create_runtime_cache()
+        self._kept = read_digested(self._jit)
+        if self._kept and not self._cache.deserialize(self._kept):
+            log.warning("%s is not used: it is of another version of TensorRT-RTX", self._jit)
+        settings.set_runtime_cache(self._cache)
+        return settings
+
+    def context(self, shapes: Shapes) -> Context:
+        """An execution context for inputs of these shapes, without memory yet."""
+        with SERIAL:
+            self.driver("cuCtxSetCurrent", self.device.context)
+            context = self.engine.create_execution_context(self._settings)
+            if context is None:
+                raise DeviceError(f"{self.name}: TensorRT made no execution context: {self.said()}")
+            for name, shape in shapes:
+                if not context.set_input_shape(name, shape):
+                    raise DeviceError(f"{self.name}: {name} cannot be of shape {shape} in this plan: build it again")
+            size = max(int(context.update_device_memory_size_for_shapes()), 256)
+        self._keep_compiled()
+        return Context(self, context, size)
+
+    def _keep_compiled(self) -> None:
+        if not hasattr(self, "_cache") or self._jit is None:
+            return
+        content = bytes(self._cache.serialize())
+        if content != self._kept:
+            self._kept = content
+            write_digested(self._jit, content)
+
+
+@dataclass(eq=False)
+class Context:
+    """An execution context for one shape; it works in `block`, and reads and writes `tensors`."""
+
+    engine: Engine
+    context: Any
+    size: int
+    block: Block | None = None
+    tensors: object = None
+
+    def work_in(self, block: Block) -> None:
+        """Where intermediate results go."""
+        self.block = block
+        block.users.add(self)
+        self.context.set_device_memory(block.pointer, block.size)
+
+    def point(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the addresses of all inputs and outputs, unless they are these already."""
+        if self.tensors is not tensors:
+            for name, tensor in tensors.items():
+                self.context.set_tensor_address(name, tensor.pointer)
+            self.tensors = tensors
+
+    def run(self, stream: int) -> None:
+        """Enqueues one run."""
+        if not self.context.execute_async_v3(stream):
+            self.engine.driver("cuMemGetInfo")  # says it when the device was lost, which TensorRT does not
+            raise DeviceError(f"{self.engine.name} failed in TensorRT: {self.engine.said()}")
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run on a stream can become part of a graph; where TensorRT does not say, it can."""
+        asked = getattr(self.context, "is_stream_capturable", None)
+        return asked is None or bool(asked(stream))
+
+
+@dataclass(eq=False)
+class Block:
+    """Scratch memory, and the contexts that work in it."""
+
+    pointer: int
+    size: int
+    users: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
+
+
+class Contexts:
+    """The contexts of one stream, which run one after another, so that all of them may work in the same memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._kept: OrderedDict[Shapes, Context] = OrderedDict()
+        self._evicted: list[Context] = []
+        self._blocks: list[Block] = []
+        self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    def get(self, shapes: Shapes) -> Context:
+        """The context of a shape, made where it was not kept."""
+        found = self._kept.get(shapes)
+        if found is None:
+            found = self._kept[shapes] = self._engine.context(shapes)
+            self._alive.add(found)
+            found.work_in(self.reserve(found.size))
+            if len(self._kept) > CONTEXTS:
+                self._evicted.append(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(shapes)
+        return found
+
+    def reserve(self, size: int) -> Block:
+        """Memory of at least that size; contexts that work in a smaller block stay there."""
+        if not self._blocks or self._blocks[-1].size < size:
+            driver = self._engine.driver
+            driver("cuCtxSetCurrent", self._engine.device.context)
+            self._blocks.append(Block(int(driver("cuMemAlloc", size)), size))
+        return self._blocks[-1]
+
+    def trim(self) -> None:
+        """Nothing runs: frees evicted contexts, and memory that no context works in."""
+        if not self._evicted and len(self._blocks) < 2:
+            return
+        with SERIAL:
+            self._evicted.clear()
+        for block in [one for one in self._blocks[:-1] if not one.users]:
+            self._free(block)
+
+    def close(self) -> None:
+        """Frees everything."""
+        with SERIAL:
+            self._evicted.clear()
+            self._kept.clear()
+        for block in list(self._blocks):
+            self._free(block)
+
+    def _free(self, block: Block) -> None:
+        self._blocks.remove(block)
+        self._engine.driver("cuCtxSetCurrent", self._engine.device.context)
+        self._engine.driver("cuMemFree", block.pointer)
+
+
+def read_digested(path: Path | None) -> bytes:
+    """A file that `write_digested` wrote; nothing where there is none, or where it is not what was written."""
+    if path is None or not path.is_file():
+        return b""
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        log.warning("%s was altered or truncated and is not used", path)
+        return b""
+    return content[32:]
+
+
+def write_digested(path: Path, content: bytes) -> None:
+    """A file with its sha256 in front, under its name by one rename; only a log line where it cannot be written."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as partial:
+            partial.write(hashlib.sha256(content).digest() + content)
+        os.replace(partial.name, path)
+    except OSError as error:
+        log.warning("compiled kernels are not kept: %s", error)
