@@ -167,6 +167,7 @@ driffusion_status driffusion_open(const driffusion_open_info *info, driffusion_e
         needed(given.program, "info.program");
         if (given.option_count) needed(given.options, "info.options");
         outside_callback("driffusion_open");
+        driffusion::SignalsBlocked blocked;  // also in the threads of ONNX Runtime
         *engine = engines().add(std::make_shared<Engine>(driffusion::Settings::of(given)));
         return DRIFFUSION_OK;
     });
@@ -233,6 +234,7 @@ driffusion_status driffusion_start(driffusion_engine engine, const driffusion_ca
         std::uint64_t handle = 0;
         try {
             handle = requests().add(made);
+            driffusion::SignalsBlocked blocked;
             made->thread = std::thread([opened, made]() mutable {
                 opened->perform(*made);
                 opened->end(made.get());

@@ -265,10 +265,8 @@ Seconds Engine::seconds(u32 images, u32 branches) const {
         double total = 0;
         for (const Operation &one : program_.operations) {
             if (one.kind != PREDICT) continue;
-            u32 least = one.size * branches / lanes, most = least + (one.size * branches % lanes ? 1 : 0);
-            double longest = call_seconds(program_.costs, double(most) * images);
-            if (least) longest = std::max(longest, call_seconds(program_.costs, double(least) * images));
-            total += longest;
+            u32 longest = (one.size * branches + lanes - 1) / lanes;
+            total += call_seconds(program_.costs, double(longest) * images);
         }
         found.push_back(total);
     }
@@ -315,11 +313,11 @@ driffusion_result Engine::make(Request &request) {
     const double written = now();
     u32 branches = program_.model.guidance_kind == CLASSIFIER_FREE && call.guidance > 1 ? 2 : 1;
     std::vector<float> latents(elements * call.images);
-    double seated, denoised;
+    double leased, denoised;
     {
         Lease lease(lanes_, seconds(call.images, branches), check);
-        seated = now();
-        Player &player = *players_[lease.desk()];
+        leased = now();
+        Player &player = *players_[lease.own()];
         player.bind(call.images, call.guidance, std::move(encoded.branches));
         const float scale = float(program_.model.start_scale);
         u32 noise = 0;
@@ -356,7 +354,7 @@ driffusion_result Engine::make(Request &request) {
     if (call.latents_out) std::copy(latents.begin(), latents.end(), call.latents_out);
     const double ended = now();
     result.truncated = encoded.truncated;
-    result.text_seconds = written - started, result.wait_seconds = seated - written, result.denoise_seconds = denoised - seated;
+    result.text_seconds = written - started, result.wait_seconds = leased - written, result.denoise_seconds = denoised - leased;
     result.decode_seconds = ended - denoised, result.total_seconds = ended - started;
     return result;
 }

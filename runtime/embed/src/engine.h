@@ -104,7 +104,7 @@ class Engine {
     std::vector<std::unique_ptr<Session>> denoisers_;
     Lanes lanes_;
     std::unique_ptr<Workers> workers_;
-    std::vector<std::unique_ptr<Player>> players_;  // by desk
+    std::vector<std::unique_ptr<Player>> players_;  // by owned lane
     std::mutex mutex_;
     std::condition_variable idle_;
     std::vector<std::shared_ptr<Request>> running_;

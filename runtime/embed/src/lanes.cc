@@ -6,7 +6,7 @@
 namespace driffusion {
 namespace {
 
-constexpr double TOGETHER = 1.1;  // lanes of one image wait for each other after every round
+constexpr double WAIT_FACTOR = 1.1;  // lanes of one image wait for each other after every round, which the times of calls do not show
 constexpr auto POLL = std::chrono::milliseconds(50);
 
 }  // namespace
@@ -21,7 +21,7 @@ double call_seconds(const std::vector<Cost> &measured, double branches) {
 }
 
 u32 at_once(const std::vector<const Seconds *> &images, u32 lanes) {
-    auto per_second = [](const Seconds &seconds, u32 share) { return 1 / (seconds[share - 1] * (share > 1 ? TOGETHER : 1.0)); };
+    auto per_second = [](const Seconds &seconds, u32 share) { return 1 / (seconds[share - 1] * (share > 1 ? WAIT_FACTOR : 1.0)); };
     u32 most = std::min(lanes, u32(images.size())), best = most;
     if (most < 2) return most;
     double least = 0;
@@ -36,27 +36,27 @@ u32 at_once(const std::vector<const Seconds *> &images, u32 lanes) {
     return best;
 }
 
-std::map<u32, std::vector<u32>> divide(u32 lanes, const std::vector<u32> &desks) {
+std::map<u32, std::vector<u32>> divide(u32 lanes, const std::vector<u32> &owned) {
     std::map<u32, std::vector<u32>> found;
-    for (u32 desk : desks) found[desk] = {desk};
+    for (u32 lane : owned) found[lane] = {lane};
     for (u32 lane = 0, turn = 0; lane < lanes; ++lane) {
         if (found.count(lane)) continue;
-        found[desks[turn++ % desks.size()]].push_back(lane);
+        found[owned[turn++ % owned.size()]].push_back(lane);
     }
     return found;
 }
 
 Lease::Lease(Lanes &lanes, Seconds seconds, const Check &check) : lanes_(lanes), seconds_(std::move(seconds)) {
-    lanes_.sit(*this, check);
+    lanes_.admit(*this, check);
     try {
-        lanes_.own(*this, check);
+        lanes_.wait_for_own(*this, check);
     } catch (...) {
-        lanes_.leave(*this);
+        lanes_.release(*this);
         throw;
     }
 }
 
-Lease::~Lease() { lanes_.leave(*this); }
+Lease::~Lease() { lanes_.release(*this); }
 
 void Lease::update() {
     if (version_ == lanes_.version_.load()) return;
@@ -75,48 +75,48 @@ void Lanes::wake() {
     changed_.notify_all();
 }
 
-bool Lanes::may_sit(const Lease &lease) const {
-    if (waiting_.front() != &lease) return false;
+bool Lanes::may_enter(const Lease &lease) const {
+    if (queue_.front() != &lease) return false;
     std::vector<const Seconds *> there;
-    for (const Lease *seat : seats_) there.push_back(&seat->seconds_);
-    for (const Lease *one : waiting_) there.push_back(&one->seconds_);
+    for (const Lease *one : leases_) there.push_back(&one->seconds_);
+    for (const Lease *one : queue_) there.push_back(&one->seconds_);
     if (there.size() > 2 * count_) there.resize(2 * count_);
-    return seats_.size() < at_once(there, count_);
+    return leases_.size() < at_once(there, count_);
 }
 
-void Lanes::sit(Lease &lease, const Check &check) {
+void Lanes::admit(Lease &lease, const Check &check) {
     std::unique_lock<std::mutex> lock(mutex_);
-    waiting_.push_back(&lease);
-    auto leave_line = [&] {
-        waiting_.erase(std::find(waiting_.begin(), waiting_.end(), &lease));
+    queue_.push_back(&lease);
+    auto leave_queue = [&] {
+        queue_.erase(std::find(queue_.begin(), queue_.end(), &lease));
         changed_.notify_all();
     };
     try {
-        while (!may_sit(lease)) {
+        while (!may_enter(lease)) {
             changed_.wait_for(lock, POLL);
             lock.unlock();
             check();
             lock.lock();
         }
-        auto taken = [this](u32 desk) {
-            return std::any_of(seats_.begin(), seats_.end(), [desk](const Lease *seat) { return seat->desk_ == desk; });
+        auto taken = [this](u32 lane) {
+            return std::any_of(leases_.begin(), leases_.end(), [lane](const Lease *one) { return one->own_ == lane; });
         };
-        while (taken(lease.desk_)) ++lease.desk_;
-        seats_.push_back(&lease);
+        while (taken(lease.own_)) ++lease.own_;
+        leases_.push_back(&lease);
         ++version_;
     } catch (...) {
         if (!lock.owns_lock()) lock.lock();
-        leave_line();
+        leave_queue();
         throw;
     }
-    leave_line();
+    leave_queue();
 }
 
-void Lanes::own(Lease &lease, const Check &check) {
-    // the lane of the desk may be in a round of another image, which gives it back after that
+void Lanes::wait_for_own(Lease &lease, const Check &check) {
+    // the owned lane may be in a round of another image, which gives it back after that
     std::unique_lock<std::mutex> lock(mutex_);
     take(lease);
-    while (holder_[lease.desk_] != &lease) {
+    while (holder_[lease.own_] != &lease) {
         changed_.wait_for(lock, POLL);
         lock.unlock();
         check();
@@ -125,18 +125,18 @@ void Lanes::own(Lease &lease, const Check &check) {
     }
 }
 
-void Lanes::leave(Lease &lease) {
+void Lanes::release(Lease &lease) {
     std::lock_guard<std::mutex> lock(mutex_);
-    seats_.erase(std::find(seats_.begin(), seats_.end(), &lease));
+    leases_.erase(std::find(leases_.begin(), leases_.end(), &lease));
     ++version_;
     give_back(lease, lease.held_);
     changed_.notify_all();
 }
 
 std::vector<u32> Lanes::share(const Lease &lease) const {
-    std::vector<u32> desks;
-    for (const Lease *seat : seats_) desks.push_back(seat->desk_);
-    return divide(count_, desks)[lease.desk_];
+    std::vector<u32> owned;
+    for (const Lease *one : leases_) owned.push_back(one->own_);
+    return divide(count_, owned)[lease.own_];
 }
 
 void Lanes::take(Lease &lease) {

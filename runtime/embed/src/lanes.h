@@ -17,13 +17,13 @@ using Seconds = std::vector<double>;
 using Check = std::function<void()>;  // throws when an image is no longer wanted
 
 u32 at_once(const std::vector<const Seconds *> &images, u32 lanes);
-std::map<u32, std::vector<u32>> divide(u32 lanes, const std::vector<u32> &desks);
+std::map<u32, std::vector<u32>> divide(u32 lanes, const std::vector<u32> &owned);
 // Linear between what was measured, in proportion beyond it.
 double call_seconds(const std::vector<Cost> &measured, double branches);
 
 class Lanes;
 
-// An image's hold on lanes: it owns the lane of its desk and borrows those whose desks are empty.
+// A request's hold on lanes: it owns one until it is finished, and borrows those that nobody owns.
 class Lease {
    public:
     Lease(Lanes &lanes, Seconds seconds, const Check &check);
@@ -31,7 +31,7 @@ class Lease {
     Lease(const Lease &) = delete;
     Lease &operator=(const Lease &) = delete;
 
-    u32 desk() const { return desk_; }
+    u32 own() const { return own_; }
     const std::vector<u32> &held() const { return held_; }
     // Between two rounds: gives back lanes that belong to others now, and takes those that are free.
     void update();
@@ -40,7 +40,7 @@ class Lease {
     friend class Lanes;
     Lanes &lanes_;
     Seconds seconds_;
-    u32 desk_ = 0;
+    u32 own_ = 0;
     u64 version_ = ~u64(0);  // of the division that `held_` is of
     std::vector<u32> held_;
 };
@@ -53,10 +53,10 @@ class Lanes {
 
    private:
     friend class Lease;
-    void sit(Lease &lease, const Check &check);
-    void own(Lease &lease, const Check &check);
-    void leave(Lease &lease);
-    bool may_sit(const Lease &lease) const;
+    void admit(Lease &lease, const Check &check);
+    void wait_for_own(Lease &lease, const Check &check);
+    void release(Lease &lease);
+    bool may_enter(const Lease &lease) const;
     std::vector<u32> share(const Lease &lease) const;
     void take(Lease &lease);
     void give_back(Lease &lease, const std::vector<u32> &lanes);
@@ -64,8 +64,8 @@ class Lanes {
     const u32 count_;
     std::mutex mutex_;
     std::condition_variable changed_;
-    std::deque<Lease *> waiting_;
-    std::vector<Lease *> seats_;  // in the order in which they sat down
+    std::deque<Lease *> queue_;
+    std::vector<Lease *> leases_;  // in the order in which they were admitted
     std::vector<Lease *> holder_;   // by lane
     std::atomic<u64> version_{0};
 };

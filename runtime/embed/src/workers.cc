@@ -1,7 +1,6 @@
 #include "workers.h"
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <chrono>
 #include <utility>
@@ -35,6 +34,14 @@ bool spin(double seconds, Ready ready) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+SignalsBlocked::SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+}
+
+SignalsBlocked::~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
 // A waiter sets `sleeping_` before it looks at the count for the last time, and `done` lowers the count before it looks
 // at `sleeping_`: with sequential consistency one of the two sees the other.
 void Countdown::done() {
@@ -65,10 +72,7 @@ void Job::perform() noexcept {
 }
 
 Workers::Workers(u32 lanes, double spin_seconds) : spin_seconds_(spin_seconds) {
-    // the host's signals are its own: the lanes' threads take none
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    SignalsBlocked blocked;
     try {
         for (u32 lane = 1; lane < lanes; ++lane) {
             workers_.push_back(std::make_unique<Worker>());
@@ -76,11 +80,9 @@ Workers::Workers(u32 lanes, double spin_seconds) : spin_seconds_(spin_seconds) {
             worker.thread = std::thread([this, &worker] { loop(worker); });
         }
     } catch (...) {
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
         stop();
         throw;
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Workers::~Workers() { stop(); }

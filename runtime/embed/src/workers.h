@@ -1,5 +1,7 @@
 // One thread per lane but the first, and the hand-over of a round's calls to them and back.
 #pragma once
+#include <signal.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -60,6 +62,18 @@ class Workers {
 
     double spin_seconds_;
     std::vector<std::unique_ptr<Worker>> workers_;
+};
+
+// While it lives, this thread and those that it starts take no signals: a host's signals are handled by its own threads.
+class SignalsBlocked {
+   public:
+    SignalsBlocked();
+    ~SignalsBlocked();
+    SignalsBlocked(const SignalsBlocked &) = delete;
+    SignalsBlocked &operator=(const SignalsBlocked &) = delete;
+
+   private:
+    sigset_t before_;
 };
 
 double now();  // seconds of a clock that never goes back

@@ -352,8 +352,17 @@ def test_signals_stay_the_hosts(library: Library, shapes: Bundle, write: Write) 
         return re.findall(r"^Sig(?:Blk|Ign|Cgt):\s*(\w+)$", text, re.MULTILINE)
 
     before, handlers = dispositions(), [signal.getsignal(n) for n in range(1, 32)]
-    engine = library.open(shapes.folder, write(), "cpu*3")
+    here = {path.name for path in Path("/proc/self/task").iterdir()}
+    engine = library.open(shapes.folder, write(num_inference_steps=40), "cpu*3")
     engine.generate(PROMPT)
+    request = start(prepared := engine.call(PROMPT), engine)
+    started = [path for path in Path("/proc/self/task").iterdir() if path.name not in here]
+    masks = [re.search(r"^SigBlk:\s*(\w+)$", (path / "status").read_text(), re.MULTILINE) for path in started]
+    blocked = [int(mask[1], 16) & 1 << signal.SIGINT - 1 for mask in masks if mask]
+    assert len(blocked) >= 2 and all(blocked)  # of lanes, of ONNX Runtime and of the request
+    wait(engine, request)
+    assert prepared.rgb.any()
+    library("release", request)
     engine.close()
     assert (dispositions(), [signal.getsignal(n) for n in range(1, 32)]) == (before, handlers)
 
@@ -392,13 +401,13 @@ def test_the_lanes_are_divided_by_pythons_rule(rng: np.random.Generator) -> None
     for _ in range(300):
         lanes = int(rng.integers(1, 9))
         images = rng.uniform(0.1, 5, (int(rng.integers(1, 12)), lanes))
-        desks = rng.permutation(lanes)[: int(rng.integers(1, lanes + 1))].tolist()
+        owned = rng.permutation(lanes)[: int(rng.integers(1, lanes + 1))].tolist()
         lines.append(
-            f"{lanes} {len(images)} {' '.join(map(str, images.ravel()))} {len(desks)} {' '.join(map(str, desks))}"
+            f"{lanes} {len(images)} {' '.join(map(str, images.ravel()))} {len(owned)} {' '.join(map(str, owned))}"
         )
-        own = divide(lanes, desks)
-        rule = at_once([lambda n, one=one: one[n - 1] for one in images], lanes)  # type: ignore[misc]
-        expected.append(f"{rule} " + " ".join(f"{desk}:{','.join(map(str, own[desk]))}" for desk in sorted(own)))
+        own = divide(lanes, owned)
+        rule = at_once(images.tolist(), lanes)
+        expected.append(f"{rule} " + " ".join(f"{lane}:{','.join(map(str, own[lane]))}" for lane in sorted(own)))
     run = subprocess.run([built() / "tests" / "check_lanes"], input="\n".join(lines), capture_output=True, text=True)
     assert run.stdout.split("\n")[:-1] == expected
 

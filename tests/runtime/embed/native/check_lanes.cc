@@ -1,4 +1,4 @@
-// Per line: lanes, images, their seconds on 1 … lanes lanes, desks; prints how many images at once, and desk:lanes.
+// Per line: lanes, images, their seconds on 1 … lanes lanes, owned; prints how many images at once, and owned:held.
 #include <iostream>
 #include <sstream>
 
@@ -16,11 +16,11 @@ int main() {
             there.push_back(&one);
         }
         words >> count;
-        std::vector<driffusion::u32> desks(count);
-        for (auto &desk : desks) words >> desk;
+        std::vector<driffusion::u32> owned(count);
+        for (auto &lane : owned) words >> lane;
         std::cout << driffusion::at_once(there, lanes);
-        for (auto &[desk, own] : driffusion::divide(lanes, desks)) {
-            std::cout << ' ' << desk << ':';
+        for (auto &[lane, own] : driffusion::divide(lanes, owned)) {
+            std::cout << ' ' << lane << ':';
             for (std::size_t n = 0; n < own.size(); ++n) std::cout << (n ? "," : "") << own[n];
         }
         std::cout << '\n';
