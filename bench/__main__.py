@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engines.command import exit_code
+from engines.command import Parser, exit_code
 from engines.files import written_whole
 from runtime.provenance import result_file
 
@@ -42,7 +42,7 @@ def summary(module: ModuleType) -> str:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     description = "Measures speed, quality and cost. `COMMAND --help` has the options, bench/README.md the files."
-    parser = argparse.ArgumentParser(prog="python -m bench", description=description)
+    parser = Parser(prog="python -m bench", description=description)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
         module = importlib.import_module(f"bench.{name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engines.command import exit_code
+from engines.command import Parser, exit_code
 from engines.devices import parse_devices, precision
 from engines.errors import BundleError
 from engines.load import build_missing, check, wanted
@@ -126,7 +126,7 @@ COMMANDS = {"list": list_, "build": build, "verify": verify, "explain": explain,
 
 def main() -> int:
     """The command line; exit code 1 with one message on any error."""
-    parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__)
+    parser = Parser(prog="python -m engines", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__)

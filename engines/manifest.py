@@ -181,6 +181,7 @@ class Manifest(_Strict):
     strength_up: bool
     defaults: Defaults
     examples: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
     @property
     def conditioning(self) -> tuple[str, ...]:

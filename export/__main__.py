@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import sys
 import traceback
 from pathlib import Path
 
+from engines.command import Parser
 from engines.devices import parse_devices, precision
 from engines.errors import EngineError
 from engines.store import BUILD, bundle_name, locked
@@ -17,7 +17,7 @@ from export.spec import EMBEDDED, ExportSpec, checkpoint_of, lora_name, model_na
 
 def main() -> int:
     """The command line; exit code 1 with one message when the export cannot be made."""
-    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    parser = Parser(prog="python -m export", description=__doc__)
     parser.add_argument("model", help="shapes, a diffusers folder, a checkpoint file, or owner/name on the hub")
     parser.add_argument("--config", type=Path, metavar="FOLDER", help="a diffusers folder with the configs of a file")
     parser.add_argument("--lora", nargs="+", default=(), metavar="FILE[:SCALE]", help="LoRA files to fuse, in order")

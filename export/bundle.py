@@ -15,6 +15,7 @@ from engines.errors import BundleError, ExportError, ParameterError
 from engines.manifest import Defaults, File, Manifest, Network, Sizes, Tokenizer
 from engines.memory import require
 from engines.store import Bundle, resuming
+from export.shapes.data import WORDS
 from export.spec import PACKAGES, ExportSpec
 
 if TYPE_CHECKING:
@@ -203,4 +204,5 @@ def manifest(
         strength_up=family.strength_up,
         defaults=Defaults(**{**family.defaults, **DEFAULTS.get(spec.embedded or "", {})}),  # type: ignore[arg-type]
         examples=EXAMPLES.get(spec.embedded or "", OTHER_EXAMPLES),
+        words=WORDS if spec.embedded == "shapes" else (),
     )

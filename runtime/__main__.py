@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from engines.command import exit_code
+from engines.command import Parser, exit_code
 from engines.errors import ParameterError
 from engines.files import written_whole
 from engines.store import BUILD
-from runtime.call import Call, Callbacks, add_options
+from runtime.call import Call, Callbacks, add_options, flag_meant
 from runtime.input_image import to_srgb
 from runtime.pipeline import Pipeline
 from runtime.provenance import engine_version, result_file
@@ -25,7 +25,7 @@ from runtime.provenance import engine_version, result_file
 
 def arguments() -> argparse.ArgumentParser:
     """The command line; `Call` checks the values."""
-    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser = Parser(prog="python -m runtime", description=__doc__, meant=flag_meant)
     add_options(parser)
     parser.add_argument("--version", action="version", version=f"driffusion-engine {engine_version()}")
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engines.base import Array, Branch
-from engines.command import exit_code
+from engines.command import Parser, exit_code
 from engines.errors import ParameterError
 from engines.store import BUILD, locked
 from runtime.auto import EQUAL_PSNR, EXACT, Calibration, Candidate, Drift, candidates
@@ -131,7 +130,7 @@ def calibrate(
 
 def main() -> int:
     """Exit code 1 with one message on any error."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.calibrate", description=__doc__)
+    parser = Parser(prog="python -m runtime.calibrate", description=__doc__)
     parser.add_argument("model", nargs="?", default="shapes")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--devices", default="auto")

@@ -273,6 +273,12 @@ def meant(name: str, known: Collection[str], *, http: bool = False) -> str | Non
     return resolved(plain) or (resolved(near[0]) if near else None)
 
 
+def flag_meant(flag: str) -> str | None:
+    """The command line's flag that was probably meant by an unknown one, as `meant` has it."""
+    name = meant(flag, list(OPTIONS))
+    return OPTIONS[name].flag if name else None
+
+
 def add_options(
     parser: argparse.ArgumentParser, names: Iterable[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> None:

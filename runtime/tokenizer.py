@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,9 +50,13 @@ class _Vectors:
 
 
 class PromptTokenizer:
-    """The model's tokenizers; prompts are cut where diffusers cuts them, with a warning that names what is lost."""
+    """The model's tokenizers; prompts are cut where diffusers cuts them, with a warning that names what is lost.
+
+    Another warning names words that were in no caption of the training, of a model that lists its words.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
+        self._words = frozenset(bundle.manifest.words)
         self._tokenizers: list[tuple[Tokenizer, tokenizers.Tokenizer, _Vectors]] = []
         for spec in bundle.manifest.tokenizers:
             tokenizer = tokenizers.Tokenizer.from_str(bundle.tokenizer(spec).decode())
@@ -74,7 +79,16 @@ class PromptTokenizer:
                     ids = [*ids[: spec.max_length - 1], spec.eos_token_id]
                 row[: len(ids)] = ids
             found[spec.input] = rows
+        warnings += self._unknown(prompts)
         several = list(dict.fromkeys(warnings))  # two encoders with the same words cut the same
         for warning in several:
             log.warning("%s", warning)
         return found, several
+
+    def _unknown(self, prompts: Sequence[str]) -> list[str]:
+        said = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt.lower()))
+        unknown = [word for word in said if self._words and word not in self._words]
+        if not unknown:
+            return []
+        known = ", ".join(sorted(self._words))
+        return [f"the model was trained without {', '.join(unknown)} and draws something else; its words are {known}"]

@@ -26,6 +26,7 @@ ALLOWED = {
     "engines": {"engines"},
     # schedulers are pure; with them an export refuses before the work what the runtime would refuse after it
     "export": {
+        "engines.command",
         "engines.errors",
         "engines.devices",
         "engines.manifest",
@@ -38,7 +39,13 @@ ALLOWED = {
     # the embedded model's images are a specification that benchmarks ask for, not a part of exporting
     "bench": {"bench", "engines", "runtime", "export.shapes.data"},
     # samplers are pure: arithmetic over slots, and a backend to run it on
-    "runtime/sampling": {"engines.base", "engines.errors", "engines.host", "engines.manifest", "runtime.sampling"},
+    "runtime/sampling": {
+        "engines.base",
+        "engines.errors",
+        "engines.host",
+        "engines.manifest",
+        "runtime.sampling",
+    },
 }
 TORCH = ("torch", "diffusers", "transformers", "onnx", "matplotlib")
 WEB = ("fastapi", "starlette", "uvicorn")

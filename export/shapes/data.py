@@ -47,6 +47,9 @@ _OVERSAMPLE = 4
 _HELD_OUT_SHARE = 12  # one (colour, kind, place) in this many
 
 
+WORDS = tuple(sorted({"a", "and", "on", "background", *COLOURS, *KINDS, *RADII, *" ".join(PLACES).split()}))
+
+
 @dataclass(frozen=True)
 class Shape:
     """One shape of an image, in the words of its caption."""

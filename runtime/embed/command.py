@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.command import exit_code
+from engines.command import Parser, exit_code
 from engines.devices import parse_devices
 from engines.errors import ParameterError
 from engines.store import BUILD, Bundle
-from runtime.call import Call, add_options
+from runtime.call import Call, add_options, flag_meant
 from runtime.embed.layout import PREDICT
 from runtime.embed.program import program_of, write_program
 
@@ -23,7 +23,7 @@ FIXED = (
 
 def arguments() -> argparse.ArgumentParser:
     """The command line; `Call` checks the values."""
-    parser = argparse.ArgumentParser(prog="python -m runtime program", description=(__doc__ or "").replace("`", ""))
+    parser = Parser(prog="python -m runtime program", description=(__doc__ or "").replace("`", ""), meant=flag_meant)
     parser.add_argument("model", help="an exported model's name, or its bundle folder")
     parser.add_argument("--out", type=Path, required=True, help="the program file")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels; default: the model's own")

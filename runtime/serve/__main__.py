@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
+from engines.command import Parser
 from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.call import Call
@@ -124,7 +125,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.serve", description=__doc__)
+    parser = Parser(prog="python -m runtime.serve", description=__doc__)
     parser.add_argument("--model", default="shapes", help="an exported model's name, or its bundle folder")
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--host", default="127.0.0.1")

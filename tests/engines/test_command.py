@@ -59,3 +59,25 @@ def test_too_little_memory_is_one_line() -> None:
         and run.stderr.startswith("error: there is not enough memory")
         and "\n" not in run.stderr[:-1]
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["runtime", "a star", "--sed", "3"], "there is no option --sed: did you mean --seed?"),
+        (
+            ["runtime", "a star", "--num-inference-steps=3"],
+            "there is no option --num-inference-steps: did you mean --steps?",
+        ),
+        (["runtime", "a star", "--cfg-scale", "3"], "there is no option --cfg-scale: did you mean --guidance?"),
+        (["runtime", "a star", "--zzz"], "there is no option --zzz\n"),
+        (["runtime", "a", "star"], "what is 'star'? write a prompt of several words in quotes"),
+        (["runtime.serve", "--divices", "cpu"], "there is no option --divices: did you mean --devices?"),
+        (["engines", "build", "--divice", "cpu"], "there is no option --divice: did you mean --devices?"),
+        (["bench", "run", "--step", "3", "--imagse", "3"], "there is no option --imagse: did you mean --images?"),
+        (["export", "shapes", "--sides", "64"], "there is no option --sides: did you mean --sizes?"),
+    ],
+)
+def test_misspelt_options_get_a_suggestion(words: list[str], said: str) -> None:
+    run = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and said in run.stderr
