@@ -15,7 +15,7 @@ from typing import Any
 from engines.devices import cores
 from engines.runtimes import RUNTIMES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PACKAGES = ("numpy", "torch", "diffusers")
 
 

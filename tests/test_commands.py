@@ -116,7 +116,7 @@ def test_an_image_and_its_report_are_written(shapes: Bundle, tmp_path: Path, che
     with Image.open(out) as image:
         assert image.size == (shapes.manifest.sizes.width, shapes.manifest.sizes.height) and image.mode == "RGB"
     result = json.loads(report.read_text())
-    assert result.keys() == {"schema_version", "commit", "host", "versions", "rows"} and result["schema_version"] == 1
+    assert result.keys() == {"schema_version", "commit", "host", "versions", "rows"} and result["schema_version"] == 2
     (row,) = result["rows"]
     assert row.keys() >= ROW
     assert (row["model"], row["mode"], row["scheduler"]) == ("shapes", "conservative", "ddim")

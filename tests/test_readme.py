@@ -271,7 +271,7 @@ def test_the_summary_has_five_rows_from_one_machine() -> None:
 @pytest.mark.parametrize("name", ["run", "scenario", "simulate", "quality", "drafts", "kernel", "serve"])
 def test_result_files_carry_their_circumstances(name: str) -> None:
     result = load(name)
-    assert result["schema_version"] == 1 and result["commit"] and result["host"]["cores"] and result["versions"]
+    assert result["schema_version"] == 2 and result["commit"] and result["host"]["cores"] and result["versions"]
     assert result["rows"]
 
 

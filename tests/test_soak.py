@@ -223,7 +223,7 @@ def test_a_killed_server_leaves_engines_and_no_lock(when: str, shapes: Bundle, t
     if when == "working":
         with process(shapes, log) as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask, client, num_inference_steps=900)
-            _until(lambda: "driffusion_images_seated 1.0" in client.get("/metrics").text)
+            _until(lambda: "driffusion_requests_running 1.0" in client.get("/metrics").text)
             server.kill()
             assert isinstance(made.exception(), httpx.HTTPError)
     else:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("bench/gpu", "bench/torch_lane.py", "engines", "runtime", "kernels")
 NOTE_SECONDS, END_SECONDS = 3.0, 10.0  # for the stacks of a part that is too late; for a killed process to go
 LOG_TAIL = 1500
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of runtime.provenance, whose imports a bare machine may lack
 NO_FRAME: Row = {"commit": None, "host": {"processor": "", "cores": 0, "system": "", "gpus": []}, "versions": {}}
 
 

@@ -65,7 +65,12 @@ class Memory:
         """Host memory that every device copies to and from without waiting."""
         with self.on(self.home):
             memory, free = pinned(self.driver, size)
-        self.freed.append(free)
+
+        def free_at_home() -> None:
+            with self.on(self.home):  # a lost device may be current, and would refuse it
+                free()
+
+        self.freed.append(free_at_home)
         return memory
 
     def stream(self, device: Device) -> Any:

@@ -96,7 +96,7 @@ class LaneCollector(Collector):
         for kind, number in lanes.counts().items():
             kept.add_metric([kind], number)
         yield kept
-        yield GaugeMetricFamily("driffusion_images_seated", "Requests that have lanes.", lanes.running)
+        yield GaugeMetricFamily("driffusion_requests_running", "Requests that have lanes.", lanes.running)
 
 
 class GpuCollector(Collector):

@@ -249,7 +249,7 @@ def test_kernel_measures_and_says_what(
 
 
 def test_result_files_have_a_row_per_line_and_no_nan() -> None:
-    result = {"schema_version": 1, "host": {"cores": 2}, "rows": [{"a": 1}, {"b": [1, 2]}]}
+    result = {"schema_version": 2, "host": {"cores": 2}, "rows": [{"a": 1}, {"b": [1, 2]}]}
     text = command.dumped(result)
     assert json.loads(text) == result and '[\n{"a": 1},\n{"b": [1, 2]}\n]' in text
     with pytest.raises(ValueError, match="not JSON compliant"):

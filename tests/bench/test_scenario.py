@@ -175,7 +175,7 @@ def test_a_short_run_lays_out_its_folder(
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
     assert command.main() == 0 and "SingleStream" in capsys.readouterr().out
     result = json.loads(target.read_text())
-    assert result["schema_version"] == 1 and [row["scenario"] for row in result["rows"]] == list(OWN)
+    assert result["schema_version"] == 2 and [row["scenario"] for row in result["rows"]] == list(OWN)
     for row in result["rows"]:
         assert row["unofficial"] and row["queries"] >= 4 and row["failed"] == 0 and row["status"] == "passed"
         assert row["quality"]["psnr"] == 99.0 and row["metrics"]["request_latency"]["count"] == row["queries"]

@@ -103,7 +103,7 @@ void destroy_context(Context *context, bool checked) {
     streams.erase(std::remove_if(streams.begin(), streams.end(), [](Stream *one) { return !one->alive; }), streams.end());
     std::vector<Allocation *> mine;
     for (auto &[address, allocation] : machine.memory)
-        if (allocation->context == context && allocation->device >= 0) mine.push_back(allocation.get());
+        if (allocation->context == context) mine.push_back(allocation.get());
     for (Allocation *allocation : mine) {
         if (checked) violate("a context is destroyed, and with it %zu bytes that were not freed", allocation->size);
         free_allocation(allocation, false);

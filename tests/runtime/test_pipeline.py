@@ -213,7 +213,7 @@ def test_a_callback_that_raises_cancels_and_the_next_image_is_untouched(pipeline
     assert same(draw(pipeline, mode="aggressive"), expected)
 
 
-def test_nan_is_an_error_and_never_a_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_an_error_and_never_an_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = pipeline.backend.predict
 
     def poisoned(calls: Sequence[LaneCall]) -> None:
@@ -248,7 +248,7 @@ def test_a_scheduler_of_another_name_equals_the_diffusers_pipeline_with_it(
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "euler_a"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_image_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
+def test_an_image_of_a_stochastic_scheduler_depends_on_seed_and_number_alone(
     mode: str, scheduler: str, pipeline: Pipeline
 ) -> None:
     options: dict[str, Any] = {"mode": mode, "scheduler": scheduler, "seed": 4, "tolerance": 0.05}

@@ -84,7 +84,10 @@ Engine::Engine(const Settings &settings)
                                  std::to_string(settings_.threads) + " threads, ONNX Runtime " + runtime_->version());
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+    close();
+    workers_.reset();  // first: a lane's thread may still be leaving the last round of a player
+}
 
 std::unique_ptr<Session> Engine::open_session(Role role, u32 threads, bool spin) {
     const Network &network = program_.network(role);

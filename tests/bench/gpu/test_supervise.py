@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.parts import DEVICE, Part, Settings
-from bench.gpu.supervise import Supervisor
+from bench.gpu.supervise import SCHEMA_VERSION, Supervisor
 from tests import ROOT
 from tests.libcuda.plugin import environment
 
@@ -198,3 +198,9 @@ def test_parts_on_an_imaginary_driver_in_processes_of_their_own(tmp_path: Path) 
         )
     ]  # fmt: skip
     assert rows[1]["figures"][1]["name"].startswith("Imaginary")
+
+
+def test_its_frame_is_that_of_every_result_file() -> None:
+    from runtime import provenance
+
+    assert SCHEMA_VERSION == provenance.SCHEMA_VERSION

@@ -3,7 +3,7 @@
 # covers: engines/cuda/backend.py
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
 from engines.errors import DeviceError, NonFiniteError
 from runtime.sampling.operations import Options
-from tests.engines.cuda.test_backend import left, model, run, schedule
+from tests.engines.cuda.test_backend import distance, left, model, reference, run, schedule
 from tests.libcuda.lanes import FunctionNetwork
 from tests.libcuda.machine import KERNELS, Machine
 
@@ -102,6 +102,42 @@ def test_close_leaves_nothing(devices: tuple[int, ...], peers: bool, graphs: boo
         image(backend)
     backend.close()
     left(machine)
+
+
+def functions(machine: Machine) -> Iterator[str]:
+    """Whose calls an image makes; not `cuStreamEndCapture`, which ends a capture also where it fails."""
+    for name in ("cuMemAlloc", "cuMemHostAlloc", "cuStreamWaitEvent", "cuEventRecord", "cuMemcpyAsync",
+                 "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuLaunchKernel", "cuGraphLaunch", "cuGraphInstantiate",
+                 "cuStreamBeginCapture", "cuEventQuery", "cuMemsetD32Async",
+                 "cuModuleGetFunction", "cuModuleLoadData"):  # fmt: skip
+        if machine.calls(name):
+            yield name
+
+
+def test_any_call_may_fail_and_the_next_image_is_right() -> None:
+    """The n-th call of every function that an image makes: an error that names it, or an image that is right."""
+    wanted = reference("aggressive", AGGRESSIVE, schedule(9))
+    machine, backend = opened((0, 1))
+    start = {name: machine.calls(name) for name in functions(machine)}
+    image(backend)
+    image(backend)
+    counts = {name: machine.calls(name) - start.get(name, 0) for name in functions(machine)}
+    for name, count in counts.items():
+        for number in {1, count // 2, count} - {0}:
+            machine, backend = opened((0, 1))
+            machine.fail(name, number)
+            found = []
+            for _ in range(3):
+                try:
+                    found.append(distance(image(backend), wanted) < 1e-5)
+                except DeviceError as error:
+                    assert "CUDA_ERROR_LAUNCH_FAILED" in str(error), (name, number)
+            assert len(found) >= 2 and all(found), (name, number, found)
+            backend.close()
+            # a capture that an error ended may leave lanes behind, and is given up
+            broken = [one for one in machine.forgive() if not one.startswith("cuStreamEndCapture: a stream was given")]
+            assert broken == [], (name, number)
+            left(machine)
 
 
 # the context, numbers up, recorded, waited for, launch; and at the end of half a table recorded, or waited for

@@ -219,3 +219,81 @@ def test_a_damaged_program_is_not_written(write: Write, tmp_path: Path, monkeypa
     with pytest.raises(ProgramError, match="damaged"):
         write("none.program")
     assert not (tmp_path / "none.program").exists()
+
+
+def changed(program: ProgramFile, section: str, at: int, **fields: Any) -> ProgramFile:
+    """The program with another record."""
+    rows = list(getattr(program, section))
+    rows[at] = rows[at]._replace(**fields)
+    replaced: dict[str, Any] = {section: rows}
+    return dataclasses.replace(program, **replaced)
+
+
+def rewired(program: ProgramFile, at: int, slot: int) -> ProgramFile:
+    """The program with another slot in a combination."""
+    references = list(program.references)
+    references[at] = slot
+    return dataclasses.replace(program, references=references)
+
+
+def one_rule_broken(program: ProgramFile) -> dict[str, ProgramFile]:
+    """Programs that break one rule of the format each, by the rule."""
+    slots = [slot.kind for slot in program.slots]
+    noise, output = slots.index(layout.NOISE_SLOT), slots.index(layout.OUTPUT_SLOT)
+    rounds = [n for n, one in enumerate(program.operations) if one.kind == layout.PREDICT]
+    wide = [program.operations[n] for n in rounds if program.operations[n].size > 1][-1]  # its slots are written before
+    combine = next(n for n, one in enumerate(program.operations) if one.kind == layout.COMBINE)
+    made = program.operations[combine]
+    tensor = {one.source: n for n, one in enumerate(program.tensors)}
+    name = program.text.index(b"denoiser.onnx")
+    twice = program.evaluations[wide.first].output
+    last = len(slots) - 1
+    return {
+        "two evaluations write one slot": changed(program, "evaluations", wide.first + 1, output=twice),
+        "an evaluation reads an output": changed(program, "evaluations", 0, latent=output),
+        "an evaluation writes a latent": changed(program, "evaluations", 0, output=0),
+        "a step that is not there": changed(program, "evaluations", 0, step=program.model.steps),
+        "a slot that is not there": changed(program, "evaluations", 0, latent=last + 1),
+        "a source before it is written": rewired(program, made.first, last),
+        "a source twice": rewired(program, made.first + 1, program.references[made.first]),
+        "noise as a target": rewired(program, made.targets_first, noise),
+        "an output as a target": rewired(program, made.targets_first, output),
+        "more steps than there are": changed(program, "operations", combine, finished=program.model.steps + 1),
+        "the end without its last step": changed(program, "operations", -1, finished=0),
+        "a round with a target": changed(program, "operations", rounds[0], targets_size=1),
+        "an unknown operation": changed(program, "operations", combine, kind=3),
+        "a coefficient that is not finite": dataclasses.replace(
+            program, coefficients=[float("nan"), *program.coefficients[1:]]
+        ),
+        "coefficients left over": dataclasses.replace(program, coefficients=[*program.coefficients, 1.0]),
+        "two states": changed(program, "slots", noise, kind=layout.STATE_SLOT, number=0),
+        "noise without a number": changed(program, "slots", noise, number=0),
+        "networks in another order": changed(program, "networks", 0, role=layout.DENOISER),
+        "a file outside the bundle": dataclasses.replace(
+            program, text=program.text[:name] + b"../oiser.onnx" + program.text[name + 13 :]
+        ),
+        "a path from the root": dataclasses.replace(
+            program, text=program.text[:name] + b"/enoiser.onnx" + program.text[name + 13 :]
+        ),
+        "text that is not UTF-8": dataclasses.replace(
+            program, text=program.text[:name] + b"\xffenoiser.onnx" + program.text[name + 13 :]
+        ),
+        "an input of another shape": changed(
+            program, "tensors", tensor[layout.SAMPLE], dims=(-1, 4, 16, 17, 0, 0)
+        ),
+        "an input of another type": changed(program, "tensors", tensor[layout.TIMESTEP], dtype=layout.INT64),
+        "an input that is missing": changed(program, "tensors", tensor[layout.TIMESTEP], source=layout.GUIDANCE),
+        "an output of the encoder that is not there": changed(program, "tensors", tensor[layout.ENCODED], number=1),
+        "a tokenizer that is not there": changed(program, "tensors", tensor[layout.TOKENS], number=1),
+        "costs that do not rise": dataclasses.replace(program, costs=[layout.Cost(2, 0, 1.0), layout.Cost(2, 0, 1.0)]),
+        "a cost of nothing": dataclasses.replace(program, costs=[layout.Cost(1, 0, 0.0)]),
+        "no lanes": dataclasses.replace(program, model=program.model._replace(lanes=0)),
+        "an unknown flag": dataclasses.replace(program, model=program.model._replace(flags=2)),
+    }  # fmt: skip
+
+
+def test_every_rule_of_the_format(shapes: Bundle) -> None:
+    broken = one_rule_broken(program(shapes, scheduler="euler_a", k=3, num_inference_steps=12))
+    found = dict(zip(broken, verdicts([one.pack() for one in broken.values()]), strict=True))
+    assert found == dict.fromkeys(broken, "PROGRAM")
+    assert {rule: verdict(one.pack()) for rule, one in broken.items()} == found

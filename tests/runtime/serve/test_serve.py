@@ -61,7 +61,7 @@ def test_what_cannot_be_finished_in_time_is_given_up_and_told(stream: bool, shap
         body["partial_images"] = 3
     with process(shapes, log, "--drain", "1") as (server, port), connect(port) as client, ThreadPoolExecutor(1) as pool:
         made = pool.submit(client.post, GENERATE, json=body)
-        while values(client)["driffusion_images_seated"] < 1:
+        while values(client)["driffusion_requests_running"] < 1:
             time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
         response = made.result()

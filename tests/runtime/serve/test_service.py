@@ -274,7 +274,7 @@ def test_requests_in_flight_do_not_mix(client: httpx.Client, pipeline: Pipeline)
         assert same(received(answer), expected(pipeline, **choice), within=2)
 
 
-def test_the_server_answers_while_a_image_is_made(client: httpx.Client) -> None:
+def test_the_server_answers_while_an_image_is_made(client: httpx.Client) -> None:
     with ThreadPoolExecutor(1) as thread:
         image = thread.submit(ask, client, num_inference_steps=200, guidance_scale=1)
         seconds = []

@@ -30,7 +30,7 @@ from tests.runtime.serve.openai.browser import (
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: install Debian's package of that name")
 
 
-def test_a_image_its_facts_and_its_timeline(page: Page) -> None:
+def test_an_image_its_facts_and_its_timeline(page: Page) -> None:
     choose(page, "conservative", "12", "3")
     generate(page)
     done(page)
