@@ -27,16 +27,26 @@ REPEATS = 7
 def measure_calls(pipeline: Pipeline, budget: float) -> dict[int, float]:
     """Median seconds of a call per batch size, with all lanes at work; larger batches only while the budget lasts."""
     pipeline.run(Call(pipeline.manifest.examples[0], num_inference_steps=1))  # binds an image
-    backend, found, started = pipeline.backend, dict[int, float](), time.monotonic()
-    timed = backend.measurements.timed
+    backend, started = pipeline.backend, time.monotonic()
+
+    def timed(batch: int) -> float:
+        return backend.measurements.timed(
+            [[Branch(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
+        )
+
+    def left() -> float:
+        return budget - (time.monotonic() - started)
+
+    taken: dict[int, list[float]] = {}
     for batch in BATCHES:
-        calls = [[Branch(STATE, 0, f"timed {lane}/{n}", 1) for n in range(batch)] for lane in range(backend.lanes)]
-        once = timed(calls)
-        left = budget - (time.monotonic() - started)
-        found[batch] = float(np.median([timed(calls) for _ in range(min(REPEATS, int(left / once)))] or [once]))
-        if left < 2 * once:
+        taken[batch] = [timed(batch)]
+        if left() < 2 * taken[batch][0]:
             break  # larger ones are taken to cost in proportion
-    return found
+    for _ in range(REPEATS):
+        for batch, seconds in taken.items():  # in turns: what else the machine does falls on all of them
+            if left() > seconds[0]:
+                seconds.append(timed(batch))
+    return {batch: float(np.median(seconds[1:] or seconds)) for batch, seconds in taken.items()}
 
 
 def drift_seconds(pipeline: Pipeline, calls: dict[int, float], steps: int, guidance_scale: float, images: int) -> float:
