@@ -24,6 +24,7 @@ from bench import moves
 from bench.page.document import anchor
 from bench.page.options import TABLES as OPTION_TABLES
 from bench.page.tables import RESULTS, block, load, readmes, rebuilt
+from engines.cuda.progress import AHEAD_SECONDS
 from engines.errors import ParameterError
 from engines.store import Bundle
 from runtime.__main__ import arguments as runtime_arguments
@@ -301,6 +302,7 @@ QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
     ),
     ("bench/README.md", "99 %"): lambda: "CONFIDENCE = 0.99" in (ROOT / "bench" / "formats.py").read_text(),
     ("engines/README.md", "10 ms"): lambda: inspect.signature(moves.measure).parameters["call_seconds"].default == 0.01,
+    ("engines/README.md", "20 ms"): lambda: AHEAD_SECONDS == 0.02,
     ("engines/README.md", "0.1 %"): lambda: moves_gain("NVLink", 0.1),
     ("engines/README.md", "0.35 %"): lambda: moves_gain("PCIe 4", 0.35),
     ("runtime/README.md", "50 dB"): lambda: SAME_PSNR == 50,

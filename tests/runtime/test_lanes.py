@@ -187,6 +187,14 @@ def test_a_round_that_does_not_end_is_seen() -> None:
     assert lanes.overdue(0.0) == ()
 
 
+def test_a_device_without_progress_is_seen_although_its_host_does_not_wait() -> None:
+    lanes = opened([OneAtATime(), OneAtATime()])
+    with lanes.lease((1.0, 0.6)) as lease:
+        assert lanes.overdue(4.0) == ()
+        lease.backend.measurements.stalled = lambda: 5.0
+        assert lanes.overdue(4.0) == (0, 1) and lanes.overdue(6.0) == ()
+
+
 def test_who_closes_waits_for_visitors_and_keeps_them_out() -> None:
     lanes, order = opened([OneAtATime()]), list[str]()
     with ThreadPoolExecutor(2) as pool:
