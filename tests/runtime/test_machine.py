@@ -88,7 +88,9 @@ def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch)
     pipeline.generate(PROMPT, **options)
     assert pipeline.lost == ("cpu/1",)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.machine.load", lambda bundle, lanes: refuse() if len(lanes) > 1 else load(bundle, lanes))
+        patch.setattr(
+            "runtime.machine.load", lambda bundle, lanes, _: refuse() if len(lanes) > 1 else load(bundle, lanes)
+        )
         assert not pipeline.revive() and pipeline.lost == ("cpu/1",)
         assert pipeline.generate(PROMPT, **options).report.lanes == 1, "the others go on"
     assert pipeline.revive() and not pipeline.lost and pipeline.lanes.count == 2

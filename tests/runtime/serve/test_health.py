@@ -68,7 +68,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
     monkeypatch.setattr("runtime.serve.health.RETRIES", (0.2, 0.2, 0.2))
     pipeline, tried = Pipeline(shapes, "cpu*2"), []
 
-    def reopened(bundle: Bundle, lanes: Any) -> Any:
+    def reopened(bundle: Bundle, lanes: Any, lane_timeout: float) -> Any:
         if len(lanes) == 2:
             tried.append(len(lanes))
             if len(tried) <= tries - (tries < 3):
