@@ -31,6 +31,8 @@ _SECTIONS = {
     "serve": ("The server under load", words.SERVE),
     "kernel": ("The fused kernel beside separate operations", words.KERNEL),
     "export": ("Full-size models", words.EXPORT),
+    "embed": ("The C library beside Python", words.EMBED),
+    "host": ("Host time of a round on GPUs", words.HOST),
 }
 
 LONG = 20  # rows

@@ -99,6 +99,13 @@ alternatives are the same arithmetic as separate operations, for latents of four
 bytes. On processor cores this is the NumPy version that CPU lanes use, on one thread; its cost grows with inputs times
 outputs, so for large latents and many drafts separate operations are cheaper there."""
 
+EMBED = """`libdriffusion` plays the same sampler without Python in the process, on the same two lanes, in turns with
+the Python engine. The machine was busy during this run, so the ratios count and the seconds do not."""
+
+HOST = """What Python and the driver's functions cost per round of a captured program, on a stand-in of the driver whose
+functions do nothing, before and after programs were found by identity; and how many rounds, graphs and contexts 140
+mixed images leave. No GPU is involved."""
+
 NO_GPU = """No GPU run has been committed yet: `make gpu-check` makes one on any NVIDIA machine."""
 
 AGAIN = """## Reproduce

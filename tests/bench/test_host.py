@@ -30,7 +30,7 @@ def test_what_is_kept_is_bounded(sizes: int) -> None:
 
 
 def test_the_committed_figures_keep_the_goal() -> None:
-    rows = json.loads(Path(ROOT, "bench", "results", "cuda_host.json").read_text())["rows"]
+    rows = json.loads(Path(ROOT, "bench", "results", "host.json").read_text())["rows"]
     timed = [row for row in rows if row["what"] == "host time per round" and row["when"] == "now"]
     assert {(row["mode"], row["lanes"]) for row in timed} == {
         (mode, n) for mode in ("sequential", "aggressive") for n in (1, 2, 4, 8)

@@ -370,7 +370,7 @@ def test_wrong_arguments(made: Made) -> None:
         ({"strength": 0.5}, "strength belongs to image"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 2.0}, "from 0 to 1"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.1}, "none of 6 steps is left"),
-        ({"image": Image.new("RGB", (640, 64))}, "width=640 is not among"),
+        ({"image": Image.new("RGB", (640, 64))}, "image is 640×64 pixels: each side may be"),
         ({"image": "image.png"}, "must be a PIL image"),
         ({"clip_skip": 3}, "clip_skip must be a whole number from 0 to 2"),
         ({"pooled_prompt_embeds": np.zeros((1, 4))}, "takes no pooled_prompt_embeds"),
