@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from engines.command import Parser
+from engines.command import MEMORY, Parser
 from engines.devices import parse_devices, precision
 from engines.errors import EngineError
 from engines.store import BUILD, bundle_name, locked
@@ -51,6 +51,9 @@ def main() -> int:
     except OSError as error:
         advice = "free some space and run it again" if error.errno == errno.ENOSPC else "nothing was changed"
         print(f"error: the export could not be written ({error}): {advice}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"error: {MEMORY}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the networks that are missing", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,6 +15,7 @@ import numpy as np
 
 from engines.cuda.driver import Device, Driver, release
 from engines.errors import DeviceError
+from engines.files import written_whole
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "driffusion-engine"
 SOURCE = Path(__file__).resolve().parent.parent.parent / "kernels" / "combine.cu"
@@ -113,9 +113,8 @@ def machine_code(variant: Variant, arch: str, cache: Path) -> bytes:
     if not path.is_file():
         code, _ = compile_variant(variant, arch)
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as partial:
-            partial.write(code)
-        os.replace(partial.name, path)
+        with written_whole(path) as partial:
+            partial.write_bytes(code)
     return path.read_bytes()
 
 

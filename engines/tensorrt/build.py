@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from engines.cuda.driver import Driver
 from engines.cuda.kernels import CACHE
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
+from engines.files import written_whole
 from engines.manifest import Manifest
 from engines.memory import require
 from engines.nvidia import Gpu, gpus_of, visible_gpus
@@ -62,7 +62,9 @@ def build(
     if plan is None:
         raise DeviceError(f"TensorRT cannot build {network} for {gpu}: {'; '.join(messages[-3:]) or 'it says no more'}")
     if timing is not None and cache is not None:
-        _replace(timing, bytes(cache.serialize()))
+        timing.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(timing) as partial:
+            partial.write_bytes(bytes(cache.serialize()))
     return bytes(plan)
 
 
@@ -124,13 +126,6 @@ def _timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     return cache if config.set_timing_cache(cache, False) else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, path)
 
 
 def build_missing(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,7 +13,8 @@ from typing import Any
 
 from engines.cuda.driver import SERIAL, Device, Driver
 from engines.cuda.memory import Tensor
-from engines.errors import DeviceError
+from engines.errors import DeviceError, EngineError
+from engines.files import written_whole
 from engines.tensorrt.build import make_logger
 
 log = logging.getLogger(__name__)
@@ -207,8 +206,7 @@ def read_digested(path: Path | None) -> bytes:
 def write_digested(path: Path, content: bytes) -> None:
     """A file with its sha256 in front, under its name by one rename; only a log line where it cannot be written."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as partial:
-            partial.write(hashlib.sha256(content).digest() + content)
-        os.replace(partial.name, path)
-    except OSError as error:
+        with written_whole(path) as partial:
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
+    except EngineError as error:
         log.warning("compiled kernels are not kept: %s", error)

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
-from engines.command import Parser
+from engines.command import Parser, exit_code
 from engines.errors import EngineError
 from engines.store import BUILD
 from runtime.call import Call
@@ -210,7 +210,8 @@ def main() -> int:
     handler.setFormatter(Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as for Ctrl-C
-    try:
+
+    def run() -> None:
         limits = Limits(**{field.name: options.pop(field.name) for field in fields(Limits)})
         access = Access.of_server(
             options["host"], read_keys(options.pop("api_keys")), options.pop("allowed_hosts"),
@@ -218,10 +219,8 @@ def main() -> int:
         )  # fmt: skip
         with suppress(KeyboardInterrupt):  # while it loads
             serve(**options, limits=limits, access=access)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":
