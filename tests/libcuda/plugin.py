@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Shows the reports of the child session instead of running the test here."""
     if not _wanted(item):
         return None
@@ -103,6 +103,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _children[item.path].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # what the test before this one left open for it (its folder, its module) ends here: nothing was set up for it
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
