@@ -12,16 +12,6 @@ constexpr unsigned int NON_BLOCKING = 1, PORTABLE = 1;
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
-// Frees what belongs to a context. After a lost device nothing can be freed, and the context takes it with it.
-template <typename Free>
-void freed(const Gpu &gpu, Free release) noexcept {
-    try {
-        Current current(gpu);
-        release(Driver::instance().functions());
-    } catch (const Error &) {  // the context is gone, and with it what was in it
-    }
-}
-
 }  // namespace
 
 const Driver &Driver::instance() {

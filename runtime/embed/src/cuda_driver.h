@@ -6,6 +6,7 @@
 //                 opens the library, and engines on "cpu" never look for a driver.
 //   cuda_combine  kernels/combine.cu for one GPU: machine code from the cache that the Python engine has, or compiled
 //                 by NVRTC (opened at run time, too) into that cache; a program's combinations as launches on a stream.
+//   cuda_lanes    streams' events, tested peers, and the way of latents between home and a lane.
 // Still to come, in this order: a player whose slots lie at home, the device of the lane that a request owns; for each
 // lane a stream of its own that waits for home's event, copies its inputs (directly between peers that were tested,
 // else through pinned memory), runs the network, copies its outputs home and records an event that home's stream waits
@@ -29,7 +30,9 @@ namespace driffusion::cuda {
     X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease_v2) X(cuCtxSetCurrent)           \
     X(cuCtxGetCurrent) X(cuMemAlloc_v2) X(cuMemFree_v2) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemcpyHtoDAsync_v2)   \
     X(cuMemcpyDtoHAsync_v2) X(cuMemcpyDtoDAsync_v2) X(cuMemsetD32Async) X(cuStreamCreate) X(cuStreamDestroy_v2)      \
-    X(cuStreamSynchronize) X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuLaunchKernel)
+    X(cuStreamSynchronize) X(cuStreamWaitEvent) X(cuEventCreate) X(cuEventDestroy_v2) X(cuEventRecord)                \
+    X(cuEventSynchronize) X(cuDeviceCanAccessPeer) X(cuCtxEnablePeerAccess) X(cuMemcpyAsync) X(cuMemsetD8Async)      \
+    X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuLaunchKernel)
 
 struct Functions {
 #define X(name) decltype(&::name) name = nullptr;
@@ -79,6 +82,16 @@ class Current {
    private:
     CUcontext before_ = nullptr;
 };
+
+// Frees what belongs to a context. After a lost device nothing can be freed, and the context takes it with it.
+template <typename Free>
+void freed(const Gpu &gpu, Free release) noexcept {
+    try {
+        Current current(gpu);
+        release(Driver::instance().functions());
+    } catch (const Error &) {  // the context is gone, and with it what was in it
+    }
+}
 
 // Memory of a GPU. Freed without a wait: the owner drains its streams first.
 class DeviceMemory {

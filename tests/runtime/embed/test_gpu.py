@@ -1,5 +1,6 @@
 """The library's GPU side on imaginary GPUs: the driver's table, kernels, combinations against float64, failures."""
-# covers: runtime/embed/src/cuda_driver.cc, runtime/embed/src/cuda_combine.cc, tests/runtime/embed/native/gpu.cc
+# covers: runtime/embed/src/cuda_driver.cc, runtime/embed/src/cuda_combine.cc, runtime/embed/src/cuda_lanes.cc,
+# covers: tests/runtime/embed/native/gpu.cc
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from tests.runtime.embed.library import STATUSES, StatusError
 
 pytestmark = pytest.mark.imaginary_gpus
 ARCH = "90"
+MODEL = ctypes.CFUNCTYPE(c_int, c_uint32, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
 
 
 class Gpu:
@@ -136,7 +138,7 @@ def test_a_gpu_that_is_not_there(gpu: Gpu) -> None:
     with pytest.raises(StatusError, match="there is no cuda:2: this machine has cuda:0 to cuda:1"):
         gpu.checked(gpu.c.gpu_open(2))
     Machine(0)
-    with pytest.raises(StatusError, match="no GPU"):
+    with pytest.raises(StatusError, match="no CUDA-capable device"):
         gpu.checked(gpu.c.gpu_open(0))
 
 
@@ -159,3 +161,81 @@ def test_machine_code_is_shared_with_the_python_engine(gpu: Gpu, tmp_path: Path)
     assert code(gpu, "89", 3, 2, written.parent) == b"what the cache has"
     with pytest.raises(StatusError, match="cannot be compiled for sm_1"):
         code(gpu, "1", 3, 2, tmp_path / "other")
+
+
+def rounds(
+    gpu: Gpu, machine: Machine, devices: list[int], latents: NDArray[np.float32], count: int
+) -> NDArray[np.float32]:
+    """The latents after rounds in which lane n's model makes latent · 0.25 + n."""
+    lanes, elements = latents.shape
+    for width in (1, 2, 4):
+        kernels.machine_code(kernels.Variant("float32", lanes, width), ARCH, kernels.CACHE)
+
+    def model(lane: int, stream: int, sample: int, output: int) -> int:
+        def run() -> None:
+            given, made = (machine.view(address, 4 * elements).view(np.float32) for address in (sample, output))
+            made[:] = given * np.float32(0.25) + np.float32(lane)
+
+        return machine.work(stream, run, [(sample, 4 * elements)], [(output, 4 * elements)])()
+
+    made = latents.copy()
+    gpu.checked(gpu.c.gpu_rounds(
+        lanes, (c_int * lanes)(*devices), c_size_t(elements), made.ctypes.data_as(POINTER(c_float)), count, MODEL(model)
+    ))  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("peers", [True, False])
+@pytest.mark.parametrize("devices", [[0, 1], [1, 0, 1], [0, 0], [1]])
+def test_lanes_make_rounds(gpu: Gpu, rng: np.random.Generator, devices: list[int], peers: bool) -> None:
+    """Any order of streams that events allow gives what the host computes; nothing races, nothing is left."""
+    machine = Machine(2, seed=int(rng.integers(1000)), eager=int(rng.integers(3)), peers=peers)
+    latents = rng.standard_normal((len(devices), int(rng.integers(1, 3000))), np.float32)
+    expected = latents.astype(np.float64)
+    for _ in range(3):
+        expected += expected * 0.25 + np.arange(len(devices))[:, None]
+    waits = machine.calls("cuStreamSynchronize")
+    made = rounds(gpu, machine, devices, latents, 3)
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5)
+    assert machine.chain() == 3, "lanes waited for each other inside a round"
+    assert waits < machine.calls("cuStreamSynchronize")
+    live = machine.live()
+    assert not any(live.get(kind) for kind in ("allocation", "pinned allocation", "stream", "event", "module")), live
+
+
+def test_the_host_waits_for_no_round(gpu: Gpu) -> None:
+    """More rounds are no more waits of the host."""
+    counts = []
+    for count in (2, 9):
+        machine = Machine(2)
+        rounds(gpu, machine, [0, 1], np.ones((2, 8), np.float32), count)
+        counts.append(machine.calls("cuStreamSynchronize") + machine.calls("cuEventSynchronize"))
+    assert counts[0] == counts[1]
+
+
+def test_pairs_are_tested_before_they_are_trusted(gpu: Gpu) -> None:
+    direct = c_int()
+    for peers, zeros, expected in ((True, False, 1), (False, False, 0), (True, True, 0)):
+        machine = Machine(2, peers=peers)
+        machine.set("peer_zeros", zeros)
+        gpu.checked(gpu.c.gpu_peers(0, 1, byref(direct)))
+        assert direct.value == expected
+        assert not machine.live().get("allocation")
+    latents = np.ones((2, 9), np.float32)
+    np.testing.assert_array_equal(rounds(gpu, machine, [0, 1], latents, 1)[1], np.full(9, 2.25, np.float32))
+
+
+def test_a_model_that_fails(gpu: Gpu, rng: np.random.Generator) -> None:
+    """The words of the driver, with work of other lanes queued, and nothing is left."""
+    machine = Machine(2, eager=0, peers=bool(rng.integers(2)))
+    gpu.c.gpu_rounds.restype = c_int
+    failing = MODEL(lambda lane, stream, sample, output: 719 if lane else 0)
+    for width in (1, 2, 4):
+        kernels.machine_code(kernels.Variant("float32", 2, width), ARCH, kernels.CACHE)
+    latents = np.ones((2, 8), np.float32)
+    with pytest.raises(StatusError, match="a model call failed with CUDA_ERROR_LAUNCH_FAILED"):
+        gpu.checked(gpu.c.gpu_rounds(
+            2, (c_int * 2)(0, 1), c_size_t(8), latents.ctypes.data_as(POINTER(c_float)), 2, failing
+        ))  # fmt: skip
+    live = machine.live()
+    assert not any(live.get(kind) for kind in ("allocation", "pinned allocation", "stream", "event", "module")), live

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda_combine.h"
+#include "cuda_lanes.h"
 
 using namespace driffusion;
 using namespace driffusion::cuda;
@@ -70,5 +71,61 @@ EXPORT int gpu_combine(int ordinal, std::size_t elements, u32 slots, float *valu
         driver_call(cuMemcpyDtoHAsync_v2, staging.as<float>(), memory.get(), bytes, stream.get());
         stream.wait();
         std::memcpy(values, staging.as<float>(), bytes);
+    });
+}
+
+EXPORT int gpu_peers(int from, int to, int *direct) {
+    return guarded([&] { *direct = peers(Gpu(from), Gpu(to)); });
+}
+
+// Rounds as an engine makes them: `latents` at home, on GPU 0, one per lane; every lane's model makes an output of its
+// latent, and each output is added to its latent at home, all in one combination. Lane n is on GPU devices[n].
+// `model` puts a call on a stream and returns the driver's status. The host waits once, at the end.
+EXPORT int gpu_rounds(u32 lanes, const int *devices, std::size_t elements, float *latents, u32 rounds, int (*model)(u32 lane, CUstream stream, CUdeviceptr sample, CUdeviceptr output)) {
+    return guarded([&] {
+        const std::size_t bytes = elements * sizeof(float);
+        struct Lane {
+            Gpu gpu;
+            DeviceMemory sample, output;
+            Link there, back;
+            Stream stream;
+        };
+        Gpu home(0);
+        Kernels kernels(home);
+        DeviceMemory slots(home, 2 * lanes * bytes);
+        PinnedMemory staging(home, lanes * bytes);
+        Combinations combinations(kernels, elements);
+        std::vector<std::unique_ptr<Lane>> all;
+        for (u32 n = 0; n < lanes; ++n) {
+            Gpu gpu(devices[n]);
+            const bool in = peers(home, gpu), out = peers(gpu, home);
+            all.emplace_back(new Lane{gpu, DeviceMemory(gpu, bytes), DeviceMemory(gpu, bytes), Link(home, gpu, in, bytes), Link(gpu, home, out, bytes), Stream(gpu)});
+        }
+        Stream main(home);
+        std::vector<CUdeviceptr> sources, targets;
+        for (u32 n = 0; n < 2 * lanes; ++n) sources.push_back(slots.get() + n * bytes);
+        targets.assign(sources.begin(), sources.begin() + lanes);
+        std::vector<float> rows(2 * lanes * lanes);
+        for (u32 n = 0; n < lanes; ++n) rows[n * 2 * lanes + n] = rows[n * 2 * lanes + lanes + n] = 1;
+        const u32 number = combinations.add(sources, rows, targets);
+        combinations.upload(main);
+        std::memcpy(staging.as<float>(), latents, lanes * bytes);
+        Current current(home);
+        driver_call(cuMemcpyHtoDAsync_v2, slots.get(), staging.as<float>(), lanes * bytes, main.get());
+        for (u32 round = 0; round < rounds; ++round) {
+            for (u32 n = 0; n < lanes; ++n) all[n]->there.send(main, sources[n], bytes);
+            for (u32 n = 0; n < lanes; ++n) {
+                Lane &lane = *all[n];
+                lane.there.receive(lane.stream, lane.sample.get(), sources[n], bytes);
+                Current there(lane.gpu);
+                Driver::instance().check(static_cast<CUresult>(model(n, lane.stream.get(), lane.sample.get(), lane.output.get())), "a model call");
+                lane.back.send(lane.stream, lane.output.get(), bytes);
+            }
+            for (u32 n = 0; n < lanes; ++n) all[n]->back.receive(main, sources[lanes + n], all[n]->output.get(), bytes);
+            combinations.launch(number, main);
+        }
+        driver_call(cuMemcpyDtoHAsync_v2, staging.as<float>(), slots.get(), lanes * bytes, main.get());
+        main.wait();
+        std::memcpy(latents, staging.as<float>(), lanes * bytes);
     });
 }
