@@ -7,11 +7,12 @@
 //   cuda_combine  kernels/combine.cu for one GPU: machine code from the cache that the Python engine has, or compiled
 //                 by NVRTC (opened at run time, too) into that cache; a program's combinations as launches on a stream.
 //   cuda_lanes    streams' events, tested peers, and the way of latents between home and a lane.
-// Still to come, in this order: a player whose slots lie at home, the device of the lane that a request owns; for each
-// lane a stream of its own that waits for home's event, copies its inputs (directly between peers that were tested,
-// else through pinned memory), runs the network, copies its outputs home and records an event that home's stream waits
-// for; the host ahead by one round at most, so that a request can be cancelled; output left in device memory behind
-// the caller's event.
+//   cuda_player   a program's operations: slots lie at home, the GPU of the lane that a request owns. Each lane has a
+//                 stream that waits for home's event, copies its inputs (directly between peers that were tested, else
+//                 through pinned memory), runs the network, copies its outputs home and records an event that home's
+//                 stream waits for. The host is one round ahead at most, so that a request can be cancelled.
+// Still to come: networks by TensorRT (set_network_factory is where they come in; text encoder and VAE decoder run on
+// processor cores), shares at home without a copy, output left in device memory behind the caller's event.
 //
 // A host may use CUDA itself: primary contexts are shared with it, and `Current` puts its context back.
 #pragma once
