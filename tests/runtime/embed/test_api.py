@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.cuda.driver import available
 from engines.devices import cores
 from engines.store import Bundle
 from runtime.embed.building import SOURCE
@@ -92,6 +93,7 @@ def test_versions_and_names(library: Library) -> None:
         ({"program": __file__.encode()}, "PROGRAM", "no program file"),
         ({"bundle": b"nowhere"}, "BUNDLE", "nowhere/"),
         *(({"devices": text}, "DEVICE", "unknown device") for text in DEVICES),
+        ({"devices": b"cuda:999"}, "DEVICE", "no NVIDIA driver" if available() else "there is no cuda:999"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_open(

@@ -1,6 +1,5 @@
 """The library's GPU side on imaginary GPUs: the driver's table, kernels, combinations against float64, failures."""
-# covers: runtime/embed/src/cuda_driver.cc, runtime/embed/src/cuda_combine.cc, runtime/embed/src/cuda_lanes.cc,
-# covers: tests/runtime/embed/native/gpu.cc
+# covers: runtime/embed/src/cuda_driver.cc, runtime/embed/src/cuda_combine.cc, runtime/embed/src/cuda_lanes.cc
 
 from __future__ import annotations
 
