@@ -300,7 +300,7 @@ class Pipeline:
             warnings += notes
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
-        sampler_guidance = checked.guidance_scale if guided else 1.0
+        sampler_guidance = checked.guidance_scale + manifest.guidance_offset if guided else 1.0
         return Task(checked, initial, size, schedule, mode, options, sampler_guidance, choice, warnings)
 
     def _encode(self, task: Task) -> Encoded:
