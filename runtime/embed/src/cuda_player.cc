@@ -53,27 +53,43 @@ Player::Player(const Program &program, const std::vector<std::unique_ptr<Session
 
 Player::~Player() { drain(); }
 
-// Nothing that is queued may use this player's memory any more. Streams of lanes may be busy for others: events say when
-// this player's own work is over. After a hang nothing is freed, and nothing waited for.
+// Streams of lanes may be busy for others: an event says when what they have to do by now is over.
+void Player::await(u32 lane, const Gpu &gpu, const Event &event, CUstream stream) {
+    {
+        Current current(gpu);
+        event.record(stream);
+    }
+    try {
+        event.wait(hangs_.seconds, "what was left of an image");
+    } catch (const Hang &error) {
+        hangs_.add(std::string(error.what()) + ": lane " + std::to_string(lane) + " (cuda:" + std::to_string(gpu.ordinal()) + ") hangs");
+        hangs_.check();
+    }
+}
+
+// Nothing that is queued may use this player's memory any more. After a hang nothing is freed, and nothing waited for.
+void Player::settle() {
+    for (auto &[lane, place] : places_) {
+        if (place.idle) await(lane, gpu_lanes_[lane]->gpu, *place.idle, gpu_lanes_[lane]->stream.get());
+    }
+    await(own_, home_, *idle_, main_.get());
+    busy_ = false;
+}
+
+// The same after an error; of every lane, whatever another says: a device that is lost runs nothing.
 void Player::drain() noexcept {
     if (!busy_) return;
-    auto wait = [this](const Gpu &gpu, const Event &event, CUstream stream, u32 lane) {
+    auto try_await = [this](u32 lane, const Gpu &gpu, const Event &event, CUstream stream) {
         if (hangs_.any()) return;
         try {
-            {
-                Current current(gpu);
-                event.record(stream);
-            }
-            event.wait(hangs_.seconds, "what was left of an image");
-        } catch (const Hang &error) {
-            hangs_.add(std::string(error.what()) + ": lane " + std::to_string(lane) + " (cuda:" + std::to_string(gpu.ordinal()) + ") hangs");
-        } catch (const Error &) {  // the device is lost, and nothing runs there
+            await(lane, gpu, event, stream);
+        } catch (const Error &) {
         }
     };
     for (auto &[lane, place] : places_) {
-        if (place.idle) wait(gpu_lanes_[lane]->gpu, *place.idle, gpu_lanes_[lane]->stream.get(), lane);
+        if (place.idle) try_await(lane, gpu_lanes_[lane]->gpu, *place.idle, gpu_lanes_[lane]->stream.get());
     }
-    wait(home_, *idle_, main_.get(), own_);
+    try_await(own_, home_, *idle_, main_.get());
     busy_ = false;
 }
 
@@ -109,13 +125,13 @@ void Player::check_lanes() const {
 void Player::bind(u32 images, double guidance, std::vector<Conditioning> branches) {
     hangs_.check();
     drain();
-    hangs_.check();
     const u32 images_before = images_, branches_before = branches_;
     const double guidance_before = guidance_;
     driffusion::Player::bind(images, guidance, std::move(branches));
     ++request_;
     const bool other_shape = images_ != images_before || branches_ != branches_before;
     if (!other_shape && guidance_ == guidance_before && device_combinations_) return;
+    if (slots_.get()) settle();  // freeing waits for the devices: do they go on?
     busy_ = true;
     device_combinations_.reset();
     std::unique_ptr<Combinations> made;
@@ -186,25 +202,24 @@ void Player::finish() {
     if (*flag_->as<u32>()) fail(DRIFFUSION_ERROR_NONFINITE, "the denoised latents hold NaN or infinity: no image can be made of them");
 }
 
-Player::Place &Player::place(u32 lane, std::size_t batch) {
+// For the largest share of any number of lanes, so that nothing is freed while rounds run: freeing waits for the device.
+Player::Place &Player::place(u32 lane) {
     Place &found = places_[lane];
-    if (found.there.size() >= batch) return found;
+    if (!found.there.empty()) return found;
     const Gpu &gpu = gpu_lanes_[lane]->gpu;
     const std::size_t bytes = elements_ * sizeof(float);
-    if (found.sample.get()) {  // which is freed
-        drain();
-        hangs_.check();
-        busy_ = true;
+    u32 most = 1;
+    for (const Operation &one : program_.operations) {
+        if (one.kind == PREDICT) most = std::max(most, one.size * branches_);
     }
-    found.there.clear(), found.back.clear();
-    found.sample = DeviceMemory(gpu, batch * bytes), found.output = DeviceMemory(gpu, batch * bytes);
+    found.sample = DeviceMemory(gpu, most * bytes), found.output = DeviceMemory(gpu, most * bytes);
+    for (auto *event : {&found.ended[0], &found.ended[1], &found.idle}) *event = std::make_unique<Event>(gpu);
     std::vector<std::unique_ptr<Link>> there, back;
-    for (std::size_t n = 0; n < batch; ++n) {
+    for (std::size_t n = 0; n < most; ++n) {
         there.push_back(std::make_unique<Link>(home_, gpu, pairs_.direct(home_, gpu), bytes));
         back.push_back(std::make_unique<Link>(gpu, home_, pairs_.direct(gpu, home_), bytes));
     }
-    found.there = std::move(there), found.back = std::move(back);
-    for (auto *event : {&found.ended[0], &found.ended[1], &found.idle}) *event = std::make_unique<Event>(gpu);
+    found.back = std::move(back), found.there = std::move(there);
     return found;
 }
 
@@ -226,7 +241,7 @@ void Player::enqueue(u32 lane, const std::vector<Branch> &call, const Event &end
     const Lane &there = *gpu_lanes_[lane];
     const Network &network = program_.network(Role::Denoiser);
     const std::size_t bytes = elements_ * sizeof(float);
-    Place &mine = place(lane, call.size());
+    Place &mine = place(lane);
     Key kinds, steps;
     std::vector<float> timesteps;
     for (std::size_t n = 0; n < call.size(); ++n) {
@@ -264,7 +279,7 @@ void Player::round(const Operation &operation, const std::vector<u32> &held, Cou
     const std::size_t bytes = elements_ * sizeof(float);
     const auto calls = shares(operation, u32(held.size()));
     for (std::size_t n = 0; n < calls.size(); ++n) {
-        Place &mine = place(held[n], calls[n].size());
+        Place &mine = place(held[n]);
         for (std::size_t i = 0; i < calls[n].size(); ++i) mine.there[i]->send(main_, at(calls[n][i].latent), bytes);
     }
     const u32 parity = ++made_ % 2;

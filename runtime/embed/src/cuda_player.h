@@ -100,10 +100,12 @@ class Player : public driffusion::Player {
         std::unique_ptr<Event> ended[2], idle;          // of calls of even and odd rounds
     };
     CUdeviceptr at(u32 row) const { return slots_.get() + std::size_t(row) * elements_ * sizeof(float); }
-    Place &place(u32 lane, std::size_t batch);
+    Place &place(u32 lane);
     CUdeviceptr sent(Sent &one, const Lane &lane, const std::vector<float> &values);
     void enqueue(u32 lane, const std::vector<Branch> &call, const Event &ended);
     void round(const Operation &operation, const std::vector<u32> &held, Counts &counts);
+    void await(u32 lane, const Gpu &gpu, const Event &event, CUstream stream);
+    void settle();
     void drain() noexcept;
     template <typename Body>
     void settled(Body body);

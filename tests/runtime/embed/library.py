@@ -116,6 +116,7 @@ class Engine:
 
     def __init__(self, library: Library, handle: int, log: Any) -> None:
         self.library, self.handle, self._log = library, handle, log
+        self._started: list[Prepared] = []  # whose buffers are written to
 
     def sizes(self, images: int = 1) -> Sizes:
         sizes = Sizes(ctypes.sizeof(Sizes))
@@ -155,6 +156,7 @@ class Engine:
     def start(self, made: Prepared) -> int:
         """Makes images in a thread of the library; the request."""
         request = c_uint64()
+        self._started.append(made)
         self.library("start", self.handle, byref(made.raw), byref(request))
         return request.value
 
