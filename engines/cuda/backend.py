@@ -10,16 +10,25 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.base import Array, LaneCall, Measurements, Rows
 from engines.cuda.cache import RoundCache
 from engines.cuda.driver import LANE_TIMEOUT, SPIN_SECONDS, Device, Driver, abandon
-from engines.cuda.kernels import DISTANCE_BLOCK, DISTANCE_GRID, MAX_OUTPUTS, PARTIALS, Kernels
+from engines.cuda.kernels import (
+    DISTANCE_BLOCK,
+    DISTANCE_GRID,
+    MAX_OUTPUTS,
+    PARTIALS,
+    PRODUCT_PARTIALS,
+    Kernels,
+    product,
+)  # fmt: skip
 from engines.cuda.memory import Memory, Staging, Tensor, narrow, shapes_of, widen
 from engines.cuda.peers import staged_pairs
 from engines.cuda.progress import Progress
@@ -28,7 +37,7 @@ from engines.errors import DeviceError, NonFiniteError
 from engines.trace import span
 
 log = logging.getLogger(__name__)
-PAIRS_AT_ONCE = 16  # distances that the host waits for together
+PAIRS_AT_ONCE = 16  # distances or inner products that the host waits for together
 
 
 class Family:
@@ -81,8 +90,8 @@ class CudaBackend:
         self._uploaded = [memory.event(self._home) for _ in range(TABLE_ROUNDS)]
         self._played = [memory.event(self._home) for _ in range(2)]  # of the halves of the table
         self._idle = memory.event(self._home)
-        self._partials = memory.allocate(self._home, 4 * PARTIALS * PAIRS_AT_ONCE)
-        self._pinned_partials = memory.pinned(4 * PARTIALS * PAIRS_AT_ONCE).view(np.float32)
+        self._partials = memory.allocate(self._home, 4 * PRODUCT_PARTIALS * PAIRS_AT_ONCE)
+        self._pinned_partials = memory.pinned(4 * PRODUCT_PARTIALS * PAIRS_AT_ONCE).view(np.float32)
         self._pinned_table = memory.pinned(4 * TABLE_ROUNDS * TABLE_FLOATS).view(np.float32).reshape(TABLE_ROUNDS, -1)
         away = {ordinal: one for ordinal, one in self._queries.items() if ordinal != self._home.ordinal}
         self._transfers = Staging(memory, self._main, away, self._settle)
@@ -163,22 +172,40 @@ class CudaBackend:
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See Backend.distances; the host waits."""
-        self._flush(())
-        function, found = self._kernels[self._home.ordinal].function("distance"), []
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = pairs[start : start + PAIRS_AT_ONCE]
+        self._flush(())  # gives slots their memory
+        elements, parameters = ctypes.c_ulonglong(self._shape.elements), []
+        for n, pair in enumerate(pairs):
+            a, b = (ctypes.c_void_p(self._shape.slot(self._shape.index[slot])) for slot in pair)
+            partials = ctypes.c_void_p(self._partials + 4 * PARTIALS * (n % PAIRS_AT_ONCE))
+            parameters.append([a, b, elements, partials])
+        sums = self._partial_sums("distance", parameters, 2)
+        return [float(np.sqrt(difference / norm)) for difference, norm in sums]
+
+    def inner_products(self, products: Sequence[tuple[Sequence[str], Rows]]) -> list[float]:
+        """See Backend.inner_products; the host waits."""
+        self._flush(())  # gives slots their memory
+        parameters = [
+            [product([self._shape.slot(self._shape.index[slot]) for slot in sources], rows, self._shape.elements,
+                     self._partials + 4 * PRODUCT_PARTIALS * (n % PAIRS_AT_ONCE))]
+            for n, (sources, rows) in enumerate(products)
+        ]  # fmt: skip
+        return [float(total) for sums in self._partial_sums("inner_product", parameters, 3) for total in sums]
+
+    def _partial_sums(self, kernel: str, launches: Sequence[Sequence[Any]], sums: int) -> Iterator[NDArray[np.float64]]:
+        """The totals of a kernel that writes so many partial sums per thread, for the parameters of each launch.
+
+        Launch n writes them at the n-th place of `_partials`, modulo PAIRS_AT_ONCE.
+        """
+        function, size = self._kernels[self._home.ordinal].function(kernel), sums * DISTANCE_GRID * DISTANCE_BLOCK
+        for start in range(0, len(launches), PAIRS_AT_ONCE):
+            part = launches[start : start + PAIRS_AT_ONCE]
             with self._memory.on(self._home):
-                for n, pair in enumerate(part):
-                    a, b = (ctypes.c_void_p(self._shape.slot(self._shape.index[slot])) for slot in pair)
-                    partials = ctypes.c_void_p(self._partials + 4 * PARTIALS * n)
-                    parameters = [a, b, ctypes.c_ulonglong(self._shape.elements), partials]
-                    self._driver.launch(function, DISTANCE_GRID, DISTANCE_BLOCK, self._main, parameters)
-                target, size = self._pinned_partials.ctypes.data, 4 * PARTIALS * len(part)
-                self._driver("cuMemcpyDtoHAsync", target, self._partials, size, self._main)
+                for parameters in part:
+                    self._driver.launch(function, DISTANCE_GRID, DISTANCE_BLOCK, self._main, list(parameters))
+                target = self._pinned_partials.ctypes.data
+                self._driver("cuMemcpyDtoHAsync", target, self._partials, 4 * size * len(part), self._main)
             self._settle()
-            sums = self._pinned_partials.reshape(PAIRS_AT_ONCE, 2, -1)[: len(part)].sum(2, dtype=np.float64)
-            found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
-        return found
+            yield from self._pinned_partials[: size * len(part)].reshape(len(part), sums, -1).sum(2, dtype=np.float64)
 
     def _timed(self, calls: Sequence[LaneCall]) -> float:
         """From an idle device to an idle device, with what a round costs beside its calls."""
