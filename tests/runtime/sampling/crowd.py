@@ -33,7 +33,8 @@ class Mixture:
         closeness = (x @ means.T - 0.5 * (means**2).sum(1)) / variance
         weights = np.exp(closeness - closeness.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
-        return np.float32(sigma) * (x - weights @ means) / variance
+        result: Array = np.float32(sigma) * (x - weights @ means) / variance
+        return result
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Crowd:
     def _rows(self, slot: str, which: Any) -> Array:
         if slot not in self.slots and slot.startswith("fresh "):
             self.slots[slot] = self.noise(int(slot.split()[1]))
-        return self.slots[slot][which]
+        rows: Array = self.slots[slot][which]
+        return rows
 
     def combination(self, sources: tuple[str, ...], rows: Any, which: Any) -> list[Array]:
         inputs = [self._rows(slot, which) for slot in sources]
@@ -117,8 +119,9 @@ class Crowd:
             which = np.flatnonzero(steps == i)
             at = rounds.position(i)
             drafts, predict, products, tested = rounds.round(at)
-            for operation in filter(None, (drafts, predict)):
-                self.play(operation, which)
+            if drafts is not None:
+                self.play(drafts, which)
+            self.play(predict, which)
             taken, reflected = np.ones(len(which), int), np.zeros(len(which))
             undecided = np.ones(len(which), bool)
             for j, (one, product) in enumerate(zip(tested, products.products, strict=True)):
@@ -202,7 +205,7 @@ def _mmd(x: Array, y: Array) -> float:
     features = np.concatenate([np.cos(phase), np.sin(phase)], 1)
     features -= features.mean(0)
     sums = features.reshape(-1, BLOCK, FEATURES).sum(1)  # blocks can be exchanged as well as samples can
-    labels = np.repeat(np.float32([1, -1]), len(x) // BLOCK)
+    labels = np.repeat(np.array([1, -1], np.float32), len(x) // BLOCK)
     permuted = np.concatenate([labels[np.newaxis], generator.permuted(np.tile(labels, (PERMUTATIONS, 1)), axis=1)])
     found = ((permuted @ sums) ** 2).sum(1)
     return float(np.mean(found >= found[0]))
