@@ -79,13 +79,13 @@ def dpmpp_2m(spec: ScheduleSpec) -> Schedule:
     rows = []
     for i, (t, source, target) in enumerate(zip(timesteps, levels, [*levels[1:], last], strict=True)):
         h = target.lambda_ - source.lambda_
-        data, previous = target.alpha, 0.0  # first order: that of DDIM
+        data, previous = target.alpha, ()  # first order: that of DDIM
         if config["solver_order"] == 2 and i > spec.first and not (i == n - 1 and lower_at_end):
             rate = 2 * h if stochastic else h
             grow = target.alpha * -math.expm1(-rate)
             curve = grow / 2 if config["solver_type"] == "midpoint" else target.alpha * (math.expm1(-rate) / rate + 1)
-            previous = -curve * h / (source.lambda_ - levels[i - 1].lambda_)
-            data -= previous
+            previous = (-curve * h / (source.lambda_ - levels[i - 1].lambda_),)
+            data -= previous[0]
         decay = math.exp(-h) if stochastic else 1.0
         fresh = target.sigma * math.sqrt(1 - decay**2)
         rows.append(Step(float(t), source.alpha, source.sigma, data, target.sigma * decay, previous, fresh))
@@ -159,9 +159,10 @@ def flow_euler(spec: ScheduleSpec) -> Schedule:
     spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
     sigmas = sigmas if spread is None else spread
     rows = []
-    for source, target in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    for source, target in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
         noise, fresh = (0.0, target) if config["stochastic_sampling"] else (target, 0.0)
-        rows.append(Step(*map(float, (source * training, 1 - source, source, 1 - target, noise, 0.0, fresh))))
+        row = Step(source * training, 1 - source, source, 1 - target, noise, fresh=fresh)
+        rows.append(row)
     return Schedule("flow_euler", "flow_prediction", tuple(rows))
 
 
@@ -184,12 +185,10 @@ def lcm(spec: ScheduleSpec) -> Schedule:
     return _schedule("lcm", spec, rows, draftable=False)
 
 
-def _row(
-    timestep: float, source: float, data: float, noise: float, *, previous: float = 0.0, fresh: float = 0.0
-) -> Step:
+def _row(timestep: float, source: float, data: float, noise: float, *, fresh: float = 0.0) -> Step:
     """A row from a source ᾱ."""
     alpha, sigma = math.sqrt(source), math.sqrt(1 - source)
-    return Step(float(timestep), alpha, sigma, float(data), float(noise), float(previous), float(fresh))
+    return Step(float(timestep), alpha, sigma, float(data), float(noise), fresh=float(fresh))
 
 
 def _schedule(
