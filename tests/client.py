@@ -23,9 +23,9 @@ from PIL import Image
 
 from engines.store import Bundle
 from runtime.pipeline import Pipeline
-from runtime.serve.__main__ import Server
 from runtime.serve.access import Access
 from runtime.serve.limits import Limits
+from runtime.serve.openai.server import Server
 from runtime.serve.service import Service
 
 GENERATE = "/v1/images/generations"

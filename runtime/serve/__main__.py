@@ -14,15 +14,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from urllib.parse import urlsplit
-
-import uvicorn
 
 from engines.command import Parser, exit_code
 from engines.errors import EngineError
@@ -33,12 +30,10 @@ from runtime.sampling.schedulers import SCHEDULERS
 from runtime.serve.access import ANY, Access, host_name
 from runtime.serve.limits import Limits
 from runtime.serve.logs import Formatter
-from runtime.serve.openai.app import make_app
-from runtime.serve.openai.connection import limited_connection
 from runtime.serve.service import Service
 
 log = logging.getLogger("runtime.serve")
-LATE_SECONDS = 5.0  # for the last bytes, and for the lanes to stop
+PROTOCOL = "runtime.serve.openai.server"
 KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
@@ -53,42 +48,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
-    """Answers until a signal; then it refuses new requests and finishes accepted ones. A second Ctrl-C ends it."""
-
-    def __init__(self, service: Service, access: Access | None = None) -> None:
-        config = uvicorn.Config(
-            make_app(service, access or Access()), http=limited_connection(service.limits), log_config=None, ws="none",
-            timeout_graceful_shutdown=int(LATE_SECONDS),
-        )  # fmt: skip
-        super().__init__(config)
-        self._service = service
-        self._draining = False
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Starts draining; on a second SIGINT ends at once."""
-        if not self._draining:
-            self._draining = True
-            threading.Thread(target=self._drain, daemon=True).start()
-        elif sig == signal.SIGINT:
-            self.should_exit = self.force_exit = True
-
-    def _drain(self) -> None:
-        seconds = self._service.limits.drain
-        end = time.monotonic() + seconds
-        log.info("Shutting down: %d requests are finished first, within %g s", self._service.queue.depth, seconds)
-        late = self._service.queue.drain(seconds)
-        if late:
-            log.warning("%d requests were cancelled after %g s", late, seconds)
-        self.config.timeout_graceful_shutdown = math.ceil(max(end - time.monotonic(), LATE_SECONDS))  # to send answers
-        self.should_exit = True
-
-
 def serve(
     model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
+        # 0.2 s of imports, while the runtime reads the model outside the interpreter's lock;
+        # not as a daemon: a process that fails to load must not end in the middle of an import
+        threading.Thread(target=import_module, args=(PROTOCOL,)).start()
         pipeline = Pipeline.load(model, devices, build, limits.lane_seconds)
         usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
         if usual > limits.side:
@@ -99,6 +66,8 @@ def serve(
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
         address = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d (Ctrl-C stops)", address, listener.getsockname()[1])
+        from runtime.serve.openai.server import LATE_SECONDS, Server
+
         service = Service(pipeline, limits, scheduler)
         server = Server(service, access)
         server.run([listener])
