@@ -69,7 +69,7 @@ def _levels(spec: ScheduleSpec, flow_sigmas: Floats | None = None) -> tuple[list
 def _order(spec: ScheduleSpec, i: int, *, first_at_end: bool) -> int:
     """The order of step i: it grows from 1 at the first step and, in short schedules, falls towards the last."""
     config, left = spec.config, spec.steps - i
-    order = min(int(config["solver_order"]), i - spec.first + 1)
+    order = min(int(config["solver_order"]), max(i - spec.first, 0) + 1)
     if left == 1 and first_at_end:
         return 1
     return min(order, left) if config["lower_order_final"] and spec.steps < 15 and left <= 2 else order
@@ -179,7 +179,7 @@ def unipc(spec: ScheduleSpec) -> Schedule:
         )
     rows, correction = [], [0.0]
     for i, (t, source, target) in enumerate(zip(timesteps, levels, [*levels[1:], last], strict=True)):
-        order = min(int(config["solver_order"]), i - first + 1)
+        order = min(int(config["solver_order"]), max(i - first, 0) + 1)
         if config["lower_order_final"]:
             order = min(order, n - i)
         nodes = levels[i - order + 1 : i + 1][::-1]
@@ -191,7 +191,7 @@ def unipc(spec: ScheduleSpec) -> Schedule:
         data, *previous = weights.tolist()
         data += keep * source.alpha
         rows.append(Step(float(t), source.alpha, source.sigma, data, target.sigma, tuple(previous)))
-        correction = [0.0] if i in config["disable_corrector"] else corrected
+        correction = [0.0] if i in config["disable_corrector"] or i < first else corrected
     return schedule_of("unipc", spec, rows)
 
 
