@@ -1,4 +1,5 @@
 """Steps that begin in the middle of a schedule, as an image to image run does, against diffusers' own."""
+# covers: runtime/sampling/multistep_rules.py, runtime/sampling/step_rules.py, runtime/sampling/schedulers.py
 
 from __future__ import annotations
 
