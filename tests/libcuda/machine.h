@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "driver_api.h"
+#include "../../runtime/embed/src/driver_api.h"
 
 namespace imaginary {
 
