@@ -36,7 +36,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.sampling.drafts import DATA, DRAFTS, Window, history
+from runtime.sampling.drafts import DRAFTS, Window
 from runtime.sampling.operations import (
     STATE,
     Combine,
@@ -50,7 +50,7 @@ from runtime.sampling.operations import (
     fresh,
     inner_products,
 )  # fmt: skip
-from runtime.sampling.schedule import Linear, Schedule, unit, weighted_sum
+from runtime.sampling.schedule import Estimate, Linear, Past, Schedule, unit, weighted_sum
 
 GUESS = "guess"  # what is known of x̂_0 before a round
 Numbers = float | NDArray[np.float64]
@@ -121,46 +121,50 @@ class Speculation:
         x = self._refined(at, window, taken - 1)
         if coefficient:
             x = weighted_sum((1.0, x), (-coefficient, self._tested(at, window, taken - 1).difference))
-        data = self._data(at, window, taken - 1)
-        made = {STATE: x} | history(schedule, n, data)
+        made = {STATE: x} | schedule.history(n, self._past(at, window, taken))
         if n < schedule.steps:
             seen = min(taken, at.ahead)  # the rejected draft of the new state, or the state before it
-            made[GUESS] = self._known(at.i + seen, self._data(at, window, seen), unit(self._slot(window, seen)))
+            data = self._estimate(at, window, seen).data
+            made[GUESS] = self._known(at.i + seen, data, unit(self._slot(window, seen)))
         return combination(made, n)
 
     @staticmethod
     def _slot(window: Window, j: int) -> str:
         return window.draft(j) if j else STATE
 
-    def _data(self, at: Position, window: Window, j: int) -> Linear:
-        """x̂_0 by the model at the j-th state of a round; of the step before the round for j = −1."""
-        if j < 0:
-            return unit(DATA)
+    def _estimate(self, at: Position, window: Window, j: int) -> Estimate:
+        """What the model said of the j-th state of a round."""
         x = unit(self._slot(window, j))
-        return self.schedule.estimate(at.i + j, unit(window.output(j)), x, x).data
+        return self.schedule.estimate(at.i + j, unit(window.output(j)), x, x)
+
+    def _past(self, at: Position, window: Window, j: int) -> Past:
+        """What the steps before the j-th state kept."""
+        past = self.schedule.past(at.i)
+        for m in range(j):
+            past = self.schedule.keep(at.i + m, self._estimate(at, window, m), past)
+        return past
 
     def _refined(self, at: Position, window: Window, j: int) -> Linear:
         """m_p + σz of the step from the j-th state of a round."""
-        x, n = unit(self._slot(window, j)), at.i + j
-        estimate = self.schedule.estimate(n, unit(window.output(j)), x, x)
-        return self.schedule.step(n, estimate, self._data(at, window, j - 1), fresh(n))
+        n = at.i + j
+        return self.schedule.step(n, self._estimate(at, window, j), self._past(at, window, j), fresh(n))
 
     def _tested(self, at: Position, window: Window, j: int) -> Tested:
         """m_p − m_q of the step from the j-th state; not measured at the draft itself, whose storage rounds."""
-        n, x = at.i + j, unit(self._slot(window, j))
-        before = self._guess(n - 1, unit(self._slot(window, j - 1))) if j else unit(DATA)
-        drafted = self.schedule.step(n, self.schedule.assumed(n, self._guess(n, x), x), before, fresh(n))
+        n, past = at.i + j, self.schedule.past(at.i)
+        for m in range(j):
+            past = self.schedule.keep(at.i + m, self._guess(at.i + m, unit(self._slot(window, m))), past)
+        drafted = self.schedule.step(n, self._guess(n, unit(self._slot(window, j))), past, fresh(n))
         difference = weighted_sum((1.0, self._refined(at, window, j)), (-1.0, drafted))
         difference = {slot: value for slot, value in difference.items() if slot != fresh(n)}
         return Tested(difference, self.schedule.rows[n].fresh)
 
     def _drafts(self, at: Position, window: Window) -> dict[str, Linear]:
         made: dict[str, Linear] = {}
-        x, data = unit(STATE), unit(DATA)
+        x, past = unit(STATE), self.schedule.past(at.i)
         for n in range(at.i, at.i + at.ahead):
             guess = self._guess(n, x)
-            x = self.schedule.step(n, self.schedule.assumed(n, guess, x), data, fresh(n))
-            data = guess
+            x, past = self.schedule.step(n, guess, past, fresh(n)), self.schedule.keep(n, guess, past)
             made[window.draft(n - at.i + 1)] = x
         return made
 
@@ -169,11 +173,12 @@ class Speculation:
         row, v = self.schedule.rows[n], self.variance
         return weighted_sum((1 + v * (row.alpha / row.sigma) ** 2, data), (-v * row.alpha / row.sigma**2, x))
 
-    def _guess(self, n: int, x: Linear) -> Linear:
-        """x̂_0 at a state of step n: that of a Gaussian of variance v around GUESS."""
+    def _guess(self, n: int, x: Linear) -> Estimate:
+        """The estimate for a state of step n: x̂_0 as of a Gaussian of variance v around GUESS."""
         row, v = self.schedule.rows[n], self.variance
         total = row.sigma**2 + v * row.alpha**2
-        return weighted_sum((row.sigma**2 / total, unit(GUESS)), (v * row.alpha / total, x))
+        data = weighted_sum((row.sigma**2 / total, unit(GUESS)), (v * row.alpha / total, x))
+        return self.schedule.assumed(n, data, x)
 
 
 @lru_cache(maxsize=16)
