@@ -196,7 +196,8 @@ class Pipeline:
         """What drifts are measured for."""
         sizes = self.manifest.sizes
         name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
-        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
+        scale = guidance_scale + self.manifest.guidance_offset
+        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=scale)
 
     @property
     def _call_seconds(self) -> Callable[[int], float]:
@@ -291,7 +292,7 @@ class Pipeline:
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
         if mode == "auto":
-            scale = checked.guidance_scale
+            scale = checked.guidance_scale + manifest.guidance_offset
             setting = Setting(scheduler=schedule.name, eta=checked.eta, steps=steps, guidance_scale=scale)
             choice, notes = choose(
                 Calibration.read(self.calibration_path), self.calibration_key, len(self.devices), schedule, setting,

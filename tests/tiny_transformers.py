@@ -90,8 +90,9 @@ def mistral_tokenizer() -> Any:
     made = Tokenizer(model)
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, chat_template=MISTRAL_TEMPLATE, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=special[4:], padding_side="left", model_max_length=1 << 17,
+        tokenizer_object=made, chat_template=MISTRAL_TEMPLATE, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", additional_special_tokens=special[4:], padding_side="left",
+        model_max_length=1 << 17,
     )  # fmt: skip
 
 

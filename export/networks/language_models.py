@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from engines.errors import ExportError
 from export.networks import Axis, Exported, Input
@@ -28,6 +29,24 @@ def causal(mask: Tensor) -> Tensor:
     """(batch, tokens), true for real ones → (batch, 1, tokens, tokens), what each of them sees: real ones before it."""
     places = torch.arange(mask.shape[1])
     return (places[None, :] <= places[:, None])[None, None] & mask[:, None, None, :]
+
+
+def _attend(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """As transformers' attention functions. What sees nothing, padding before a text, gets zeros, as torch has it.
+
+    ONNX leaves that open, and its runtimes take the mean of all values.
+    """
+    groups = layer.num_key_value_groups
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    seen = torch.where(attention_mask.any(-1, keepdim=True), found, 0.0)
+    return seen.transpose(1, 2).contiguous(), None
+
+
+_ATTENTION = "sees nothing, gets zeros"
+AttentionInterface.register(_ATTENTION, _attend)
 
 
 def ragged(words: int, pad: int, *, left: bool = False) -> Callable[[tuple[int, ...]], Tensor]:
@@ -83,6 +102,8 @@ def encoder(
 ) -> Exported:  # fmt: skip
     """A `LanguageModel` as a network of a bundle; its output is the denoiser's `encoder_hidden_states`."""
     config, pad = model.config, tokenizer.pad_token_id
+    if left:
+        config._attn_implementation = _ATTENTION
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
     if slides and window is not None and window < tokens:

@@ -1,5 +1,7 @@
 """Families whose texts are read by a language model: from a folder that diffusers saved to images on two lanes."""
 
+# covers: export/families/flux2.py, export/families/qwen_image.py, export/families/z_image.py
+
 from __future__ import annotations
 
 import inspect
