@@ -59,12 +59,13 @@ def test_what_was_measured_of_something_else_does_not_count(bundle: Bundle, monk
     timed(bundle, monkeypatch, {"onnxruntime": 0.02, "openvino": 0.01})
     path = bundle.folder / FILE
     content = json.loads(path.read_text())
-    for changed in (
+    several: tuple[dict[str, object], ...] = (
         content | {"lanes": content["lanes"] + 1},
         content | {"plans": content["plans"] | {"openvino": "0123"}},
         content | {"schema_version": 2},
         {},
-    ):
+    )
+    for changed in several:
         path.write_text(json.dumps(changed))
         assert chosen(bundle) == {"onnxruntime"}
     path.write_text(json.dumps(content))
