@@ -242,7 +242,7 @@ def test_kernel_measures_and_says_what(
     monkeypatch.setattr(kernel, "LATENTS", {"shapes": (4, 16, 16)})
     target = tmp_path / "kernel.json"
     monkeypatch.setattr("sys.argv", ["bench", "kernel", "--k", "2", "--repeats", "2", "--json", str(target)])
-    assert command.main() == 0 and "engines.base.combine, cpu, float32" in capsys.readouterr().out
+    assert command.main() == 0 and "HostBackend.combine, cpu, float32" in capsys.readouterr().out
     (row,) = json.loads(target.read_text())["rows"]
     assert (
         row["error"] < 1e-5 and (row["inputs"], row["outputs"]) == (5, 3) and set(row["speedup"]) == {"numpy", "torch"}
