@@ -75,10 +75,17 @@ Engine::Engine(const Settings &settings)
     if (lanes * settings_.threads > all) settings_.spin_seconds = 0;  // who spins would take a core from who computes
     const u32 threads = std::max(1u, lanes > 1 ? all : settings_.threads);
     encoder_ = open_session(Role::TextEncoder, threads, false);
-    for (u32 lane = 0; lane < lanes; ++lane) denoisers_.push_back(open_session(Role::Denoiser, settings_.threads, lanes == 1));
+    const bool on_gpus = !settings_.gpus.empty();
+    for (u32 lane = 0; lane < lanes && !on_gpus; ++lane) denoisers_.push_back(open_session(Role::Denoiser, settings_.threads, lanes == 1));
     decoder_ = open_session(Role::VaeDecoder, threads, false);
-    workers_ = std::make_unique<Workers>(lanes, settings_.spin_seconds);
-    for (u32 lane = 0; lane < lanes; ++lane) players_.push_back(std::make_unique<Player>(program_, denoisers_, *workers_));
+    workers_ = std::make_unique<Workers>(on_gpus ? 1 : lanes, settings_.spin_seconds);
+    for (int ordinal : settings_.gpus) {
+        cuda::Gpu gpu(ordinal);
+        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, [&] { return open_session(Role::Denoiser, settings_.threads, false); }), cuda::Stream(gpu)});
+    }
+    if (on_gpus) links_ = std::make_unique<cuda::Pairs>(gpu_lanes_);
+    for (u32 lane = 0; lane < lanes && on_gpus; ++lane) players_.push_back(std::make_unique<cuda::Player>(program_, denoisers_, *workers_, gpu_lanes_, *links_, lane));
+    for (u32 lane = 0; lane < lanes && !on_gpus; ++lane) players_.push_back(std::make_unique<Player>(program_, denoisers_, *workers_));
     log(DRIFFUSION_LOG_INFO, std::string(program_.string(program_.model.model)) + " is open: " + program_.string(program_.model.mode) + ", " +
                                  std::to_string(program_.model.steps) + " steps, " + std::to_string(lanes) + " lanes of " +
                                  std::to_string(settings_.threads) + " threads, ONNX Runtime " + runtime_->version());
@@ -289,6 +296,7 @@ void Engine::notify(Request &request, Player &player, u32 finished, u32 *preview
         if (!stop && call.preview && finished < steps && finished - *previewed >= std::max(1u, call.preview_every)) {
             *previewed = finished;
             std::vector<std::uint8_t> rgb(std::size_t(program_.model.width) * program_.model.height * 3);
+            player.download();
             decode(player.slot(0), 1, rgb.data());
             InCallback inside;
             stop = call.preview(call.user, rgb.data(), program_.model.width, program_.model.height, finished);
@@ -342,8 +350,10 @@ driffusion_result Engine::make(Request &request) {
                 ++noise;
             }
         }
+        player.upload();
         u32 previewed = 0;
         Counts counts = player.play(lease, check, [&](u32 finished) { notify(request, player, finished, &previewed); });
+        player.download();
         std::copy(player.slot(0), player.slot(0) + latents.size(), latents.begin());
         result.rounds = counts.rounds, result.evaluations = counts.evaluations, result.calls = counts.calls;
         result.lanes_per_round = double(counts.lane_rounds) / std::max(1u, counts.rounds);

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda_player.h"
 #include "driffusion.h"
 #include "lanes.h"
 #include "ort.h"
@@ -22,6 +23,7 @@ namespace driffusion {
 struct Settings {
     std::string bundle, program, runtime;
     u32 lanes = 0, threads = 0;  // 0: as the program says
+    std::vector<int> gpus;       // by lane; empty: lanes on processor cores
     double spin_seconds = 0;
     u32 max_requests = 256;
     bool compiled = true;
@@ -104,6 +106,8 @@ class Engine {
     std::vector<std::unique_ptr<Session>> denoisers_;
     Lanes lanes_;
     std::unique_ptr<Workers> workers_;
+    std::vector<std::unique_ptr<cuda::Lane>> gpu_lanes_;
+    std::unique_ptr<cuda::Pairs> links_;
     std::vector<std::unique_ptr<Player>> players_;  // by owned lane
     std::mutex mutex_;
     std::condition_variable idle_;

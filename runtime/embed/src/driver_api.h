@@ -1,7 +1,8 @@
-// The part of the CUDA driver API that the engine uses: types, status codes and one list of functions.
+// The part of the CUDA driver API that is used: types, status codes and one list of functions. The imaginary driver
+// in tests/libcuda defines them all; `cuda_driver.cc` beside this looks its own up in the real one.
 //
 // The numbers and signatures are those of cuda.h (CUDA 13), so that code which includes this needs no toolkit;
-// test_library.py compares them with the declarations that come with cuda-python.
+// tests/libcuda/test_library.py compares them with the declarations that come with cuda-python.
 #pragma once
 #include <cstddef>
 #include <cstdint>
