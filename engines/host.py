@@ -183,7 +183,8 @@ class HostBackend:
         for a, b in pairs:
             reference = self._slots[self._index[b]]
             difference = self._slots[self._index[a]] - reference
-            found.append(float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference))))
+            error, scale = np.add.reduce(difference * difference), np.add.reduce(reference * reference)
+            found.append(float(np.sqrt(error / scale)))
         self.mark("combine")
         return found
 
