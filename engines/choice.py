@@ -59,7 +59,9 @@ class Measured(BaseModel):
 
 
 def runtimes(bundle: Bundle) -> tuple[str, ...]:
-    """The runtimes on processor cores that are installed and take such a bundle."""
+    """The runtimes on processor cores that are installed and take such a bundle; the default one without a denoiser."""
+    if DENOISER not in bundle.manifest.networks:
+        return (default_runtime("cpu"),)
     return tuple(
         name
         for name, runtime in RUNTIMES.items()
