@@ -194,7 +194,7 @@ class HostBackend:
         self.mark("python")
         found: list[float] = []
         for sources, rows in products:
-            inputs = self._rows([self._index[slot] for slot in sources])
+            inputs = self._slots[_selection([self._index[slot] for slot in sources])]
             a, b = combine(inputs, rows)
             found += [_total(a * b), _total(a * a), _total(b * b)]
         self.mark("combine")
