@@ -89,15 +89,13 @@ class CudaBackend:
         kernels = self._kernels[self._home.ordinal]
         self._rounds = Rounds(memory, self._lanes, self._main, kernels, self._table, self._staged)
         self._progress = Progress(words)
-        self._clear(self._table.state, 2)
-        for lane in self._lanes:
-            self._clear(lane.state, 2, lane)
+        self._clear_counters()
         api = driver.api
         self._set_current, self._upload_now = api.cuCtxSetCurrent, api.cuMemcpyHtoDAsync
         self._record, self._wait_for, self._launch = api.cuEventRecord, api.cuStreamWaitEvent, api.cuGraphLaunch
         self._copied = {"peer": 0, "staged": 0}
         self._cache = RoundCache(self._rounds, memory, len(self._lanes), self._settle)
-        self._stray: Sequence[Lane] = self._lanes  # with work that home does not wait for
+        self._stray: Sequence[Lane] = ()  # with work that home does not wait for
         self._pending: list[tuple[Sequence[str], Array, Sequence[str]]] = []
         self._ids: list[int] = []
         self._pending_floats = self._clock = 0
@@ -417,9 +415,21 @@ class CudaBackend:
             number, network, device, self._kernels[device.ordinal], stream, self._memory.event(device), state
         )  # fmt: skip
 
-    def _clear(self, pointer: int, words: int, lane: Lane | None = None) -> None:
-        with self._memory.on(lane.device if lane else self._home):
-            self._driver("cuMemsetD32Async", pointer, 0, words, lane.stream if lane else self._main)
+    def _clear(self, pointer: int, words: int) -> None:
+        with self._memory.on(self._home):
+            self._driver("cuMemsetD32Async", pointer, 0, words, self._main)
+
+    def _clear_counters(self) -> None:
+        """Sets what kernels count in to zero, on streams of this backend's own, and waits for it.
+
+        A lane's stream belongs to whoever holds the lane: another backend on it may be capturing a graph just now.
+        """
+        counters = [(self._home, self._table.state), *((lane.device, lane.state) for lane in self._lanes)]
+        for device, pointer in counters:
+            with self._memory.on(device):
+                self._driver("cuMemsetD32Async", pointer, 0, 2, self._queries[device.ordinal][0])
+        for device in self._devices:
+            self._wait(*self._queries[device.ordinal], device, f"the first work on {device.name}")
 
     def _fill(self, device: Device, branches: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Sets the conditioning of a batch: one block of images per branch."""

@@ -17,7 +17,7 @@ from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.place import place
+from runtime.sampling.place import Play, place
 from runtime.sampling.program import GuidedCombine, Round, program
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import schedule_from_config
@@ -47,12 +47,15 @@ def run(
     schedule: Schedule,
     guidance: float = 3.0,
     shape: Sequence[int] = (1, 2, 3, 3),
+    play: Play | None = None,
 ) -> Array:
     rng = np.random.default_rng(5)
     noise = rng.standard_normal(shape, np.float32)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((shape[0], 3, 2), np.float32)} for _ in range(2)]
     state = noise * np.float32(schedule.init_noise_sigma)
-    return denoise(backend, state, conditioning, schedule, mode, options, guidance, 7, lambda step: None)[0]
+    return denoise(
+        backend, state, conditioning, schedule, mode, options, guidance, 7, lambda step: None, play=play
+    )[0]  # fmt: skip
 
 
 def schedule(steps: int, name: str = "ddim") -> Schedule:
