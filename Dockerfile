@@ -1,10 +1,11 @@
-# The server in a container. Engines are compiled for the device that is there, so they live in a volume.
+# The server in a container. Engines are compiled for the device that is there, once, and live in a volume.
 # NVIDIA GPUs (driver 580 or newer on the host; EXTRAS="cuda rtx" for GeForce and RTX cards):
 #   docker build -t driffusion .
 #   docker run --rm --gpus all -v engines:/engines driffusion python -m engines build --devices auto --build /engines
 #   docker run --gpus all -v engines:/engines -p 127.0.0.1:8000:8000 --stop-timeout 70 driffusion
 # Processor cores:
 #   docker build -t driffusion:cpu --build-arg BASE=ubuntu:24.04 --build-arg EXTRAS=cpu --build-arg DEVICES=cpu .
+#   docker run --rm -v engines:/engines driffusion:cpu python -m engines build --devices auto --build /engines
 #   docker run --read-only --tmpfs /tmp -v engines:/engines -p 127.0.0.1:8000:8000 --stop-timeout 70 driffusion:cpu
 # Other models: export them with `make engines MODEL=…` and put build/MODEL into the volume.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04

@@ -31,12 +31,13 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 # what the machine's own pip is told: certificates, indexes and folders of wheels, at the same places in the build
 HOST = ("/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", os.environ.get("PIP_FIND_LINKS", ""))
 
+ENVIRONMENT = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "docker"}
+
 
 def buildah(*arguments: str, **options: object) -> str:
     """One command of buildah, without a daemon and without namespaces of its own; its standard output."""
-    environment = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "docker"}
     done = subprocess.run(
-        ["buildah", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, **options  # type: ignore[call-overload]
+        ["buildah", *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, **options  # type: ignore[call-overload]
     )  # fmt: skip
     assert done.returncode == 0, f"buildah {arguments[0]} ended with {done.returncode}"
     return str(done.stdout).strip()
@@ -89,43 +90,62 @@ def test_it_is_small_and_has_no_compiler_of_models(image: str) -> None:
 
 
 def test_a_user_without_rights_draws_an_image_and_a_signal_ends_it(image: str) -> None:
+    """The commands at the head of the Dockerfile: engines are compiled into the volume, then the server starts."""
     container = buildah("from", image)
     try:
         place = Path(buildah("mount", container))
+        before = written(place)
+        engines = ["python", "-m", "engines", "build", "--devices", "auto", "--build", "/engines"]
+        buildah("run", container, "--", *engines)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        before = {path: path.lstat().st_mtime_ns for path in (place / "app").rglob("*")}
         command = json.loads(buildah("inspect", container))["Docker"]["config"]["Cmd"]
         command[command.index("--port") + 1] = str(port)
         command[command.index("--host") + 1] = "127.0.0.1"
-        environment = {"PATH": "/opt/venv/bin:/usr/bin:/bin", "XDG_CACHE_HOME": "/engines/.cache", "HOME": "/nowhere"}
-        # as root of the image's files and its user: signals reach the server itself
-        process = subprocess.Popen(
-            ["chroot", "--userspec=10001:10001", place, "env", "--chdir=/app", "-i",
-             *(f"{name}={value}" for name, value in environment.items()), *command],
-        )  # fmt: skip
+        process = subprocess.Popen(["buildah", "run", container, "--", *command], env=ENVIRONMENT)
         try:
             wait(process, f"http://127.0.0.1:{port}/health/ready")
-            assert Path(f"/proc/{process.pid}/status").read_text().split("Uid:")[1].split()[0] == "10001"
-            body = {"prompt": "a red star at the left", "seed": 3, "response_format": "b64_json"}
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/v1/images/generations", json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )  # fmt: skip
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                data = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
-            pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16)
-            red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110) & (pixels[..., 2] < 110)
-            assert red.mean() > 0.02
-            assert np.argwhere(red).mean(0)[1] < pixels.shape[1] / 2, "the star is at the left"
+            server = process_of(port)
+            assert owner(server) == 10001
+            check_image(f"http://127.0.0.1:{port}/v1/images/generations")
+            os.kill(server, signal.SIGTERM)
+            assert process.wait(60) == 0
         finally:
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(60)
-        assert code == 0
-        after = {path: path.lstat().st_mtime_ns for path in (place / "app").rglob("*")}
-        assert after == before, "it wrote outside its volume, which a read-only root file system forbids"
+            process.kill()
+        assert written(place) == before, "it wrote outside its volume, which a read-only root file system forbids"
     finally:
         buildah("rm", container)
+
+
+def written(place: Path) -> dict[Path, int]:
+    """When each file that the image's own folders have was written last."""
+    folders = [place / name for name in ("app", "opt", "home", "usr", "var")]
+    return {path: path.lstat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
+
+
+def process_of(port: int) -> int:
+    """The process of the server itself: signals that buildah gets do not reach it, those of a container engine do."""
+    for path in Path("/proc").glob("[0-9]*"):
+        words = (path / "cmdline").read_bytes().split(b"\0")
+        if str(port).encode() in words and b"buildah" not in b" ".join(words):
+            return int(path.name)
+    raise AssertionError("there is no such process")
+
+
+def owner(process: int) -> int:
+    return int(Path(f"/proc/{process}/status").read_text().split("Uid:")[1].split()[0])
+
+
+def check_image(url: str) -> None:
+    """Asks for a red star at the left, and looks for one there."""
+    body = {"prompt": "a red star at the left", "seed": 3}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        data = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16)
+    red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110) & (pixels[..., 2] < 110)
+    assert red.mean() > 0.02
+    assert np.argwhere(red).mean(0)[1] < pixels.shape[1] / 2
 
 
 def wait(process: subprocess.Popen[bytes], url: str) -> None:
