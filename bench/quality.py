@@ -157,7 +157,7 @@ class Drawn:
                 ))
             )  # fmt: skip
         images = [image for result in results for image in result.images]
-        alone = case.mode == "adaptive"  # each image was made by itself, and the report adds them up
+        alone = case.mode in ("adaptive", "speculative")  # each image was made by itself, and the report adds them up
         each = [result.report.rounds / (len(result.images) if alone else 1) for result in results]
         latents = np.concatenate([result.latents for result in results])
         shares = [result.report.evaluations / (len(result.images) if alone else 1) for result in results]
