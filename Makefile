@@ -15,7 +15,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
 # GPUs need CUDA's Python packages and TensorRT: `trt` for data-centre cards, TENSORRT=rtx for RTX cards
 TENSORRT ?= trt
-SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
+SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.$(if $(findstring openvino,$(DEVICES)),openvino,export))
 
 # what `gpu-check` is told: --only PART…, --lanes 1 2, --within SECONDS, --again
 PARTS ?=
@@ -38,7 +38,11 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,export,train,bench,metrics,dev,cuda,rtx]'
+	@$(PIP) --editable '.[cpu,openvino,export,train,bench,metrics,dev,cuda,rtx]'
+	@touch $@
+
+.venv/.openvino: .venv/.export
+	@$(PIP) --editable '.[cpu,openvino,export]'
 	@touch $@
 
 .venv/.trt .venv/.rtx: .venv/.export
