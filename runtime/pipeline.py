@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.choice import lanes_of
 from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.store import BUILD, Bundle
-from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, seconds_by_lanes
+from runtime.auto import Calibration, Candidate, Choice, Setting, call_seconds, choose, seconds_by_lanes
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
+from runtime.certificate import certificate, model_sha256
 from runtime.conditioning import Conditioner, Conditioning
 from runtime.initial_state import InitialState, initial_noise
 from runtime.lanes import Lanes, Lease
@@ -112,13 +114,14 @@ class Pipeline:
     """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
 
     def __init__(self, bundle: Bundle, devices: str, lane_timeout: float = LANE_TIMEOUT) -> None:
-        lanes = parse_devices(devices)
+        lanes = lanes_of(devices, bundle)
         self.manifest = bundle.manifest
         self.machine = Machine(bundle, lanes, lane_timeout)
         self._tokenizer = PromptTokenizer(bundle)
         self._default_k = len(lanes)  # also when some are lost: an image depends on what was asked alone
         self._measured: tuple[str, Callable[[int], float]] | None = None
         self._here = threading.local()
+        self._model_sha256 = model_sha256(bundle.manifest)
 
     @classmethod
     def load(
@@ -380,11 +383,40 @@ class Pipeline:
             images=call.images, width=task.size[0], height=task.size[1],
             rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
             lanes_per_round=round(lease.lane_rounds / lease.rounds, 3), seconds=seconds, critical_seconds=critical,
-            overhead_us_per_round=beside, accepted=quantiles(counts.accepted),
+            overhead_us_per_round=beside, accepted=_accepted(task.mode, counts),
             staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in lease.backend.measurements.staged),
             auto=task.choice.model_dump(mode="json") if task.choice else None,
             timeline=tuple(denoised.timeline.spans) if denoised.timeline else None, warnings=tuple(task.warnings),
+            certificate=certificate(
+                call, self._model_sha256, self.manifest.precision, self.machine.plan_folder.name, self.calibration_key,
+                task.mode, task.options, len(denoised.devices), denoised.latents, self._known_drift(task, counts),
+            ),
         )  # fmt: skip
+
+    def _known_drift(self, task: Task, counts: Counts) -> dict[str, float] | None:
+        """What is known of the distance from the sequential image: by calibration, or of this image's own drafts."""
+        if task.choice:
+            return {"drift_p90": task.choice.drift_p90, "psnr_min": task.choice.psnr_min}
+        if task.mode in ("conservative", "aggressive"):
+            setting = Setting(scheduler=task.schedule.name, eta=task.call.eta, steps=task.call.num_inference_steps,
+                              guidance_scale=task.call.guidance_scale)  # fmt: skip
+            played = Candidate(mode=task.mode, k=task.options.k, drafts=task.options.drafts)
+            for one in Calibration.read(self.calibration_path).for_setting(setting):
+                if one.candidate == played and not task.options.first_blocks:
+                    found = {"drift_median": one.median, "drift_p90": one.p90, "psnr_min": one.psnr_min}
+                    return {"calibration_images": one.images} | found
+        if not counts.accepted or task.mode == "speculative":
+            return None
+        accepted = quantiles(counts.accepted) or {}
+        return {"tolerance": task.options.tolerance} | {f"accepted_{name}": value for name, value in accepted.items()}
+
+
+def _accepted(mode: str, counts: Counts) -> dict[str, float] | None:
+    """Quantiles of what was measured of accepted drafts; of a sampler that keeps drafts by chance, how many, too."""
+    found = quantiles(counts.accepted)
+    if mode != "speculative":
+        return found
+    return {"drafts": counts.evaluations - counts.rounds, "kept": len(counts.accepted)} | (found or {})
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:

@@ -1,5 +1,7 @@
 // What driffusion_open() is told, read and checked.
 #include <algorithm>
+#include <charconv>
+#include <system_error>
 
 #include "engine.h"
 #include "error.h"
@@ -22,6 +24,15 @@ u32 number(const std::string &key, const std::string &text, u32 low, u32 high) {
         fail(DRIFFUSION_ERROR_ARGUMENT, key + " must be a whole number from " + std::to_string(low) + " to " + std::to_string(high) + ", not '" + text + "'");
     }
     return u32(value);
+}
+
+double seconds(const std::string &key, const std::string &text) {
+    double value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size() || !(value > 0 && value <= 1e6)) {
+        fail(DRIFFUSION_ERROR_ARGUMENT, key + " must be a number of seconds above 0, such as 0.5 or 120, not '" + text + "'");
+    }
+    return value;
 }
 
 // cuda:0,cuda:1 and cuda:0*LANES: one number for each lane.
@@ -81,13 +92,15 @@ Settings Settings::of(const driffusion_open_info &info) {
             settings.spin_seconds = number(key, value, 0, 100000) * 1e-6;
         } else if (key == "max_requests") {
             settings.max_requests = number(key, value, 1, 100000);
+        } else if (key == "lane_timeout") {
+            settings.lane_timeout = seconds(key, value);
         } else if (key == "onnxruntime") {
             settings.runtime = value;
         } else if (key == "compiled") {
             if (value != "auto" && value != "no") fail(DRIFFUSION_ERROR_ARGUMENT, "compiled must be auto or no, not '" + value + "'");
             settings.compiled = value == "auto";
         } else {
-            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, onnxruntime or compiled");
+            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, lane_timeout, onnxruntime or compiled");
         }
     }
     return settings;

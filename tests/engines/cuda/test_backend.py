@@ -96,6 +96,7 @@ CASES: list[tuple[str, Options, int, str]] = [
     ("srds", Options(k=2), 9, "euler"),
     ("adaptive", Options(k=3, tolerance=0.05, drafts="corrected"), 8, "ddim"),
     ("conservative", Options(k=4), 6, "dpm++2m"),
+    ("speculative", Options(k=4, drafts="corrected"), 9, "ddpm"),
 ]
 PLACES: list[tuple[int, ...]] = [(0,), (0, 0), (0, 1), (0, 1, 2), (0, 0, 1, 1), (1, 0)]
 
