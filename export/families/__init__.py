@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from engines.errors import ExportError
 from export.families.base import Family, Sides, Text
 from export.families.flux import FLUX
-from export.families.flux2 import FLUX2_KLEIN
+from export.families.flux2 import FLUX2_DEV, FLUX2_KLEIN
 from export.families.qwen_image import QWEN_IMAGE
 from export.families.stable_diffusion import LATENT_CONSISTENCY, STABLE_DIFFUSION
 from export.families.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, Family] = {
     "StableDiffusion3Pipeline": STABLE_DIFFUSION_3,
     "StableDiffusion3Img2ImgPipeline": STABLE_DIFFUSION_3,
     "FluxPipeline": FLUX,
+    "Flux2Pipeline": FLUX2_DEV,
     "Flux2KleinPipeline": FLUX2_KLEIN,
     "QwenImagePipeline": QWEN_IMAGE,
     "ZImagePipeline": Z_IMAGE,

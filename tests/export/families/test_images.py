@@ -38,6 +38,7 @@ CASES = {
     case.name: case
     for case in (
         flux2("flux2-klein"),
+        flux2("flux2-dev"),
         Case(
             "qwen-image", compared.squares, compared.pack_squares,
             guided=lambda scale, negative: {"true_cfg_scale": scale, "negative_prompt": negative},
