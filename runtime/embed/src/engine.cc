@@ -83,9 +83,15 @@ Engine::Engine(const Settings &settings)
 
 void Engine::open_gpus() {
     hangs_ = std::make_unique<cuda::Hangs>(settings_.lane_timeout);
+    cuda::NetworkSource source{[this] { return open_session(Role::Denoiser, settings_.threads, false); }, settings_.plan, settings_.tensorrt, {}, {}};
+    const Network &network = program_.network(Role::Denoiser);
+    for (u32 n = 0; n < network.inputs + network.outputs; ++n) {
+        const Tensor &tensor = program_.tensors[network.first_tensor + n];
+        source.names.push_back(program_.string(tensor.name)), source.dtypes.push_back(tensor.dtype);
+    }
     for (int ordinal : settings_.gpus) {
         cuda::Gpu gpu(ordinal);
-        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, [&] { return open_session(Role::Denoiser, settings_.threads, false); }), cuda::Stream(gpu)});
+        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, source), cuda::Stream(gpu)});
     }
     links_ = std::make_unique<cuda::Pairs>(gpu_lanes_);
     for (u32 lane = 0; lane < lanes_.count(); ++lane) {

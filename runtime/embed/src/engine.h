@@ -21,7 +21,7 @@
 namespace driffusion {
 
 struct Settings {
-    std::string bundle, program, runtime;
+    std::string bundle, program, runtime, plan, tensorrt = "libnvinfer.so.11";
     u32 lanes = 0, threads = 0;  // 0: as the program says
     std::vector<int> gpus;       // by lane; empty: lanes on processor cores
     double spin_seconds = 0;

@@ -94,13 +94,15 @@ Settings Settings::of(const driffusion_open_info &info) {
             settings.max_requests = number(key, value, 1, 100000);
         } else if (key == "lane_timeout") {
             settings.lane_timeout = seconds(key, value);
+        } else if (key == "plan" || key == "tensorrt") {
+            (key == "plan" ? settings.plan : settings.tensorrt) = value;
         } else if (key == "onnxruntime") {
             settings.runtime = value;
         } else if (key == "compiled") {
             if (value != "auto" && value != "no") fail(DRIFFUSION_ERROR_ARGUMENT, "compiled must be auto or no, not '" + value + "'");
             settings.compiled = value == "auto";
         } else {
-            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, lane_timeout, onnxruntime or compiled");
+            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, lane_timeout, plan, tensorrt, onnxruntime or compiled");
         }
     }
     return settings;
