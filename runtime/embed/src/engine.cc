@@ -53,7 +53,7 @@ Engine::Engine(const Settings &settings)
     : settings_(settings),
       program_(Program::parse(read_file(settings.program, DRIFFUSION_ERROR_PROGRAM, u64(1) << 28))),
       runtime_(Runtime::open(settings.runtime)),
-      lanes_(settings.lanes ? settings.lanes : program_.model.lanes) {
+      lanes_(placed()) {
     const u32 all = cores(), lanes = lanes_.count();
     if (!settings_.threads) settings_.threads = std::max(1u, std::min(program_.model.threads, all));
     for (const TokenizerSpec &spec : program_.tokenizers) {
@@ -79,6 +79,21 @@ Engine::Engine(const Settings &settings)
     log(DRIFFUSION_LOG_INFO, std::string(program_.string(program_.model.model)) + " is open: " + program_.string(program_.model.mode) + ", " +
                                  std::to_string(program_.model.steps) + " steps, " + std::to_string(lanes) + " lanes of " +
                                  std::to_string(settings_.threads) + " threads, ONNX Runtime " + runtime_->version());
+}
+
+// How many lanes there are, on GPUs where the caller or else the program says so.
+u32 Engine::placed() {
+    const std::string runtime(program_.string(program_.model.runtime));
+    if (!settings_.lanes && runtime.substr(0, 5) == "cuda:") {
+        const u32 threads = settings_.threads;
+        try {
+            settings_.place_on_gpus(runtime);
+            if (threads) settings_.threads = threads;
+        } catch (const Error &error) {
+            fail(DRIFFUSION_ERROR_PROGRAM, "the program's lanes cannot be used: " + std::string(error.what()));
+        }
+    }
+    return settings_.lanes ? settings_.lanes : program_.model.lanes;
 }
 
 void Engine::open_gpus() {
