@@ -158,8 +158,8 @@ class _Networks:
     def _tensor(self, tensor: TensorSpec, source: int, index: int) -> None:
         if tensor.dtype not in DTYPES:
             raise BundleError(
-                f"{self._manifest.model} is exported in {self._manifest.precision}, and programs are played in float32, "
-                "on GPUs, too: export it with DEVICES=cpu"
+                f"{self._manifest.model} is exported in {self._manifest.precision}, and programs are played in "
+                "float32, on GPUs, too: export it with DEVICES=cpu"
             )
         dims = [
             -1 if axis == "batch" else size for axis, size in zip(tensor.shape, tensor.resolve(self._axes), strict=True)
