@@ -31,7 +31,8 @@ from runtime.sampling.speculative import Speculation
 
 CELLS = ((50, 4.0), (50, 1.0), (100, 4.0), (200, 4.0))  # steps, guidance
 KS = (2, 4, 8)
-OTHERS = ("euler_a", "dpm++2m_sde")
+SCHEDULERS = ("ddpm", "euler_a", "dpm++2m_sde")
+STEPS = tuple(dict.fromkeys(steps for steps, _ in CELLS))
 LATENTS = {"SD 1.5, 512²": 4 * 64 * 64, "SDXL, 1024²": 4 * 128 * 128}
 CHAINS = 400
 Shifts = Mapping[tuple[int, int], list[float]]  # ‖Δ‖ by step and place in the round
@@ -85,17 +86,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--images", type=int, default=16, help="captions per row")
     parser.add_argument("--seed", type=int, default=0, help="which captions")
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=STEPS, help="of the scheduler")
+    parser.add_argument(
+        "--schedulers", nargs="+", choices=SCHEDULERS, default=SCHEDULERS, help="all but ddpm: 50 steps"
+    )
 
 
-def measure(model: str, build: Path, devices: str, images: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    model: str, build: Path, devices: str, images: int, seed: int, steps: Sequence[int] = STEPS,
+    schedulers: Sequence[str] = SCHEDULERS,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row per cell, k and kind of drafts; the sequential one of each cell first."""
     if images < 1:
         raise ParameterError("images", f"images must be at least 1, not {images}")
     gallery = Gallery(build, model, devices, seed)
     wanted = [
         (scheduler, *cell, k, drafts)
-        for scheduler, cells in (("ddpm", CELLS), *((name, CELLS[:1]) for name in OTHERS))
-        for cell in cells
+        for scheduler in schedulers
+        for cell in (CELLS if scheduler == SCHEDULERS[0] else CELLS[:1])
+        if cell[0] in steps
         for k, drafts in [(1, ""), *((k, "corrected") for k in KS), *([(4, "frozen")] if cell == CELLS[0] else [])]
     ]
     try:
