@@ -13,14 +13,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from bench.models import model_arguments
-from bench.quality import Case, Gallery
+from bench.models import model_arguments, scenes
+from bench.quality import Case, Gallery, compare, read_back
 from engines.base import Backend, Rows
 from engines.errors import ParameterError
 from runtime.pipeline import Pipeline
@@ -70,12 +71,18 @@ def simulated_rounds(shifts: Shifts, schedule: Schedule, k: int, scale: float) -
     chance = {
         key: [math.erfc(scale * shift / math.sqrt(8)) for shift in found] for key, found in shifts.items()
     }  # 2Φ(−‖Δ‖/2)
+
+    @cache
+    def nearest(step: int, place: int) -> list[float]:
+        """Of the step that was measured at this place and lies nearest: no image may have begun a round before it."""
+        return chance[min((abs(key[0] - step), key) for key in chance if key[1] == place)[1]]
+
     played = 0
     for _ in range(CHAINS):
         i = 0
         while i < schedule.steps:
             taken, ahead = 1, rounds.position(i).ahead
-            while taken <= ahead and generator.random() < generator.choice(chance[i + taken - 1, taken - 1]):
+            while taken <= ahead and generator.random() < generator.choice(nearest(i + taken - 1, taken - 1)):
                 taken += 1
             i, played = i + taken, played + 1
     return played / CHAINS
@@ -124,10 +131,12 @@ def _row(
         gallery.pipelines[gallery.devices] = Pipeline.load(gallery.model, gallery.devices, gallery.build)
     pipeline = gallery.pipelines[gallery.devices]
     schedule = make_schedule(pipeline.manifest, scheduler, steps)
-    with Recorder(pipeline.backend, schedule) as recorder:
-        row = gallery.row(case)
+    reference = gallery.reference(case)
+    with Recorder(pipeline.backend, schedule) as recorder:  # drawn now: a row from the work folder measures nothing
+        drawn = gallery.draw(case) if drafts else reference
+    row = compare(case, drawn, reference, gallery.seed) | read_back(drawn.images, scenes(1, images, gallery.seed))
     keep = ("name", "model", "mode", "scheduler", "steps", "k", "drafts", "guidance_scale", "rounds", "evaluations",
-            "images", "seed", "caption_accuracy", "devices")  # fmt: skip
+            "images", "seed", "caption_accuracy", "devices", "drift")  # fmt: skip
     found = {key: row[key] for key in keep}
     found["speedup_in_rounds"] = round(steps / row["rounds"], 3)
     if drafts and recorder.shifts:
