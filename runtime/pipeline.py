@@ -199,7 +199,8 @@ class Pipeline:
         """What drifts are measured for."""
         sizes = self.manifest.sizes
         name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
-        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
+        scale = guidance_scale + self.manifest.guidance_offset
+        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=scale)
 
     @property
     def _call_seconds(self) -> Callable[[int], float]:
@@ -294,7 +295,7 @@ class Pipeline:
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
         if mode == "auto":
-            scale = checked.guidance_scale
+            scale = checked.guidance_scale + manifest.guidance_offset
             setting = Setting(scheduler=schedule.name, eta=checked.eta, steps=steps, guidance_scale=scale)
             choice, notes = choose(
                 Calibration.read(self.calibration_path), self.calibration_key, len(self.devices), schedule, setting,
@@ -303,7 +304,7 @@ class Pipeline:
             warnings += notes
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
-        sampler_guidance = checked.guidance_scale if guided else 1.0
+        sampler_guidance = checked.guidance_scale + manifest.guidance_offset if guided else 1.0
         return Task(checked, initial, size, schedule, mode, options, sampler_guidance, choice, warnings)
 
     def _encode(self, task: Task) -> Encoded:

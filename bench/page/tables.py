@@ -32,7 +32,7 @@ BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
     "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
-    "embed": "python -m bench embed", "host": "python -m bench host",
+    "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
     "speculative": "python -m bench speculative",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
