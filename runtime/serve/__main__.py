@@ -31,6 +31,8 @@ from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.schedulers import SCHEDULERS
 from runtime.serve.access import ANY, Access, host_name
+from runtime.serve.kserve.http import add_routes
+from runtime.serve.kserve.model import Model
 from runtime.serve.limits import Limits
 from runtime.serve.logs import Formatter
 from runtime.serve.openai.app import make_app
@@ -57,8 +59,10 @@ class Server(uvicorn.Server):
     """Answers until a signal; then it refuses new requests and finishes accepted ones. A second Ctrl-C ends it."""
 
     def __init__(self, service: Service, access: Access | None = None) -> None:
+        app = make_app(service, access or Access())
+        add_routes(app, Model(service))
         config = uvicorn.Config(
-            make_app(service, access or Access()), http=limited_connection(service.limits), log_config=None, ws="none",
+            app, http=limited_connection(service.limits), log_config=None, ws="none",
             timeout_graceful_shutdown=int(LATE_SECONDS),
         )  # fmt: skip
         super().__init__(config)

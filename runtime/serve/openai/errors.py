@@ -66,6 +66,11 @@ def to_api_error(error: Exception) -> Exception:
     return error
 
 
+def shaped(path: str, content: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object, or below /v2 that of the Open Inference Protocol: {"error": MESSAGE}."""
+    return {"error": content["error"]["message"]} if path == "/v2" or path.startswith("/v2/") else content
+
+
 async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
     """Any exception as {"error": {"message", "type", "param", "code"}}."""
     headers = getattr(error, "headers", None)
@@ -73,4 +78,4 @@ async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
     status, content = error_response(error)
-    return JSONResponse(content, status, headers)
+    return JSONResponse(shaped(request.url.path, content), status, headers)

@@ -1,0 +1,245 @@
+"""The protocol over HTTP, with Triton's binary tensor extension and its shape of errors: {"error": MESSAGE}."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+
+from engines.errors import ParameterError
+from runtime.serve.kserve.codec import Inference, config, metadata
+from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, Refused, status_of
+from runtime.serve.kserve.tensor import Tensor, from_raw, from_values
+
+log = logging.getLogger(__name__)
+HEADER = "inference-header-content-length"
+Handler = Callable[[HttpRequest], Awaitable[Any]]
+
+
+def add_routes(app: FastAPI, model: Model) -> None:
+    """Every path that Triton's HTTP client calls: answered, or refused in the shape that it can read."""
+    from runtime.serve.openai.answers import wait_or_cancel
+    from runtime.serve.openai.body import Bodies
+
+    bodies = Bodies(model.service.limits)
+
+    async def infer(http: HttpRequest) -> Response:
+        name_checked(http, model)
+        content = await bodies.read(http, model.service.limits.body)
+        inference, binary = parse(content, http.headers)
+        wrapped = model.submit(
+            inference, request_id=http.state.request_id, seconds=model.seconds(inference.parameters),
+            place=lambda outputs: answer(model.name, inference, outputs, binary),
+        )  # fmt: skip
+        body, length = await wait_or_cancel(asyncio.wrap_future(wrapped.future), wrapped, http)
+        if length is None:
+            return Response(body, media_type="application/json")
+        headers = {"Inference-Header-Content-Length": str(length)}
+        return Response(body, media_type="application/octet-stream", headers=headers)
+
+    def route(method: str, path: str, handler: Handler) -> None:
+        app.add_api_route(path, guarded(handler), methods=[method], include_in_schema=False)
+
+    for versioned in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        route("POST", f"{versioned}/infer", infer)
+    add_information(route, model)
+    add_refusals(route)
+
+
+def guarded(handler: Handler) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """A handler whose errors have Triton's shape; a dict or a list is answered as JSON."""
+
+    async def guard(http: HttpRequest) -> Response:
+        try:
+            made = await handler(http)
+        except Exception as error:
+            status = status_of(error)
+            if status is None:
+                raise
+            if status[0] >= 500:
+                log.error("request failed: %r", error)
+            retry = getattr(error, "retry_after", None)
+            headers = {"Retry-After": str(retry)} if retry else None
+            return JSONResponse({"error": str(error)}, status[0], headers)
+        return made if isinstance(made, Response) else JSONResponse(made)
+
+    return guard
+
+
+def name_checked(http: HttpRequest, model: Model) -> None:
+    """UnknownModelError for the path of another model."""
+    model.check(http.path_params["name"], http.path_params.get("version", ""))
+
+
+def add_information(route: Callable[[str, str, Handler], None], model: Model) -> None:
+    """Health, metadata, configuration, statistics, the repository's index."""
+
+    async def live(http: HttpRequest) -> Any:
+        return Response()
+
+    async def ready(http: HttpRequest) -> Any:
+        if "name" in http.path_params:
+            name_checked(http, model)
+        trouble = await model.service.health.trouble()
+        return JSONResponse({"error": trouble.get("message", trouble["status"])}, 503) if trouble else Response()
+
+    async def server(http: HttpRequest) -> Any:
+        return {"name": "driffusion", "version": VERSION, "extensions": list(EXTENSIONS)}
+
+    def of_model(make: Callable[[], Any]) -> Handler:
+        async def handler(http: HttpRequest) -> Any:
+            if "name" in http.path_params:
+                name_checked(http, model)
+            return make()
+
+        return handler
+
+    route("GET", "/v2/health/live", live)
+    route("GET", "/v2/health/ready", ready)
+    route("GET", "/v2", server)
+    stats = of_model(lambda: {"model_stats": [model.statistics()]})
+    route("GET", "/v2/models/stats", stats)
+    index = of_model(lambda: [{"name": model.name, "version": VERSION, "state": "READY", "reason": ""}])
+    route("POST", "/v2/repository/index", index)
+    for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        route("GET", path, of_model(lambda: metadata(model.name)))
+        route("GET", f"{path}/ready", ready)
+        route("GET", f"{path}/config", of_model(lambda: config(model.name)))
+        route("GET", f"{path}/stats", stats)
+
+
+def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
+    """What this server does not offer, by the paths that clients ask for it."""
+
+    def refusing(message: str) -> Handler:
+        async def refuse(http: HttpRequest) -> Any:
+            raise Refused(message)
+
+        return refuse
+
+    fixed = refusing("this server has one model, chosen with --model: it loads and unloads none")
+    for verb in ("load", "unload"):
+        route("POST", f"/v2/repository/models/{{name:path}}/{verb}", fixed)
+    for kind in ("system", "cuda"):
+        off = refusing(f"{kind} shared memory is off on this server: send tensors in the request")
+        root = f"/v2/{kind}sharedmemory"
+        for path in (f"{root}/status", f"{root}/region/{{region:path}}/status"):
+            route("GET", path, off)
+        for path in (f"{root}/unregister", *(f"{root}/region/{{region:path}}/{v}" for v in ("register", "unregister"))):
+            route("POST", path, off)
+    trace = refusing("this server keeps no traces: see /metrics, and the output report")
+    logs = refusing("the log of this server is set up on its command line")
+    for path, handler in (
+        ("/v2/trace/setting", trace),
+        ("/v2/models/{name}/trace/setting", trace),
+        ("/v2/logging", logs),
+    ):
+        for method in ("GET", "POST"):
+            route(method, path, handler)
+
+
+def parse(content: bytes, headers: Mapping[str, str]) -> tuple[Inference, Mapping[str, bool]]:
+    """The request, and by output whether it goes as binary data; ParameterError."""
+    if headers.get("content-encoding", "identity") != "identity":
+        raise ParameterError("body", "compressed requests are not taken: send it without Content-Encoding")
+    length = len(content)
+    if (given := headers.get(HEADER)) is not None:
+        if not given.isascii() or not given.isdigit() or int(given) > length:
+            raise ParameterError(HEADER, f"Inference-Header-Content-Length must be a number up to {length}")
+        length = int(given)
+    try:
+        head = json.loads(content[:length])
+    except (ValueError, RecursionError) as error:
+        raise ParameterError("body", f"the head of the request is no JSON: {error}") from None
+    inputs, place = {}, length
+    for one in _objects(head, "inputs"):
+        tensor, place = _input(one, content, place)
+        if tensor.name in inputs:
+            raise ParameterError(tensor.name, f"the input {tensor.name} comes twice")
+        inputs[tensor.name] = tensor
+    if place != len(content):
+        raise ParameterError("body", f"{len(content) - place} bytes follow the last input's")
+    parameters = _parameters(head)
+    every = parameters.get("binary_data_output", False) is True
+    outputs = {_name(one): _parameters(one) for one in _objects(head, "outputs")}
+    binary = _Default(every, {name: its.get("binary_data", every) is True for name, its in outputs.items()})
+    identifier = head.get("id", "")
+    if not isinstance(identifier, str):
+        raise ParameterError("id", "id must be a text")
+    return Inference(inputs, outputs, parameters, identifier), binary
+
+
+class _Default(dict[str, bool]):
+    """Of outputs that were not named: the request's own setting."""
+
+    def __init__(self, every: bool, known: Mapping[str, bool]) -> None:
+        super().__init__(known)
+        self._every = every
+
+    def __missing__(self, name: str) -> bool:
+        return self._every
+
+
+def _objects(head: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(head, dict):
+        raise ParameterError("body", "the head of the request must be a JSON object")
+    listed = head.get(name, [])
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise ParameterError(name, f"{name} must be a list of objects")
+    return listed
+
+
+def _name(one: Mapping[str, Any]) -> str:
+    name = one.get("name")
+    if not isinstance(name, str):
+        raise ParameterError("name", "every input and output needs a name")
+    return name
+
+
+def _parameters(one: Mapping[str, Any]) -> dict[str, Any]:
+    found = one.get("parameters", {})
+    if not isinstance(found, dict):
+        raise ParameterError("parameters", "parameters must be an object")
+    for key in found:
+        if key.startswith("shared_memory_"):
+            raise ParameterError(key, "shared memory is off on this server: send tensors in the request")
+    return found
+
+
+def _input(one: dict[str, Any], content: bytes, place: int) -> tuple[Tensor, int]:
+    """A tensor, and where the bytes of the next one begin."""
+    name, datatype, shape = _name(one), one.get("datatype"), one.get("shape")
+    if not isinstance(datatype, str):
+        raise ParameterError(name, f"{name} needs a datatype")
+    size = _parameters(one).get("binary_data_size")
+    if size is None:
+        return from_values(name, datatype, shape, one.get("data")), place
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(content) - place:
+        raise ParameterError(name, f"binary_data_size of {name} must be a number up to {len(content) - place}")
+    return from_raw(name, datatype, shape, memoryview(content)[place : place + size]), place + size
+
+
+def answer(
+    model: str, inference: Inference, outputs: list[Tensor], binary: Mapping[str, bool]
+) -> tuple[bytes, int | None]:
+    """The body, and the length of its JSON where binary data follow it."""
+    listed, tail = [], []
+    for tensor in outputs:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if binary[tensor.name]:
+            tail.append(tensor.raw())
+            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+        else:
+            entry["data"] = tensor.listed()
+        listed.append(entry)
+    head = {"model_name": model, "model_version": VERSION, "outputs": listed}
+    if inference.id:
+        head["id"] = inference.id
+    encoded = json.dumps(head).encode()
+    return b"".join([encoded, *tail]), len(encoded) if tail else None

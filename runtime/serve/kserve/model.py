@@ -1,0 +1,115 @@
+"""The one model of a server as the protocol sees it: its name, its requests, its statistics."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engines.errors import EngineError, ParameterError
+from runtime.call import Call
+from runtime.pipeline import Result
+from runtime.serve.kserve.codec import Inference, check_outputs, to_call, to_outputs
+from runtime.serve.kserve.tensor import Tensor
+from runtime.serve.request import CancelledError, DeadlineError, DrainingError, QueueFullError, Request
+from runtime.serve.service import Previews, Service
+
+VERSION = "1"
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics", "parameters")
+
+
+class UnknownModelError(Exception):
+    """A model or a version that this server does not have."""
+
+
+class Refused(Exception):  # noqa: N818 - no fault of anyone: an extension that this server does not offer
+    """An extension of the protocol that this server does not have, or that is turned off."""
+
+
+class Model:
+    """Requests for the model of a service, by whichever transport. Statistics cover both."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.name = service.pipeline.manifest.model
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(("success", "fail", "queue", "compute_infer", "compute_output"), (0, 0))
+        self._images, self._last = 0, 0
+
+    def check(self, name: str, version: str = "") -> None:
+        """UnknownModelError for any model but the one of this server."""
+        if name != self.name or version not in ("", VERSION):
+            asked = f"{name!r}" + (f" of version {version!r}" if version else "")
+            raise UnknownModelError(f"there is no model {asked}: this server has {self.name!r} of version {VERSION!r}")
+
+    def submit(
+        self, inference: Inference, previews: Previews | None = None, *, request_id: str | None = None,
+        seconds: float | None = None, place: Callable[[list[Tensor]], Any] = lambda outputs: outputs,
+    ) -> Request:  # fmt: skip
+        """Queues a request; its future gets what `place` makes of the outputs, on a thread of the engine.
+
+        ParameterError, QueueFullError or DrainingError at once.
+        """
+        check_outputs(inference)
+        call: Call = to_call(inference, self.service.limits, self.service.defaults)
+
+        def encode(result: Result) -> Any:
+            start = time.perf_counter()
+            made = place(to_outputs(inference, result))
+            self._made(result, time.perf_counter() - start)
+            return made
+
+        began = time.monotonic()
+        request = self.service.submit(call, encode, previews, request_id=request_id, seconds=seconds)
+        request.future.add_done_callback(
+            lambda one: self._count("fail", time.monotonic() - began) if one.exception() else None
+        )
+        return request
+
+    def seconds(self, parameters: Mapping[str, Any]) -> float | None:
+        """The client's own deadline: the parameter `timeout`, in microseconds."""
+        micros = parameters.get("timeout")
+        if micros is None:
+            return None
+        if isinstance(micros, bool) or not isinstance(micros, int) or micros <= 0:
+            raise ParameterError("timeout", f"timeout must be a whole number of microseconds above 0, not {micros!r}")
+        return micros / 1e6
+
+    def _count(self, name: str, seconds: float) -> None:
+        with self._lock:
+            count, total = self._counts[name]
+            self._counts[name] = (count + 1, total + round(seconds * 1e9))
+
+    def _made(self, result: Result, encoding: float) -> None:
+        seconds = result.report.seconds
+        for name, value in (
+            ("success", seconds["total"] + encoding), ("queue", seconds["wait"]),
+            ("compute_infer", seconds["total"] - seconds["wait"]), ("compute_output", encoding),
+        ):  # fmt: skip
+            self._count(name, value)
+        with self._lock:
+            self._images += result.report.images
+            self._last = time.time_ns() // 1_000_000
+
+    def statistics(self) -> dict[str, Any]:
+        """Triton's statistics of the model; an inference is an image, an execution a request."""
+        with self._lock:
+            counts = {name: {"count": count, "ns": total} for name, (count, total) in self._counts.items()}
+            return {
+                "name": self.name, "version": VERSION, "last_inference": self._last, "inference_count": self._images,
+                "execution_count": counts["success"]["count"], "inference_stats": counts,
+            }  # fmt: skip
+
+
+def status_of(error: Exception) -> tuple[int, str] | None:
+    """The HTTP status and the name of the gRPC status of an error; None for what nobody expects."""
+    for kind, status in (
+        (UnknownModelError, (404, "NOT_FOUND")), (Refused, (400, "UNIMPLEMENTED")),
+        (ParameterError, (400, "INVALID_ARGUMENT")), (QueueFullError, (429, "RESOURCE_EXHAUSTED")),
+        (DrainingError, (503, "UNAVAILABLE")), (DeadlineError, (504, "DEADLINE_EXCEEDED")),
+        (CancelledError, (499, "CANCELLED")), (EngineError, (500, "INTERNAL")),
+    ):  # fmt: skip
+        if isinstance(error, kind):
+            return status
+    return None
