@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -58,9 +59,12 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Answers until a signal; then it refuses new requests and finishes accepted ones. A second Ctrl-C ends it."""
 
-    def __init__(self, service: Service, access: Access | None = None) -> None:
-        app = make_app(service, access or Access())
-        add_routes(app, Model(service))
+    def __init__(self, service: Service, access: Access | None = None, grpc: str | None = None) -> None:
+        """`grpc`: HOST:PORT of gRPC; none without."""
+        self._access, self._grpc, self._model = access or Access(), grpc, Model(service)
+        self.grpc_port: int | None = None
+        app = make_app(service, self._access)
+        add_routes(app, self._model)
         config = uvicorn.Config(
             app, http=limited_connection(service.limits), log_config=None, ws="none",
             timeout_graceful_shutdown=int(LATE_SECONDS),
@@ -68,6 +72,23 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._draining = False
+        self._rpc: Any = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Opens gRPC first: who can reach HTTP can reach both."""
+        if self._grpc is not None:
+            from runtime.serve.kserve.rpc import make_server
+
+            self._rpc, self.grpc_port = make_server(self._model, self._access, self._grpc)
+            await self._rpc.start()
+            log.info("gRPC on port %d", self.grpc_port)
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends both."""
+        if self._rpc is not None:
+            await self._rpc.stop(0 if self.force_exit else self.config.timeout_graceful_shutdown)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Starts draining; on a second SIGINT ends at once."""
@@ -89,7 +110,8 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access
+    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access,
+    grpc_port: int | None = None,
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
@@ -104,7 +126,7 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d (Ctrl-C stops)", address, listener.getsockname()[1])
         service = Service(pipeline, limits, scheduler)
-        server = Server(service, access)
+        server = Server(service, access, None if grpc_port is None else f"{address}:{grpc_port}")
         server.run([listener])
         closing = threading.Thread(target=pipeline.close, daemon=True)
         if not server.force_exit and not service.queue.depth:
@@ -134,6 +156,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
+    parser.add_argument("--grpc-port", type=int, help="the Open Inference Protocol over gRPC; 0 takes any free one")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")

@@ -1,0 +1,262 @@
+"""The protocol over gRPC, on the event loop of the HTTP server: `grpc.aio` beside uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+from PIL import Image
+
+from engines.errors import EngineError, ParameterError
+from runtime.serve.access import Access
+from runtime.serve.kserve.codec import Inference, config, image_tensor, metadata
+from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, Refused, status_of
+from runtime.serve.kserve.proto import inference_pb2 as pb
+from runtime.serve.kserve.tensor import Tensor, from_raw, from_values
+from runtime.serve.request import CancelledError, Request
+from runtime.serve.service import Previews
+
+log = logging.getLogger(__name__)
+WIRE_NAME = "inference.GRPCInferenceService"  # the messages' own package is not on the wire
+OPEN = ("ServerLive", "ServerReady")  # without a key, as health over HTTP
+MESSAGE_BYTES = 256 << 20  # of an answer: 2048² pixels, ten images, are 120 MiB
+MOST_PREVIEWS = 64
+# the field of `InferTensorContents` that holds the elements of a type
+CONTENTS = {
+    "BOOL": "bool_contents", "BYTES": "bytes_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
+    "INT64": "int64_contents", "UINT64": "uint64_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+}  # fmt: skip
+Context = Any  # grpc.aio.ServicerContext; grpcio has no types
+
+
+def parse(message: Any) -> Inference:
+    """A request; ParameterError names what cannot be used."""
+    raw, inputs = message.raw_input_contents, {}
+    if raw and len(raw) != len(message.inputs):
+        raise ParameterError(
+            "raw_input_contents", f"there are {len(message.inputs)} inputs and {len(raw)} raw contents"
+        )
+    for index, one in enumerate(message.inputs):
+        if one.name in inputs:
+            raise ParameterError(one.name, f"the input {one.name} comes twice")
+        parameters_of(one)
+        if raw:
+            if one.HasField("contents"):
+                raise ParameterError(one.name, f"{one.name} has contents beside raw_input_contents: send one of them")
+            inputs[one.name] = from_raw(one.name, one.datatype, list(one.shape), raw[index])
+            continue
+        place = CONTENTS.get(one.datatype)
+        if place is None:
+            raise ParameterError(one.name, f"{one.name} of {one.datatype!r} must come in raw_input_contents")
+        inputs[one.name] = from_values(one.name, one.datatype, list(one.shape), list(getattr(one.contents, place)))
+    outputs = {one.name: parameters_of(one) for one in message.outputs}
+    return Inference(inputs, outputs, parameters_of(message), message.id)
+
+
+def parameters_of(message: Any) -> dict[str, Any]:
+    """The parameters of a request or a tensor in Python's types."""
+    found = {}
+    for name, value in message.parameters.items():
+        if name.startswith("shared_memory_"):
+            raise ParameterError(name, "shared memory is off on this server: send tensors in the request")
+        chosen = value.WhichOneof("parameter_choice")
+        if chosen is not None:
+            found[name] = getattr(value, chosen)
+    return found
+
+
+def response(model: str, identifier: str, outputs: list[Tensor], parameters: Mapping[str, Any]) -> Any:
+    """An answer with raw contents; `parameters` are whole numbers or truth values."""
+    made = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=identifier)
+    for tensor in outputs:
+        made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        made.raw_output_contents.append(tensor.raw())
+    for name, value in parameters.items():
+        if isinstance(value, bool):
+            made.parameters[name].bool_param = value
+        else:
+            made.parameters[name].int64_param = value
+    return made
+
+
+class Servicer:
+    """The methods, by the names that they have on the wire."""
+
+    def __init__(self, model: Model, access: Access) -> None:
+        self._model, self._access = model, access
+        self._count = model.service.metrics.requests
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """All methods, under the protocol's name of the service."""
+        methods = {}
+        for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+            kind, answer = getattr(pb, method.input_type.name), getattr(pb, method.output_type.name)
+            types = {"request_deserializer": kind.FromString, "response_serializer": answer.SerializeToString}
+            if method.name == "ModelStreamInfer":
+                methods[method.name] = grpc.stream_stream_rpc_method_handler(self._stream, **types)
+            else:
+                unary = getattr(self, method.name, None) or self._refuse(method.name)
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._guarded(method.name, unary), **types)
+        return grpc.method_handlers_generic_handler(WIRE_NAME, methods)
+
+    def _guarded(self, name: str, unary: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
+        async def guard(message: Any, context: Context) -> Any:
+            try:
+                if name not in OPEN:
+                    await self._check_key(context)
+                return await unary(message, context)
+            except Exception as error:
+                if (status := status_of(error)) is None:
+                    raise
+                if status[0] >= 500:
+                    log.error("request failed: %r", error)
+                return await context.abort(getattr(grpc.StatusCode, status[1]), str(error))
+
+        return guard
+
+    async def _check_key(self, context: Context) -> None:
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        if not isinstance(given, str) or not self._access.has_key(given):
+            message = "send one of this server's keys as metadata: authorization: Bearer KEY"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+
+    def _refuse(self, name: str) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def refuse(message: Any, context: Context) -> Any:
+            raise Refused(f"{name} is off on this server, or not offered")
+
+        return refuse
+
+    async def ServerLive(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        return pb.ServerReadyResponse(ready=await self._model.service.health.trouble() is None)
+
+    async def ModelReady(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        self._model.check(message.name, message.version)
+        return pb.ModelReadyResponse(ready=await self._model.service.health.trouble() is None)
+
+    async def ServerMetadata(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        return pb.ServerMetadataResponse(name="driffusion", version=VERSION, extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        self._model.check(message.name, message.version)
+        return pb.ModelMetadataResponse(**metadata(self._model.name))
+
+    async def ModelConfig(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        self._model.check(message.name, message.version)
+        return pb.ModelConfigResponse(config=pb.ModelConfig(**config(self._model.name)))
+
+    async def ModelStatistics(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        if message.name:
+            self._model.check(message.name, message.version)
+        return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(**self._model.statistics())])
+
+    async def RepositoryIndex(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        made = pb.RepositoryIndexResponse()
+        made.models.add(name=self._model.name, version=VERSION, state="READY")
+        return made
+
+    async def ModelInfer(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        answers = [one async for one in self._infer(message, context, streamed=False)]
+        return answers[-1]
+
+    async def _infer(self, message: Any, context: Context, *, streamed: bool) -> AsyncIterator[Any]:
+        """The previews of a request where its parameter `previews` asks for them, then its answer.
+
+        The end of the call, by the client or by its deadline, cancels the request at the next round.
+        """
+        self._model.check(message.model_name, message.model_version)
+        inference = parse(message)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        send = lambda one: loop.call_soon_threadsafe(queue.put_nowait, one)  # noqa: E731
+
+        def preview(index: int, image: Image.Image) -> None:
+            facts = {"preview": index, "triton_final_response": False}
+            send(response(self._model.name, inference.id, [image_tensor([image], None)], facts))
+
+        def place(outputs: list[Tensor]) -> None:
+            facts = {"triton_final_response": True} if streamed else {}
+            send(response(self._model.name, inference.id, outputs, facts))
+
+        limits = [
+            one for one in (self._model.seconds(inference.parameters), context.time_remaining()) if one is not None
+        ]
+        outcome, request = 499, None
+        try:
+            request = self._model.submit(
+                inference, Previews(previews_of(inference, streamed=streamed), preview), request_id=uuid.uuid4().hex,
+                seconds=min(limits) if limits else None, place=place,
+            )  # fmt: skip
+            request.future.add_done_callback(lambda _: send(None))
+            while (answer := await next_of(queue, request)) is not None:
+                yield answer
+            await asyncio.wrap_future(request.future)
+            outcome = 200
+        except Exception as error:
+            outcome = (status_of(error) or (500, ""))[0]
+            raise
+        finally:
+            if request is not None:
+                request.cancel()
+            self._count.labels(str(outcome)).inc()
+
+    async def _stream(self, messages: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """Requests one after the other; an error of one is its answer, and the stream goes on."""
+        await self._check_key(context)
+        async for message in messages:
+            try:
+                async with contextlib.aclosing(self._infer(message, context, streamed=True)) as answers:
+                    async for one in answers:
+                        yield pb.ModelStreamInferResponse(infer_response=one)
+            except Exception as error:
+                if status_of(error) is None:
+                    raise
+                failed = pb.ModelInferResponse(id=message.id, model_name=message.model_name)
+                yield pb.ModelStreamInferResponse(error_message=str(error), infer_response=failed)
+
+
+def previews_of(inference: Inference, *, streamed: bool) -> int:
+    """How many previews are asked for; ParameterError outside of streams, which alone can send them."""
+    count = inference.parameters.get("previews", 0)
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_PREVIEWS:
+        raise ParameterError("previews", f"previews must be a whole number from 0 to {MOST_PREVIEWS}, not {count!r}")
+    if count and not streamed:
+        raise ParameterError("previews", "only ModelStreamInfer sends previews: leave the parameter out")
+    return count
+
+
+async def next_of(queue: asyncio.Queue[Any], request: Request) -> Any:
+    """The next answer, None after the last; DeadlineError when none comes in time."""
+    try:
+        async with asyncio.timeout(max(request.seconds_left, 0)):
+            return await queue.get()
+    except TimeoutError:
+        error = request.deadline_error()
+        request.cancel(error)
+        raise error from None
+    except asyncio.CancelledError:
+        request.cancel(CancelledError("the client cancelled"))
+        raise
+
+
+def make_server(model: Model, access: Access, address: str) -> tuple[Any, int]:
+    """A server of the running event loop, to be started, and its port; EngineError where it cannot listen."""
+    options = [
+        ("grpc.max_send_message_length", MESSAGE_BYTES), ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", model.service.limits.body),
+    ]  # fmt: skip
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=model.service.limits.connections)
+    server.add_generic_rpc_handlers([Servicer(model, access).handler()])
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise EngineError(f"cannot listen on {address}: choose another with --grpc-port") from error
+    return server, port
