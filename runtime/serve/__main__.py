@@ -77,8 +77,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Opens gRPC first: who can reach HTTP can reach both."""
         if self._grpc is not None:
-            from runtime.serve.kserve.rpc import make_server
-
+            try:
+                from runtime.serve.kserve.rpc import make_server
+            except ImportError as error:
+                raise EngineError(
+                    f"--grpc-port needs grpcio ({error}): pip install driffusion-engine[kserve]"
+                ) from error
             self._rpc, self.grpc_port = make_server(self._model, self._access, self._grpc)
             await self._rpc.start()
             log.info("gRPC on port %d", self.grpc_port)

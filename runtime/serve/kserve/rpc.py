@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -168,7 +168,7 @@ class Servicer:
         answers = [one async for one in self._infer(message, context, streamed=False)]
         return answers[-1]
 
-    async def _infer(self, message: Any, context: Context, *, streamed: bool) -> AsyncIterator[Any]:
+    async def _infer(self, message: Any, context: Context, *, streamed: bool) -> AsyncGenerator[Any, None]:
         """The previews of a request where its parameter `previews` asks for them, then its answer.
 
         The end of the call, by the client or by its deadline, cancels the request at the next round.

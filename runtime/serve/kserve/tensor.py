@@ -94,7 +94,7 @@ def from_values(name: str, datatype: str, shape: Any, values: Any) -> Tensor:
         except UnicodeEncodeError:
             raise ParameterError(name, f"{name} is no valid Unicode: send UTF-8") from None
     kind = _type(name, datatype)
-    fits = {"b": bool, "u": int, "i": int, "f": (int, float)}[kind.kind]
+    fits: tuple[type, ...] = {"b": (bool,), "u": (int,), "i": (int,), "f": (int, float)}[kind.kind]
     if any(not isinstance(one, fits) or (isinstance(one, bool) and kind.kind != "b") for one in flat):
         raise ParameterError(name, f"{name} is {datatype}: it holds an element of another type")
     try:

@@ -31,8 +31,14 @@ def client(plain: httpx.Client) -> Iterator[Any]:
 
 
 def tensor(name: str, datatype: str, values: Any, *, binary: bool = True) -> Any:
-    kinds = {"BYTES": np.object_, "INT64": np.int64, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
-    array = np.array(values, kinds[datatype])
+    kinds: dict[str, Any] = {
+        "BYTES": np.object_,
+        "INT64": np.int64,
+        "FP32": np.float32,
+        "UINT64": np.uint64,
+        "BOOL": np.bool_,
+    }
+    array: np.ndarray = np.array(values, kinds[datatype])
     made = triton.InferInput(name, list(array.shape), datatype)
     made.set_data_from_numpy(array, binary_data=binary)
     return made
