@@ -34,6 +34,7 @@ from runtime.sampling.schedulers import SCHEDULERS
 from runtime.serve.access import ANY, Access, host_name
 from runtime.serve.kserve.http import add_routes
 from runtime.serve.kserve.model import Model
+from runtime.serve.kserve.regions import Regions
 from runtime.serve.limits import Limits
 from runtime.serve.logs import Formatter
 from runtime.serve.openai.app import make_app
@@ -59,9 +60,11 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Answers until a signal; then it refuses new requests and finishes accepted ones. A second Ctrl-C ends it."""
 
-    def __init__(self, service: Service, access: Access | None = None, grpc: str | None = None) -> None:
+    def __init__(
+        self, service: Service, access: Access | None = None, grpc: str | None = None, shared_memory: bool = False
+    ) -> None:
         """`grpc`: HOST:PORT of gRPC; none without."""
-        self._access, self._grpc, self._model = access or Access(), grpc, Model(service)
+        self._access, self._grpc, self._model = access or Access(), grpc, Model(service, Regions(allowed=shared_memory))
         self.grpc_port: int | None = None
         app = make_app(service, self._access)
         add_routes(app, self._model)
@@ -93,6 +96,7 @@ class Server(uvicorn.Server):
         if self._rpc is not None:
             await self._rpc.stop(0 if self.force_exit else self.config.timeout_graceful_shutdown)
         await super().shutdown(sockets)
+        self._model.regions.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Starts draining; on a second SIGINT ends at once."""
@@ -115,7 +119,7 @@ class Server(uvicorn.Server):
 
 def serve(
     model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access,
-    grpc_port: int | None = None,
+    grpc_port: int | None = None, shared_memory: bool = False,
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     with listen(host, port) as listener:
@@ -130,7 +134,9 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d (Ctrl-C stops)", address, listener.getsockname()[1])
         service = Service(pipeline, limits, scheduler)
-        server = Server(service, access, None if grpc_port is None else f"{address}:{grpc_port}")
+        server = Server(
+            service, access, None if grpc_port is None else f"{address}:{grpc_port}", shared_memory=shared_memory
+        )
         server.run([listener])
         closing = threading.Thread(target=pipeline.close, daemon=True)
         if not server.force_exit and not service.queue.depth:
@@ -161,6 +167,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
     parser.add_argument("--grpc-port", type=int, help="the Open Inference Protocol over gRPC; 0 takes any free one")
+    parser.add_argument(
+        "--shared-memory",
+        action="store_true",
+        help="let clients of the Open Inference Protocol name their shared memory",
+    )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")

@@ -14,7 +14,9 @@ from fastapi.responses import JSONResponse
 
 from engines.errors import ParameterError
 from runtime.serve.kserve.codec import Inference, config, metadata
-from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, Refused, status_of
+from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, status_of
+from runtime.serve.kserve.refused import Refused
+from runtime.serve.kserve.regions import Regions
 from runtime.serve.kserve.tensor import Tensor, from_raw, from_values
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,10 @@ def add_routes(app: FastAPI, model: Model) -> None:
     async def infer(http: HttpRequest) -> Response:
         name_checked(http, model)
         content = await bodies.read(http, model.service.limits.body)
-        inference, binary = parse(content, http.headers)
+        inference, binary = parse(content, http.headers, model.regions)
         wrapped = model.submit(
             inference, request_id=http.state.request_id, seconds=model.seconds(inference.parameters),
-            place=lambda outputs: answer(model.name, inference, outputs, binary),
+            place=lambda outputs: answer(model, inference, outputs, binary),
         )  # fmt: skip
         body, length = await wait_or_cancel(asyncio.wrap_future(wrapped.future), wrapped, http)
         if length is None:
@@ -49,6 +51,7 @@ def add_routes(app: FastAPI, model: Model) -> None:
     for versioned in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         route("POST", f"{versioned}/infer", infer)
     add_information(route, model)
+    add_regions(route, bodies, model)
     add_refusals(route)
 
 
@@ -114,6 +117,35 @@ def add_information(route: Callable[[str, str, Handler], None], model: Model) ->
         route("GET", f"{path}/stats", stats)
 
 
+def add_regions(route: Callable[[str, str, Handler], None], bodies: Any, model: Model) -> None:
+    """System shared memory."""
+
+    async def status(http: HttpRequest) -> Any:
+        return model.regions.status(http.path_params.get("region", ""))
+
+    async def register(http: HttpRequest) -> Any:
+        try:
+            given = json.loads(await bodies.read(http, model.service.limits.body))
+        except (ValueError, RecursionError) as error:
+            raise ParameterError("body", f"the body is no JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ParameterError("body", "the body must be a JSON object")
+        model.regions.register(
+            http.path_params["region"], given.get("key"), given.get("offset", 0), given.get("byte_size")
+        )
+        return Response()
+
+    async def unregister(http: HttpRequest) -> Any:
+        model.regions.unregister(http.path_params.get("region", ""))
+        return Response()
+
+    root = "/v2/systemsharedmemory"
+    for path in (root, f"{root}/region/{{region:path}}"):
+        route("GET", f"{path}/status", status)
+        route("POST", f"{path}/unregister", unregister)
+    route("POST", f"{root}/region/{{region:path}}/register", register)
+
+
 def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
     """What this server does not offer, by the paths that clients ask for it."""
 
@@ -126,13 +158,11 @@ def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
     fixed = refusing("this server has one model, chosen with --model: it loads and unloads none")
     for verb in ("load", "unload"):
         route("POST", f"/v2/repository/models/{{name:path}}/{verb}", fixed)
-    for kind in ("system", "cuda"):
-        off = refusing(f"{kind} shared memory is off on this server: send tensors in the request")
-        root = f"/v2/{kind}sharedmemory"
-        for path in (f"{root}/status", f"{root}/region/{{region:path}}/status"):
-            route("GET", path, off)
-        for path in (f"{root}/unregister", *(f"{root}/region/{{region:path}}/{v}" for v in ("register", "unregister"))):
-            route("POST", path, off)
+    off, root = refusing("this server offers no CUDA shared memory: send tensors inline"), "/v2/cudasharedmemory"
+    for path in (f"{root}/status", f"{root}/region/{{region:path}}/status"):
+        route("GET", path, off)
+    for path in (f"{root}/unregister", *(f"{root}/region/{{region:path}}/{v}" for v in ("register", "unregister"))):
+        route("POST", path, off)
     trace = refusing("this server keeps no traces: see /metrics, and the output report")
     logs = refusing("the log of this server is set up on its command line")
     for path, handler in (
@@ -144,7 +174,7 @@ def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
             route(method, path, handler)
 
 
-def parse(content: bytes, headers: Mapping[str, str]) -> tuple[Inference, Mapping[str, bool]]:
+def parse(content: bytes, headers: Mapping[str, str], regions: Regions) -> tuple[Inference, Mapping[str, bool]]:
     """The request, and by output whether it goes as binary data; ParameterError."""
     if headers.get("content-encoding", "identity") != "identity":
         raise ParameterError("body", "compressed requests are not taken: send it without Content-Encoding")
@@ -159,7 +189,7 @@ def parse(content: bytes, headers: Mapping[str, str]) -> tuple[Inference, Mappin
         raise ParameterError("body", f"the head of the request is no JSON: {error}") from None
     inputs, place = {}, length
     for one in _objects(head, "inputs"):
-        tensor, place = _input(one, content, place)
+        tensor, place = _input(one, content, place, regions)
         if tensor.name in inputs:
             raise ParameterError(tensor.name, f"the input {tensor.name} comes twice")
         inputs[tensor.name] = tensor
@@ -206,17 +236,16 @@ def _parameters(one: Mapping[str, Any]) -> dict[str, Any]:
     found = one.get("parameters", {})
     if not isinstance(found, dict):
         raise ParameterError("parameters", "parameters must be an object")
-    for key in found:
-        if key.startswith("shared_memory_"):
-            raise ParameterError(key, "shared memory is off on this server: send tensors in the request")
     return found
 
 
-def _input(one: dict[str, Any], content: bytes, place: int) -> tuple[Tensor, int]:
+def _input(one: dict[str, Any], content: bytes, place: int, regions: Regions) -> tuple[Tensor, int]:
     """A tensor, and where the bytes of the next one begin."""
     name, datatype, shape = _name(one), one.get("datatype"), one.get("shape")
     if not isinstance(datatype, str):
         raise ParameterError(name, f"{name} needs a datatype")
+    if (shared := regions.read(name, _parameters(one))) is not None:
+        return from_raw(name, datatype, shape, shared), place
     size = _parameters(one).get("binary_data_size")
     if size is None:
         return from_values(name, datatype, shape, one.get("data")), place
@@ -226,19 +255,21 @@ def _input(one: dict[str, Any], content: bytes, place: int) -> tuple[Tensor, int
 
 
 def answer(
-    model: str, inference: Inference, outputs: list[Tensor], binary: Mapping[str, bool]
+    model: Model, inference: Inference, outputs: list[Tensor], binary: Mapping[str, bool]
 ) -> tuple[bytes, int | None]:
     """The body, and the length of its JSON where binary data follow it."""
     listed, tail = [], []
     for tensor in outputs:
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        if binary[tensor.name]:
+        if (shared := model.in_region(inference, tensor)) is not None:
+            entry["parameters"] = shared
+        elif binary[tensor.name]:
             tail.append(tensor.raw())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
             entry["data"] = tensor.listed()
         listed.append(entry)
-    head = {"model_name": model, "model_version": VERSION, "outputs": listed}
+    head = {"model_name": model.name, "model_version": VERSION, "outputs": listed}
     if inference.id:
         head["id"] = inference.id
     encoded = json.dumps(head).encode()

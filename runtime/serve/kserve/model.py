@@ -11,6 +11,8 @@ from engines.errors import EngineError, ParameterError
 from runtime.call import Call
 from runtime.pipeline import Result
 from runtime.serve.kserve.codec import Inference, check_outputs, to_call, to_outputs
+from runtime.serve.kserve.refused import Refused
+from runtime.serve.kserve.regions import Regions
 from runtime.serve.kserve.tensor import Tensor
 from runtime.serve.request import CancelledError, DeadlineError, DrainingError, QueueFullError, Request
 from runtime.serve.service import Previews, Service
@@ -23,15 +25,11 @@ class UnknownModelError(Exception):
     """A model or a version that this server does not have."""
 
 
-class Refused(Exception):  # noqa: N818 - no fault of anyone: an extension that this server does not offer
-    """An extension of the protocol that this server does not have, or that is turned off."""
-
-
 class Model:
     """Requests for the model of a service, by whichever transport. Statistics cover both."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, regions: Regions | None = None) -> None:
+        self.service, self.regions = service, regions or Regions()
         self.name = service.pipeline.manifest.model
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("success", "fail", "queue", "compute_infer", "compute_output"), (0, 0))
@@ -61,11 +59,30 @@ class Model:
             return made
 
         began = time.monotonic()
-        request = self.service.submit(call, encode, previews, request_id=request_id, seconds=seconds)
+        parts = (self.regions.part(name, its) for name, its in inference.outputs.items())
+        held = self.regions.hold([part for part in parts if part is not None])
+        try:
+            request = self.service.submit(call, encode, previews, request_id=request_id, seconds=seconds)
+        except BaseException:
+            self.regions.release(held)
+            raise
+        request.future.add_done_callback(lambda _: self.regions.release(held))
         request.future.add_done_callback(
             lambda one: self._count("fail", time.monotonic() - began) if one.exception() else None
         )
         return request
+
+    def in_region(self, inference: Inference, tensor: Tensor) -> dict[str, Any] | None:
+        """Writes an output where the request wants it; the parameters that say so, or None for an inline one."""
+        wanted = inference.outputs.get(tensor.name, {})
+        part = self.regions.part(tensor.name, wanted)
+        if part is None:
+            return None
+        data = tensor.raw()
+        part.write(tensor.name, data)
+        place = {"shared_memory_region": part.region.name, "shared_memory_byte_size": len(data)}
+        offset = wanted.get("shared_memory_offset", 0)
+        return place | ({"shared_memory_offset": offset} if offset else {})
 
     def seconds(self, parameters: Mapping[str, Any]) -> float | None:
         """The client's own deadline: the parameter `timeout`, in microseconds."""

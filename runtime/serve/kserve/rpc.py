@@ -15,8 +15,10 @@ from PIL import Image
 from engines.errors import EngineError, ParameterError
 from runtime.serve.access import Access
 from runtime.serve.kserve.codec import Inference, config, image_tensor, metadata
-from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, Refused, status_of
+from runtime.serve.kserve.model import EXTENSIONS, VERSION, Model, status_of
 from runtime.serve.kserve.proto import inference_pb2 as pb
+from runtime.serve.kserve.refused import Refused
+from runtime.serve.kserve.regions import Regions
 from runtime.serve.kserve.tensor import Tensor, from_raw, from_values
 from runtime.serve.request import CancelledError, Request
 from runtime.serve.service import Previews
@@ -36,26 +38,27 @@ CONTENTS = {
 Context = Any  # grpc.aio.ServicerContext; grpcio has no types
 
 
-def parse(message: Any) -> Inference:
-    """A request; ParameterError names what cannot be used."""
-    raw, inputs = message.raw_input_contents, {}
-    if raw and len(raw) != len(message.inputs):
-        raise ParameterError(
-            "raw_input_contents", f"there are {len(message.inputs)} inputs and {len(raw)} raw contents"
-        )
-    for index, one in enumerate(message.inputs):
-        if one.name in inputs:
-            raise ParameterError(one.name, f"the input {one.name} comes twice")
-        parameters_of(one)
-        if raw:
-            if one.HasField("contents"):
-                raise ParameterError(one.name, f"{one.name} has contents beside raw_input_contents: send one of them")
-            inputs[one.name] = from_raw(one.name, one.datatype, list(one.shape), raw[index])
-            continue
-        place = CONTENTS.get(one.datatype)
-        if place is None:
-            raise ParameterError(one.name, f"{one.name} of {one.datatype!r} must come in raw_input_contents")
-        inputs[one.name] = from_values(one.name, one.datatype, list(one.shape), list(getattr(one.contents, place)))
+def parse(message: Any, regions: Regions) -> Inference:
+    """A request; ParameterError names what cannot be used. Inputs in shared memory have no raw content."""
+    inputs: dict[str, Tensor] = {}
+    raw, used = message.raw_input_contents, 0
+    for one in message.inputs:
+        name, shape = one.name, list(one.shape)
+        if name in inputs:
+            raise ParameterError(name, f"the input {name} comes twice")
+        if (shared := regions.read(name, parameters_of(one))) is not None:
+            inputs[name] = from_raw(name, one.datatype, shape, shared)
+        elif raw:
+            if one.HasField("contents") or used == len(raw):
+                raise ParameterError(name, f"{name} must come in raw_input_contents, as the others do, and only there")
+            inputs[name] = from_raw(name, one.datatype, shape, raw[used])
+            used += 1
+        elif (place := CONTENTS.get(one.datatype)) is not None:
+            inputs[name] = from_values(name, one.datatype, shape, list(getattr(one.contents, place)))
+        else:
+            raise ParameterError(name, f"{name} of {one.datatype!r} must come in raw_input_contents")
+    if used != len(raw):
+        raise ParameterError("raw_input_contents", f"there are {len(raw)} raw contents for {used} inputs")
     outputs = {one.name: parameters_of(one) for one in message.outputs}
     return Inference(inputs, outputs, parameters_of(message), message.id)
 
@@ -64,26 +67,29 @@ def parameters_of(message: Any) -> dict[str, Any]:
     """The parameters of a request or a tensor in Python's types."""
     found = {}
     for name, value in message.parameters.items():
-        if name.startswith("shared_memory_"):
-            raise ParameterError(name, "shared memory is off on this server: send tensors in the request")
         chosen = value.WhichOneof("parameter_choice")
         if chosen is not None:
             found[name] = getattr(value, chosen)
     return found
 
 
-def response(model: str, identifier: str, outputs: list[Tensor], parameters: Mapping[str, Any]) -> Any:
-    """An answer with raw contents; `parameters` are whole numbers or truth values."""
-    made = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=identifier)
+def response(model: Model, inference: Inference, outputs: list[Tensor], facts: Mapping[str, Any]) -> Any:
+    """An answer with raw contents, empty for what lies in shared memory; `facts` are its parameters."""
+    made = pb.ModelInferResponse(model_name=model.name, model_version=VERSION, id=inference.id)
     for tensor in outputs:
-        made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        made.raw_output_contents.append(tensor.raw())
-    for name, value in parameters.items():
-        if isinstance(value, bool):
-            made.parameters[name].bool_param = value
-        else:
-            made.parameters[name].int64_param = value
+        entry = made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        shared = model.in_region(inference, tensor)
+        set_parameters(entry, shared or {})
+        made.raw_output_contents.append(tensor.raw() if shared is None else b"")
+    set_parameters(made, facts)
     return made
+
+
+def set_parameters(message: Any, values: Mapping[str, Any]) -> None:
+    """Parameters of a message, by their types."""
+    for name, value in values.items():
+        kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+        setattr(message.parameters[name], kind, value)
 
 
 class Servicer:
@@ -164,6 +170,18 @@ class Servicer:
         made.models.add(name=self._model.name, version=VERSION, state="READY")
         return made
 
+    async def SystemSharedMemoryStatus(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        known = {one["name"]: one for one in self._model.regions.status(message.name)}
+        return pb.SystemSharedMemoryStatusResponse(regions=known)
+
+    async def SystemSharedMemoryRegister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        self._model.regions.register(message.name, message.key, message.offset, message.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    async def SystemSharedMemoryUnregister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        self._model.regions.unregister(message.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
     async def ModelInfer(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
         answers = [one async for one in self._infer(message, context, streamed=False)]
         return answers[-1]
@@ -174,17 +192,18 @@ class Servicer:
         The end of the call, by the client or by its deadline, cancels the request at the next round.
         """
         self._model.check(message.model_name, message.model_version)
-        inference = parse(message)
+        inference = parse(message, self._model.regions)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         send = lambda one: loop.call_soon_threadsafe(queue.put_nowait, one)  # noqa: E731
 
         def preview(index: int, image: Image.Image) -> None:
             facts = {"preview": index, "triton_final_response": False}
-            send(response(self._model.name, inference.id, [image_tensor([image], None)], facts))
+            inline = Inference({}, id=inference.id)  # previews stay out of the parts for outputs
+            send(response(self._model, inline, [image_tensor([image], None)], facts))
 
         def place(outputs: list[Tensor]) -> None:
             facts = {"triton_final_response": True} if streamed else {}
-            send(response(self._model.name, inference.id, outputs, facts))
+            send(response(self._model, inference, outputs, facts))
 
         limits = [
             one for one in (self._model.seconds(inference.parameters), context.time_remaining()) if one is not None
