@@ -171,7 +171,8 @@ class Servicer:
         return made
 
     async def SystemSharedMemoryStatus(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
-        known = {one["name"]: one for one in self._model.regions.status(message.name)}
+        status = pb.SystemSharedMemoryStatusResponse.RegionStatus
+        known = {one["name"]: status(**one) for one in self._model.regions.status(message.name)}
         return pb.SystemSharedMemoryStatusResponse(regions=known)
 
     async def SystemSharedMemoryRegister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102

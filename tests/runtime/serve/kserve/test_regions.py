@@ -25,8 +25,12 @@ SIZE = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def addresses(pipeline: Pipeline) -> Iterator[dict[Any, str]]:
-    server = Server(Service(pipeline, Limits()), grpc="127.0.0.1:0", shared_memory=True)
+def server(pipeline: Pipeline) -> Server:
+    return Server(Service(pipeline, Limits()), grpc="127.0.0.1:0", shared_memory=True)
+
+
+@pytest.fixture(scope="module")
+def addresses(server: Server) -> Iterator[dict[Any, str]]:
     with running(server) as port:
         until(lambda: server.started)
         yield {tritonclient.http: f"127.0.0.1:{port}", tritonclient.grpc: f"127.0.0.1:{server.grpc_port}"}
@@ -121,25 +125,19 @@ def test_a_region_is_registered_once_and_known_until_it_is_unregistered(client: 
 
 
 def test_a_region_in_use_stays_and_shortened_memory_is_an_error(
-    library: Any, client: Any, memory: Any, addresses: dict[Any, str]
+    library: Any, client: Any, memory: Any, addresses: dict[Any, str], server: Server
 ) -> None:
-    key, handle = memory
+    key, _ = memory
     client.register_system_shared_memory("r", key, SIZE)
     image, steps = library.InferRequestedOutput("image"), library.InferInput("steps", [1], "INT64")
     image.set_shared_memory("r", SIZE)
-    steps.set_data_from_numpy(np.array([150]))
+    steps.set_data_from_numpy(np.array([600]))
     with ThreadPoolExecutor(1) as pool, library.InferenceServerClient(addresses[library]) as other:
         running = pool.submit(other.infer, "shapes", [prompt(library), steps], outputs=[image])
 
-        def in_use() -> bool:
-            try:
-                client.unregister_system_shared_memory("r")
-            except InferenceServerException as error:
-                return "in use" in error.message()
-            client.register_system_shared_memory("r", key, SIZE)
-            return False
-
-        until(in_use)
+        until(lambda: server._service.queue.depth == 1)
+        with pytest.raises(InferenceServerException, match="in use"):
+            client.unregister_system_shared_memory("r")
         os.truncate(f"/dev/shm{key}", 1)
         with pytest.raises(InferenceServerException, match="shortened"):
             running.result(60)
