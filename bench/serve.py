@@ -29,7 +29,7 @@ from engines.errors import EngineError, ParameterError
 from runtime.lane_policy import ALL_LANES, ELASTIC, ONE_LANE
 from runtime.pipeline import Pipeline
 from runtime.provenance import load_average
-from runtime.serve.__main__ import Server, listen
+from runtime.serve.__main__ import listen
 from runtime.serve.limits import Limits
 from runtime.serve.service import Service
 
@@ -73,6 +73,8 @@ class Load:
 def serving(pipeline: Pipeline) -> Iterator[int]:
     """The server in a thread of this process; yields its port."""
     with listen("127.0.0.1", 0) as listener:
+        from runtime.serve.openai.server import Server
+
         server = Server(Service(pipeline, Limits()))
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()

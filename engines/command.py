@@ -55,6 +55,10 @@ def exit_code(run: Callable[[], int | None], stopped: str = "stopped") -> int:
         return run() or 0
     except MemoryError:
         message = MEMORY
+    except ImportError as error:
+        if "failed to map" not in str(error):  # what the system's loader says of a library that does not fit
+            raise
+        message = MEMORY
     except (EngineError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:

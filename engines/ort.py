@@ -116,9 +116,13 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
         self.network = network
         self.spec = bundle.manifest.networks[network]
-        self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-            content, options, providers=["CPUExecutionProvider"]
-        )
+        self._session: onnxruntime.InferenceSession | None
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library raises many types of its own
+            if any(words in str(error) for words in ("bad_alloc", "Cannot allocate memory")):
+                raise MemoryError(f"{network} cannot be loaded") from error
+            raise DeviceError(f"{network} cannot be loaded by ONNX Runtime: {error}") from error
         self._owner = Owner()
 
     @property

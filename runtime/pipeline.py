@@ -24,7 +24,6 @@ from engines.store import BUILD, Bundle
 from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, seconds_by_lanes
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
 from runtime.conditioning import Conditioner, Conditioning
-from runtime.embed.program import program_of, write_program
 from runtime.initial_state import InitialState, initial_noise
 from runtime.lanes import Lanes, Lease
 from runtime.machine import Machine
@@ -273,6 +272,8 @@ class Pipeline:
         call, callbacks = read_arguments("", **options)
         if callbacks != NO_CALLBACKS:
             raise ParameterError("progress", "callbacks belong to a call, no program holds them: leave them out")
+        from runtime.embed.program import program_of, write_program  # late: servers start sooner without
+
         write_program(program_of(self.machine.bundle, self.devices, call), Path(path))
 
     def check(self, call: Call) -> Task:

@@ -214,7 +214,7 @@ def test_two_thousand_images_leave_nothing_behind(shapes: Bundle, tmp_path: Path
 
 
 # what its log says last when it is killed: it is importing, loading the networks and warming up, or taking requests
-PHASES = {"importing": r"\| +numpy\n", "loading": r"\| onnxruntime\n", "serving": r"Application startup complete"}
+PHASES = {"importing": r"\| +numpy\n", "loading": r"\| +onnxruntime\n", "serving": r"Application startup complete"}
 
 
 @pytest.mark.parametrize("when", [*PHASES, "working"])

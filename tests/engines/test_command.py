@@ -27,6 +27,11 @@ def raising(error: BaseException) -> None:
             1,
             "error: there is not enough memory: close other programs, use fewer lanes, or a smaller size\n",
         ),
+        (
+            ImportError("x.so: failed to map segment from shared object"),
+            1,
+            "error: there is not enough memory: close other programs, use fewer lanes, or a smaller size\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
@@ -38,6 +43,8 @@ def test_one_line_and_a_code(error: BaseException, code: int, line: str, capsys:
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: raising(ZeroDivisionError()))
+    with pytest.raises(ImportError):
+        exit_code(lambda: raising(ImportError("no module")))
 
 
 def test_codes_of_the_command_itself() -> None:
@@ -59,6 +66,23 @@ def test_too_little_memory_is_one_line() -> None:
         and run.stderr.startswith("error: there is not enough memory")
         and "\n" not in run.stderr[:-1]
     )
+
+
+@pytest.mark.parametrize("spare", [2, 8, 20, 40])
+def test_a_model_that_does_not_fit_is_one_line(spare: int) -> None:
+    """So many MiB are left when it is loaded: reading it fails, or the runtime, which has an exception of its own."""
+    code = (
+        "import resource, sys, numpy.random, onnxruntime, tokenizers\n"
+        "from engines.command import exit_code\n"
+        "from runtime.pipeline import Pipeline\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (used + ({spare} << 20),) * 2)\n"
+        "sys.exit(exit_code(lambda: Pipeline.load('shapes', 'cpu*2') and None))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: there is not enough memory")
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(

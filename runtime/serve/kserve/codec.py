@@ -13,18 +13,19 @@ from PIL import Image
 
 from engines.errors import NonFiniteError, ParameterError
 from runtime.call import OPTIONS, Call, meant
+from runtime.input_image import read_image
 from runtime.pipeline import Result
 from runtime.serve.kserve.tensor import TYPES, Tensor
 from runtime.serve.limits import Limits
 
 # names of inputs are those of `Call`, with the short ones that the protocol's users know
 SHORT = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-NOT_INPUTS = {"image", "latents", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-              "negative_pooled_prompt_embeds", "first_blocks", "pipelined", "strength"}  # fmt: skip
+SIZE, IMAGE = "size", "image"  # [width, height]; pixels, or a file
 INPUTS = {
-    name: option for name, option in OPTIONS.items() if name not in NOT_INPUTS and option.http and option.http != "size"
+    name: option for name, option in OPTIONS.items() if option.http and option.http != "size" and name != IMAGE
 } | {short: OPTIONS[name] for short, name in SHORT.items()}
-SIZE = "size"  # [width, height]
+NAMES = (*INPUTS, SIZE, IMAGE)
+EDITS = (IMAGE, "strength")  # inputs of models that can start from an image
 DATATYPES = {str: "BYTES", int: "INT64", float: "FP32", bool: "BOOL"}
 KINDS = {str: "O", int: "iu", float: "fiu", bool: "b"}
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -49,9 +50,12 @@ def to_call(inference: Inference, limits: Limits, defaults: Mapping[str, Any]) -
         if name == SIZE:
             given["width"], given["height"] = _size(tensor)
             continue
+        if name == IMAGE:
+            given[IMAGE] = _image(tensor, limits.side)
+            continue
         if name not in INPUTS:
-            near = meant(name, [*INPUTS, SIZE])
-            hint = f"did you mean {near}?" if near else f"use {', '.join([*INPUTS, SIZE])}"
+            near = meant(name, NAMES)
+            hint = f"did you mean {near}?" if near else f"use {', '.join(NAMES)}"
             raise ParameterError(name, f"there is no input {name}: {hint}")
         option = INPUTS[name]
         if option.name in named:
@@ -90,6 +94,20 @@ def _size(tensor: Tensor) -> tuple[int, int]:
     return width, height
 
 
+def _image(tensor: Tensor, side: int) -> Image.Image:
+    """An image to start from: pixels as UINT8 (height, width, 3), or one file as BYTES; a leading 1 is allowed."""
+    array = tensor.array[0] if tensor.array.ndim > 0 and tensor.array.shape[0] == 1 else tensor.array
+    if tensor.datatype == "BYTES" and array.size == 1:
+        return read_image(array.ravel()[0], side)
+    if tensor.datatype != "UINT8" or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        forms = "UINT8 pixels of shape [height, width, 3], or a PNG, JPEG or WebP file as BYTES of shape [1]"
+        raise ParameterError(IMAGE, f"image must be {forms}, not {tensor.datatype} of {tensor.shape}")
+    if max(array.shape) > side:
+        message = f"image: width and height end at {side} pixels here, this has {array.shape[1::-1]}"
+        raise ParameterError(IMAGE, message)
+    return Image.fromarray(array)
+
+
 def _check_limits(given: Mapping[str, Any], limits: Limits) -> None:
     """ParameterError for what is beyond the server's limits, which are narrower than the options' ranges."""
     highest = {"num_inference_steps": limits.steps, "num_images_per_prompt": limits.n, "width": limits.side,
@@ -108,12 +126,14 @@ def check_outputs(inference: Inference) -> None:
     for name, parameters in inference.outputs.items():
         if name not in OUTPUTS:
             raise ParameterError(name, f"there is no output {name}: use {', '.join(OUTPUTS)}")
-        _format(name, parameters, inference.parameters)
+        if parameters.get("classification"):
+            raise ParameterError(name, f"{name} has no classes: leave the parameter classification (class_count) out")
+        file_format(name, parameters, inference.parameters)
         if name == "latents" and parameters.get("datatype", "FP32") not in ("FP32", "FP16"):
             raise ParameterError(name, "the datatype of latents must be FP32 or FP16")
 
 
-def _format(name: str, parameters: Mapping[str, Any], common: Mapping[str, Any]) -> str | None:
+def file_format(name: str, parameters: Mapping[str, Any], common: Mapping[str, Any]) -> str | None:
     """Of the output image: the file format, or None for pixels. The output's own parameter counts first."""
     chosen = parameters.get("format", common.get("format", "raw"))
     if not isinstance(chosen, str) or chosen.upper() not in ("RAW", *FORMATS):
@@ -130,7 +150,7 @@ def to_outputs(inference: Inference, result: Result) -> list[Tensor]:
     made = []
     for name, parameters in (inference.outputs or {name: {} for name in OUTPUTS}).items():
         if name == "image":
-            made.append(image_tensor(result.images, _format(name, parameters, inference.parameters)))
+            made.append(image_tensor(result.images, file_format(name, parameters, inference.parameters)))
         elif name == "latents":
             made.append(_latents(result, parameters.get("datatype", "FP32")))
         else:
@@ -149,7 +169,8 @@ def _latents(result: Result, datatype: str) -> Tensor:
 def image_tensor(images: list[Image.Image], file_format: str | None) -> Tensor:
     """Images as pixels, or as files."""
     if file_format is None:
-        return Tensor("image", "UINT8", np.stack([np.asarray(one) for one in images]))
+        pixels = [np.asarray(one) for one in images]
+        return Tensor("image", "UINT8", np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
     files = []
     for one in images:
         buffer = io.BytesIO()
@@ -164,18 +185,23 @@ def _texts(name: str, elements: list[bytes]) -> Tensor:
     return Tensor(name, "BYTES", array)
 
 
-def metadata(model: str) -> dict[str, Any]:
-    """The model's metadata. Every input but prompt is optional."""
-    inputs = [{"name": name, "datatype": DATATYPES[option.kind], "shape": [1]} for name, option in INPUTS.items()]
+def metadata(model: str, *, edits: bool) -> dict[str, Any]:
+    """The model's metadata. Every input but prompt is optional; `edits`: whether it can start from an image."""
+    inputs = [
+        {"name": name, "datatype": DATATYPES[option.kind], "shape": [1]}
+        for name, option in INPUTS.items() if edits or name not in EDITS
+    ]  # fmt: skip
     inputs.append({"name": SIZE, "datatype": "INT64", "shape": [2]})
+    if edits:
+        inputs.append({"name": IMAGE, "datatype": "UINT8", "shape": [-1, -1, 3]})
     shapes = {"image": [-1, -1, -1, 3], "latents": [-1, -1, -1, -1], "report": [1]}
     outputs = [{"name": name, "datatype": kind, "shape": shapes[name]} for name, kind in OUTPUTS.items()]
     return {"name": model, "versions": ["1"], "platform": "driffusion", "inputs": inputs, "outputs": outputs}
 
 
-def config(model: str) -> dict[str, Any]:
+def config(model: str, *, edits: bool) -> dict[str, Any]:
     """The model's configuration in Triton's words."""
-    facts = metadata(model)
+    facts = metadata(model, edits=edits)
     names = {"BYTES": "TYPE_STRING"}
 
     def entry(one: dict[str, Any]) -> dict[str, Any]:

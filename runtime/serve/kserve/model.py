@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from PIL import Image
+
 from engines.errors import EngineError, ParameterError
 from runtime.call import Call
 from runtime.pipeline import Result
-from runtime.serve.kserve.codec import Inference, check_outputs, to_call, to_outputs
+from runtime.serve.kserve.codec import Inference, check_outputs, config, file_format, metadata, to_call, to_outputs
 from runtime.serve.kserve.refused import Refused
 from runtime.serve.kserve.regions import Regions
 from runtime.serve.kserve.tensor import Tensor
@@ -31,6 +33,9 @@ class Model:
     def __init__(self, service: Service, regions: Regions | None = None) -> None:
         self.service, self.regions = service, regions or Regions()
         self.name = service.pipeline.manifest.model
+        edits = service.pipeline.manifest.image_to_image
+        self.metadata, self.config = metadata(self.name, edits=edits), config(self.name, edits=edits)
+        self.extensions = (*EXTENSIONS, *(("system_shared_memory",) if self.regions.allowed else ()))
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("success", "fail", "queue", "compute_infer", "compute_output"), (0, 0))
         self._images, self._last = 0, 0
@@ -44,13 +49,15 @@ class Model:
     def submit(
         self, inference: Inference, previews: Previews | None = None, *, request_id: str | None = None,
         seconds: float | None = None, place: Callable[[list[Tensor]], Any] = lambda outputs: outputs,
+        pixel_bytes: int = 1,
     ) -> Request:  # fmt: skip
         """Queues a request; its future gets what `place` makes of the outputs, on a thread of the engine.
 
-        ParameterError, QueueFullError or DrainingError at once.
+        ParameterError, QueueFullError or DrainingError at once. pixel_bytes: that one number of a pixel takes inline.
         """
         check_outputs(inference)
         call: Call = to_call(inference, self.service.limits, self.service.defaults)
+        self._check_size(inference, call, pixel_bytes)
 
         def encode(result: Result) -> Any:
             start = time.perf_counter()
@@ -72,6 +79,24 @@ class Model:
         )
         return request
 
+    def _check_size(self, inference: Inference, call: Call, pixel_bytes: int) -> None:
+        """ParameterError for pixels that will exceed the limit of an answer, before they are made."""
+        wanted = (inference.outputs or {"image": {}}).get("image")
+        inline = wanted is not None and "shared_memory_region" not in wanted
+        if wanted is None or not inline or file_format("image", wanted, inference.parameters):
+            return
+        sizes = self.service.pipeline.manifest.sizes
+        side = call.image.size if isinstance(call.image, Image.Image) else (sizes.width, sizes.height)
+        self.check_answer((call.width or side[0]) * (call.height or side[1]) * 3 * call.images * pixel_bytes)
+
+    def check_answer(self, size: int) -> None:
+        """ParameterError for an answer beyond the limit."""
+        if size > self.service.limits.answer:
+            message = f"the answer would have {size} bytes, this server sends {self.service.limits.answer}"
+            raise ParameterError(
+                "outputs", f"{message}: ask for fewer or smaller images, a file format, or name memory"
+            )
+
     def in_region(self, inference: Inference, tensor: Tensor) -> dict[str, Any] | None:
         """Writes an output where the request wants it; the parameters that say so, or None for an inline one."""
         wanted = inference.outputs.get(tensor.name, {})
@@ -80,7 +105,7 @@ class Model:
             return None
         data = tensor.raw()
         part.write(tensor.name, data)
-        place = {"shared_memory_region": part.region.name, "shared_memory_byte_size": len(data)}
+        place = {"shared_memory_region": part.region.name, "shared_memory_byte_size": data.nbytes}
         offset = wanted.get("shared_memory_offset", 0)
         return place | ({"shared_memory_offset": offset} if offset else {})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from engines.errors import ParameterError
 from runtime.serve.kserve.refused import Refused
+from runtime.serve.request import DrainingError
 
 KEY = re.compile(r"/?[A-Za-z0-9_.-]{1,200}")
 MOST_REGIONS = 256
@@ -53,14 +55,20 @@ class Part:
             raise ParameterError(self.region.name, f"the memory of region {self.region.name} was shortened")
         return data
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: memoryview) -> None:
         """Writes an output; ParameterError where it does not fit."""
-        if len(data) > self.size:
-            message = f"the output {name} has {len(data)} bytes, its part of region {self.region.name} has {self.size}"
+        region = self.region
+        if data.nbytes > self.size:
+            message = f"the output {name} has {data.nbytes} bytes, its part of region {region.name} has {self.size}"
             raise ParameterError(name, message)
-        if os.fstat(self.region.descriptor).st_size < self.start + len(data):
-            raise ParameterError(self.region.name, f"the memory of region {self.region.name} was shortened")
-        os.pwrite(self.region.descriptor, data, self.start)
+        if os.fstat(region.descriptor).st_size < self.start + data.nbytes:
+            raise ParameterError(region.name, f"the memory of region {region.name} was shortened")
+        done = 0
+        try:
+            while done < data.nbytes:
+                done += os.pwrite(region.descriptor, data[done:], self.start + done)
+        except OSError as error:  # as where the machine has no memory left
+            raise ParameterError(region.name, f"region {region.name} cannot be written: {error.strerror}") from None
 
 
 class Regions:
@@ -71,6 +79,7 @@ class Regions:
         self._lock = threading.Lock()
         self._known: dict[str, Region] = {}
         self._used: list[Part] = []  # by outputs of requests that wait or run
+        self._closed = False
 
     def check(self) -> None:
         """Refused unless shared memory is allowed."""
@@ -80,6 +89,8 @@ class Regions:
     def register(self, name: str, key: Any, offset: Any, byte_size: Any) -> None:
         """Opens a client's memory; ParameterError for what is not there or not as large as it says."""
         self.check()
+        if self._closed:
+            raise DrainingError("the server is shutting down")
         if not name or len(name) > 200:
             raise ParameterError("name", "a region needs a name of up to 200 characters")
         if not isinstance(key, str) or not KEY.fullmatch(key) or key.strip("/") in (".", ".."):
@@ -92,6 +103,9 @@ class Regions:
                 raise ParameterError("name", f"there are {MOST_REGIONS} regions already: unregister some")
             descriptor = _open(name, key)
             facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                os.close(descriptor)
+                raise ParameterError("key", f"{key} of region {name} is no shared memory")
             if facts.st_size < offset + byte_size:
                 os.close(descriptor)
                 message = f"region {name} ends at byte {offset + byte_size}, the memory {key} at {facts.st_size}"
@@ -161,13 +175,19 @@ class Regions:
         """See `hold`."""
         with self._lock:
             self._used = [one for one in self._used if all(one is not other for other in held)]
+            if self._closed:
+                self._close_unused()
 
     def close(self) -> None:
-        """Closes all regions, in use or not; the server has ended."""
+        """Closes all regions; those in use, when their requests have ended: another file may get their descriptor."""
         with self._lock:
-            for region in self._known.values():
-                os.close(region.descriptor)
-            self._known.clear()
+            self._closed = True
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        for region in list(self._known.values()):
+            if all(part.region is not region for part in self._used):
+                os.close(self._known.pop(region.name).descriptor)
 
     def _region(self, name: Any) -> Region:
         if not isinstance(name, str) or name not in self._known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ TYPES = {
 }
 LENGTH = 4  # bytes before each element of a BYTES tensor, a little-endian number
 MOST_DIMENSIONS = 8
+MOST_TENSORS = 64  # of a request; also of its outputs, and of parameters
+SHORT = 1 << 16  # bytes of a request that is parsed on the event loop; longer ones go to a thread
+MOST_ELEMENTS = 1 << 16  # that are read one by one: of BYTES, and of lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +39,11 @@ class Tensor:
         """As the protocol has it."""
         return list(self.array.shape)
 
-    def raw(self) -> bytes:
+    def raw(self) -> memoryview:
         """The bytes of the binary extension: row by row, little-endian."""
         if self.datatype == "BYTES":
-            return b"".join(len(one).to_bytes(LENGTH, "little") + one for one in self.array.ravel())
-        return np.ascontiguousarray(self.array, TYPES[self.datatype]).tobytes()
+            return memoryview(b"".join(len(one).to_bytes(LENGTH, "little") + one for one in self.array.ravel()))
+        return np.ascontiguousarray(self.array, TYPES[self.datatype]).ravel().view(np.uint8).data
 
     def listed(self) -> list[Any]:
         """The elements for JSON; ParameterError for bytes that are no text."""
@@ -68,9 +72,10 @@ def from_raw(name: str, datatype: str, shape: Any, data: bytes | memoryview) -> 
     known, view = checked_shape(name, shape), memoryview(data)
     count = math.prod(known)
     if datatype == "BYTES":
-        elements = list(_elements(name, view))
+        elements = list(islice(_elements(name, view), _listed(name, count) + 1))
         if len(elements) != count:
-            raise ParameterError(name, f"{name} holds {len(elements)} elements, its shape {list(known)} needs {count}")
+            held = f"{len(elements)}" if len(elements) <= count else f"over {count}"
+            raise ParameterError(name, f"{name} holds {held} elements, its shape {list(known)} needs {count}")
         return Tensor(name, datatype, _objects(elements, known))
     kind = _type(name, datatype)
     if view.nbytes != count * kind.itemsize:
@@ -83,9 +88,11 @@ def from_raw(name: str, datatype: str, shape: Any, data: bytes | memoryview) -> 
 def from_values(name: str, datatype: str, shape: Any, values: Any) -> Tensor:
     """A tensor of the elements in JSON, nested or flat; ParameterError where they do not fit type and shape."""
     known = checked_shape(name, shape)
-    count, flat = math.prod(known), list(_flat(values))
+    count = math.prod(known)
+    flat = list(islice(_flat(values), _listed(name, count) + 1))
     if len(flat) != count:
-        raise ParameterError(name, f"{name} holds {len(flat)} elements, its shape {list(known)} needs {count}")
+        held = f"{len(flat)}" if len(flat) <= count else f"over {count}"
+        raise ParameterError(name, f"{name} holds {held} elements, its shape {list(known)} needs {count}")
     if datatype == "BYTES":
         if not all(isinstance(one, str | bytes) for one in flat):
             raise ParameterError(name, f"{name} is BYTES: its elements must be texts")
@@ -98,9 +105,18 @@ def from_values(name: str, datatype: str, shape: Any, values: Any) -> Tensor:
     if any(not isinstance(one, fits) or (isinstance(one, bool) and kind.kind != "b") for one in flat):
         raise ParameterError(name, f"{name} is {datatype}: it holds an element of another type")
     try:
-        return Tensor(name, datatype, np.array(flat, kind).reshape(known))
+        with np.errstate(over="ignore"):  # FP16: infinity, which is refused where it cannot be used
+            return Tensor(name, datatype, np.array(flat, kind).reshape(known))
     except (OverflowError, ValueError) as error:
         raise ParameterError(name, f"{name} is {datatype}: {error}") from None
+
+
+def _listed(name: str, count: int) -> int:
+    """The number of elements; ParameterError for more than are read one by one."""
+    if count > MOST_ELEMENTS:
+        message = f"{name} has {count} elements: up to {MOST_ELEMENTS} may be BYTES or a list, send it as raw bytes"
+        raise ParameterError(name, message)
+    return count
 
 
 def _type(name: str, datatype: str) -> np.dtype[Any]:

@@ -16,8 +16,9 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
 
 from runtime.pipeline import Pipeline
-from runtime.serve.__main__ import Server
+from runtime.serve.kserve.server import KServe
 from runtime.serve.limits import Limits
+from runtime.serve.openai.server import Server
 from runtime.serve.service import Service
 from tests.client import PROMPT, running, until
 
@@ -25,15 +26,16 @@ SIZE = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def server(pipeline: Pipeline) -> Server:
-    return Server(Service(pipeline, Limits()), grpc="127.0.0.1:0", shared_memory=True)
+def kserve(pipeline: Pipeline) -> KServe:
+    return KServe(Service(pipeline, Limits()), grpc="127.0.0.1:0", shared_memory=True)
 
 
 @pytest.fixture(scope="module")
-def addresses(server: Server) -> Iterator[dict[Any, str]]:
+def addresses(kserve: KServe) -> Iterator[dict[Any, str]]:
+    server = Server(kserve.model.service, guests=[kserve])
     with running(server) as port:
         until(lambda: server.started)
-        yield {tritonclient.http: f"127.0.0.1:{port}", tritonclient.grpc: f"127.0.0.1:{server.grpc_port}"}
+        yield {tritonclient.http: f"127.0.0.1:{port}", tritonclient.grpc: f"127.0.0.1:{kserve.grpc_port}"}
 
 
 @pytest.fixture(params=[tritonclient.http, tritonclient.grpc], ids=["http", "grpc"])
@@ -125,7 +127,7 @@ def test_a_region_is_registered_once_and_known_until_it_is_unregistered(client: 
 
 
 def test_a_region_in_use_stays_and_shortened_memory_is_an_error(
-    library: Any, client: Any, memory: Any, addresses: dict[Any, str], server: Server
+    library: Any, client: Any, memory: Any, addresses: dict[Any, str], kserve: KServe
 ) -> None:
     key, _ = memory
     client.register_system_shared_memory("r", key, SIZE)
@@ -135,7 +137,7 @@ def test_a_region_in_use_stays_and_shortened_memory_is_an_error(
     with ThreadPoolExecutor(1) as pool, library.InferenceServerClient(addresses[library]) as other:
         running = pool.submit(other.infer, "shapes", [prompt(library), steps], outputs=[image])
 
-        until(lambda: server._service.queue.depth == 1)
+        until(lambda: kserve.model.service.queue.depth == 1)
         with pytest.raises(InferenceServerException, match="in use"):
             client.unregister_system_shared_memory("r")
         os.truncate(f"/dev/shm{key}", 1)

@@ -13,27 +13,30 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from runtime.pipeline import Pipeline
-from runtime.serve.__main__ import Server
 from runtime.serve.access import Access
+from runtime.serve.kserve.server import KServe
 from runtime.serve.limits import Limits
+from runtime.serve.openai.server import Server
 from runtime.serve.service import Service
 from tests.client import PROMPT, running, until
 
 
 @pytest.fixture(scope="module")
-def server(pipeline: Pipeline) -> Iterator[Server]:
-    made = Server(Service(pipeline, Limits()), Access(keys=("secret",)), "127.0.0.1:0")
-    with running(made):
-        until(lambda: made.started)
+def kserve(pipeline: Pipeline) -> Iterator[KServe]:
+    made = KServe(Service(pipeline, Limits()), ACCESS, "127.0.0.1:0")
+    server = Server(made.model.service, ACCESS, [made])
+    with running(server):
+        until(lambda: server.started)
         yield made
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[Any]:
-    with triton.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as connected:
+def client(kserve: KServe) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"127.0.0.1:{kserve.grpc_port}") as connected:
         yield connected
 
 
+ACCESS = Access(keys=("secret",))
 KEY = {"authorization": "Bearer secret"}
 
 
@@ -95,17 +98,17 @@ def test_a_stream_has_previews_and_goes_on_after_an_error(client: Any) -> None:
         (lambda one: one.infer("shapes", inputs(steps=900), headers=KEY, timeout=200_000), "DEADLINE_EXCEEDED"),
     ],
 )
-def test_refusals(client: Any, server: Server, call: Any, status: str) -> None:
+def test_refusals(client: Any, kserve: KServe, call: Any, status: str) -> None:
     with pytest.raises(InferenceServerException) as refusal:
         call(client)
     assert refusal.value.status() == f"StatusCode.{status}"
-    until(lambda: server._service.queue.depth == 0)
+    until(lambda: kserve.model.service.queue.depth == 0)
 
 
-def test_a_cancelled_call_frees_the_engine(client: Any, server: Server) -> None:
+def test_a_cancelled_call_frees_the_engine(client: Any, kserve: KServe) -> None:
     ended: queue.Queue[Any] = queue.Queue()
     call = client.async_infer("shapes", inputs(900), lambda result, error: ended.put(error), headers=KEY)
-    until(lambda: server._service.queue.depth == 1)
+    until(lambda: kserve.model.service.queue.depth == 1)
     call.cancel()
     assert ended.get(timeout=20).status() == "StatusCode.CANCELLED"
-    until(lambda: server._service.queue.depth == 0, 10)
+    until(lambda: kserve.model.service.queue.depth == 0, 10)

@@ -13,9 +13,9 @@ from typing import Any, cast
 import pytest
 
 from runtime.pipeline import Pipeline
-from runtime.serve.__main__ import Server
 from runtime.serve.limits import Limits
 from runtime.serve.openai.connection import SPARE
+from runtime.serve.openai.server import Server
 from runtime.serve.service import Service
 from tests.client import GENERATE, POST, PROMPT, ask, connect, opened, running, serving, until
 
@@ -103,7 +103,7 @@ def test_a_client_that_reads_slowly_holds_up_nobody(pipeline: Pipeline) -> None:
 def test_draining_gives_slow_clients_what_is_left_of_its_time(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.serve.__main__.LATE_SECONDS", 0.3)
+    monkeypatch.setattr("runtime.serve.openai.server.LATE_SECONDS", 0.3)
     server = Server(Service(pipeline, Limits(drain=20)))
     with running(server, send_buffer=4096) as port, slow_reader(server, port) as rest:
         server.handle_exit(signal.SIGTERM, None)
