@@ -26,6 +26,7 @@ COMMANDS = (
     "drafts",
     "kernel",
     "serve",
+    "kserve",
     "embed",
     "export",
     "gpu",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import drafts, embed, export, host, kernel, quality, run, scenario, serve, simulate
+from bench import drafts, embed, export, host, kernel, kserve, quality, run, scenario, serve, simulate
 from bench.page import options, words
 from bench.statistics import interval
 from engines.errors import ParameterError
@@ -25,13 +25,13 @@ Rows = Sequence[dict[str, Any]]
 TABLES: dict[str, Callable[[Rows], str]] = {
     "run": run.table, "simulate": simulate.table, "scenario": scenario.table, "quality": quality.table,
     "drafts": drafts.table, "kernel": kernel.table, "serve": serve.table, "export": export.table,
-    "embed": embed.table, "host": host.table,
+    "embed": embed.table, "host": host.table, "kserve": kserve.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
     "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
-    "embed": "python -m bench embed", "host": "python -m bench host",
+    "embed": "python -m bench embed", "host": "python -m bench host", "kserve": "python -m bench kserve",
 }  # fmt: skip
 
 
