@@ -25,7 +25,7 @@ from engines.cuda.kernels import CACHE
 from engines.tensorrt.run import EngineNetwork
 from runtime.sampling.operations import STATE, Options
 from runtime.sampling.place import place
-from runtime.sampling.program import GuidedCombine, Round, program
+from runtime.sampling.program import GuidedCombine, GuidedProducts, Round, program
 
 STEPS, GUIDANCE, REPEATS, IMAGES, LANES = 50, 7.5, 9, 140, 8
 TIMED: tuple[tuple[str, Options], ...] = (("sequential", Options(k=1)), ("aggressive", Options(k=4)))
@@ -156,6 +156,8 @@ def images(backend: CudaBackend, mode: str, options: Options, batch: int = 1) ->
         elif isinstance(operation, GuidedCombine):
             backend.combine(operation.sources, operation.rows, operation.targets)
             seconds += time.perf_counter() - start
+        elif isinstance(operation, GuidedProducts):
+            answer = [0.01] * 3 * len(operation.products)
         else:
             answer = [0.01] * len(operation.pairs)
         try:

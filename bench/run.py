@@ -39,6 +39,7 @@ from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
 
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
+PLAYED = [*(mode for mode in MODES[1:] if mode != "speculative"), "auto"]  # with any scheduler
 PARTS = ("model", "combine", "copy", "wait", "python")
 TORCH_LIMIT = 240.0  # seconds for torch.compile to be ready
 IMAGES_TO_CALIBRATE = 4
@@ -51,7 +52,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest in ("devices", "model"):
             action.nargs, action.help = "+", f"one or several: {action.help}"
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES[1:], "auto"], metavar="MODE")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=PLAYED,
+        metavar="MODE",
+    )
     add_options(parser, ["k", "tolerance"], {"tolerance": 0.01})
     parser.add_argument("--schedulers", nargs="+", default=[None], help="default: the model's own")
     parser.add_argument("--steps", type=int, nargs="+", default=[50])

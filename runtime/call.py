@@ -63,7 +63,8 @@ class Call:
         **_both("mode"),
     )  # fmt: skip
     k: int | None = _option(
-        None, "drafts per round", absent="the number of lanes that were loaded", low=1, high=1000, **_both("k"),
+        None, "drafts per round; adaptive and speculative count the state itself",
+        absent="the number of lanes that were loaded", low=1, high=1000, **_both("k"),
         http_range=(1, 64),  # the drafts of a round are in memory at the same time
     )  # fmt: skip
     first_blocks: Sequence[int] = _option(

@@ -380,11 +380,19 @@ class Pipeline:
             images=call.images, width=task.size[0], height=task.size[1],
             rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
             lanes_per_round=round(lease.lane_rounds / lease.rounds, 3), seconds=seconds, critical_seconds=critical,
-            overhead_us_per_round=beside, accepted=quantiles(counts.accepted),
+            overhead_us_per_round=beside, accepted=_accepted(task.mode, counts),
             staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in lease.backend.measurements.staged),
             auto=task.choice.model_dump(mode="json") if task.choice else None,
             timeline=tuple(denoised.timeline.spans) if denoised.timeline else None, warnings=tuple(task.warnings),
         )  # fmt: skip
+
+
+def _accepted(mode: str, counts: Counts) -> dict[str, float] | None:
+    """Quantiles of what was measured of accepted drafts; of a sampler that keeps drafts by chance, how many, too."""
+    found = quantiles(counts.accepted)
+    if mode != "speculative":
+        return found
+    return {"drafts": counts.evaluations - counts.rounds, "kept": len(counts.accepted)} | (found or {})
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:

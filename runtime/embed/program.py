@@ -17,7 +17,7 @@ from runtime.embed import layout
 from runtime.initial_state import InitialState
 from runtime.sampling.drafts import resolve
 from runtime.sampling.noise import noise_slots
-from runtime.sampling.operations import STATE, Combine, Distance, Options, Predict
+from runtime.sampling.operations import STATE, Combine, Options, Predict
 from runtime.sampling.samplers import SAMPLERS, check, measures
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import make_schedule
@@ -74,8 +74,11 @@ class _Operations:
             for slot, number in noise_slots(step, schedule.steps, recipe.options):
                 self._slot(slot, layout.NOISE_SLOT, number)
         for operation in SAMPLERS[recipe.mode](schedule, recipe.options):
-            assert not isinstance(operation, Distance), "a sampler that measures is refused before"
-            self._predict(operation) if isinstance(operation, Predict) else self._combine(operation)
+            if isinstance(operation, Predict):
+                self._predict(operation)
+            else:
+                assert isinstance(operation, Combine), "a sampler that measures is refused before"
+                self._combine(operation)
 
     def _slot(self, name: str, kind: int, number: int = 0) -> int:
         if name not in self._index:

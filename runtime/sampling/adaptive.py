@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from runtime.sampling.drafts import DATA, DRAFTS, Anchor, Window, history, refine
+from runtime.sampling.drafts import DRAFTS, Anchor, Window, refine
 from runtime.sampling.operations import STATE, Distance, Evaluation, Operations, Options, Predict, combination
-from runtime.sampling.schedule import Linear, Schedule, unit
+from runtime.sampling.schedule import Linear, Past, Schedule, unit
 
 
 def adaptive(schedule: Schedule, options: Options) -> Operations:
@@ -22,11 +22,11 @@ def adaptive(schedule: Schedule, options: Options) -> Operations:
         yield Predict((Evaluation(STATE, i, window.output(0)), *window.predict(i).evaluations))
         seen = [(unit(STATE), window.output(0)), *window.seen()]
         refined: dict[str, Linear] = {}
-        datas = [unit(DATA)]
+        ends: list[tuple[Past, Linear]] = [(schedule.past(i), {})]  # what follows 0, 1, … of the evaluations
         x = unit(STATE)
         for n in range(width):
-            x, data = refine(schedule, drafts, i + n, x, datas[-1], seen[n : n + 1])
-            datas.append(data)
+            x, past, data = refine(schedule, drafts, i + n, x, ends[-1][0], seen[n : n + 1])
+            ends.append((past, data))
             refined[f"refined {n + 1}"] = x
         taken = 1
         if width > 1:
@@ -37,8 +37,8 @@ def adaptive(schedule: Schedule, options: Options) -> Operations:
             accepted += list(distances[: taken - 1])
             x = unit(f"refined {taken}")
         i += taken
-        data = datas[taken]
-        made: dict[str, Linear] = {STATE: x} | history(schedule, i, data)
+        past, data = ends[taken]
+        made: dict[str, Linear] = {STATE: x} | schedule.history(i, past)
         known = min(options.k, schedule.steps - i) - 1
         if known > 0:
             ahead = Window("", known)
@@ -47,6 +47,6 @@ def adaptive(schedule: Schedule, options: Options) -> Operations:
                 estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
             else:
                 estimate = schedule.assumed(i, data, x)
-            made |= ahead.drafts(schedule, options, Anchor(i, x, estimate, estimate.data), data)
+            made |= ahead.drafts(schedule, options, Anchor(i, x, estimate, estimate.data), past)
         yield combination(made, i)
     return tuple(accepted)

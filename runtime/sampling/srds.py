@@ -131,13 +131,13 @@ def _skip(schedule: Schedule, start: int, end: int, slot: str, output: str) -> L
     data = estimate.data
     for n in range(start, end):
         estimate = schedule.assumed(n, data, x) if n > start else estimate
-        x = schedule.step(n, estimate, {}, fresh(n))
+        x = schedule.step(n, estimate, (), fresh(n))
     return x
 
 
 def _fine(schedule: Schedule, n: int, slot: str, output: str) -> Linear:
     """One step of F."""
-    return schedule.step(n, schedule.estimate(n, unit(output), unit(slot), unit(slot)), {}, fresh(n))
+    return schedule.step(n, schedule.estimate(n, unit(output), unit(slot), unit(slot)), (), fresh(n))
 
 
 def _corrected(b: int, solved: Linear, skip: Linear, iteration: int) -> Linear:

@@ -174,3 +174,17 @@ def test_distance_is_the_relative_norm(rng: np.random.Generator) -> None:
     found = backend.distances([("a", "b"), ("b", "b")])
     assert found == [pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-5), 0]
     backend.close()
+
+
+def test_inner_products_are_of_combinations(rng: np.random.Generator) -> None:
+    backend = host(echo)
+    latents = rng.standard_normal((3, 1, 4, 13, 17)).astype(np.float32)
+    backend.bind(latents[0].shape, [0.0], [{}])
+    for name, value in zip("abc", latents, strict=True):
+        backend.write(name, value)
+    rows = rng.standard_normal((2, 2)).astype(np.float32)
+    found = backend.inner_products([(("c", "a"), rows), (("b",), [[1.0], [2.0]])])
+    a, b, c = latents.reshape(3, -1).astype(np.float64)
+    x, y = rows.astype(np.float64) @ np.stack([c, a])
+    assert found == pytest.approx([x @ y, x @ x, y @ y, 2 * b @ b, b @ b, 4 * b @ b], rel=1e-5)
+    backend.close()

@@ -15,9 +15,11 @@ import pytest
 
 from engines.cuda.kernels import SOURCE
 from engines.store import BUILD
+from runtime.embed.building import SOURCE as EMBED
 
 HERE = Path(__file__).parent
 FOLDER = BUILD / "libcuda"
+DRIVER_API = EMBED / "src" / "driver_api.h"
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -35,7 +37,9 @@ FLAGS = (
 def driver_folder() -> Path:
     """Where `libcuda.so.1` is, for LD_LIBRARY_PATH. A second process waits for the first one that compiles it."""
     sources, headers = sorted(HERE.glob("*.cc")), sorted(HERE.glob("*.h"))
-    content = b"".join(path.read_bytes() for path in (*sources, *headers, SOURCE)) + " ".join(FLAGS).encode()
+    content = (
+        b"".join(path.read_bytes() for path in (*sources, *headers, DRIVER_API, SOURCE)) + " ".join(FLAGS).encode()
+    )
     folder = FOLDER / hashlib.sha256(content).hexdigest()[:16]
     library = folder / "libcuda.so.1"
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "driver_api.h"
+#include "../../runtime/embed/src/driver_api.h"
 
 namespace imaginary {
 
@@ -293,6 +293,7 @@ CUresult capture_node(Stream *stream, WorkPointer work);
 CUresult refuse_during_capture(Function function, CUresult status = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
 void invalidate(const CapturePointer &capture, const char *function, const char *why);
 void leave_capture(const CapturePointer &capture);
+void notice_other_thread(const CapturePointer &capture, const char *function);  // that adds to a capture of this one's
 void check_races(const Work &work, const std::vector<Access> &accesses, const Stamp &when);
 bool host_knows(const Record &record);
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import re
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.libcuda.conftest import OK, Cuda, broken
+from tests.libcuda.library import DRIVER_API
 from tests.libcuda.machine import Machine
 
 pytestmark = pytest.mark.imaginary_gpus
-HEADER = Path(__file__).with_name("driver_api.h").read_text()
+HEADER = DRIVER_API.read_text()
 FUNCTIONS = re.findall(r"^    X\((cu\w+),", HEADER, re.MULTILINE)
 NEVER_COUNTED = {
     "cuGetProcAddress", "cuGetExportTable", "cuGetErrorString", "cuGetErrorName", "cuThreadExchangeStreamCaptureMode",

@@ -1,6 +1,6 @@
 """The imaginary driver against what cuda-python says of the real one."""
 
-# covers: tests/libcuda/driver_api.h, tests/libcuda/plugin.py
+# covers: runtime/embed/src/driver_api.h, tests/libcuda/plugin.py
 from __future__ import annotations
 
 import re
@@ -12,11 +12,12 @@ import pytest
 
 from tests import ROOT
 from tests.libcuda.conftest import Cuda
+from tests.libcuda.library import DRIVER_API
 from tests.libcuda.machine import load
 from tests.libcuda.plugin import INSIDE, REPORTS
 
 pytestmark = pytest.mark.imaginary_gpus
-HEADER = Path(__file__).with_name("driver_api.h").read_text()
+HEADER = DRIVER_API.read_text()
 
 
 def test_status_codes(cuda: Cuda) -> None:

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda_player.h"
 #include "driffusion.h"
 #include "lanes.h"
 #include "ort.h"
@@ -22,9 +23,11 @@ namespace driffusion {
 struct Settings {
     std::string bundle, program, runtime;
     u32 lanes = 0, threads = 0;  // 0: as the program says
+    std::vector<int> gpus;       // by lane; empty: lanes on processor cores
     double spin_seconds = 0;
     u32 max_requests = 256;
     bool compiled = true;
+    double lane_timeout = cuda::LANE_TIMEOUT;
     void (*log)(void *, driffusion_log_level, const char *) = nullptr;
     void *log_user = nullptr;
 
@@ -42,6 +45,7 @@ struct Call {
     std::vector<float> latents, noise;
     std::uint8_t *rgb = nullptr;
     float *latents_out = nullptr;
+    cuda::Target target;
     driffusion_progress progress = nullptr;
     driffusion_preview preview = nullptr;
     void *user = nullptr;
@@ -54,7 +58,8 @@ struct Request {
     std::atomic<u32> finished{0};
     std::mutex mutex;
     std::condition_variable changed;
-    bool done = false;  // these four under the mutex
+    bool done = false;  // these five under the mutex
+    bool enqueued = false;
     driffusion_status status = DRIFFUSION_ERROR_TIMEOUT;
     std::string message;
     driffusion_result result = DRIFFUSION_RESULT_INIT;
@@ -93,6 +98,10 @@ class Engine {
     Encoded encode(const Call &call) const;
     void decode(const float *latents, u32 images, std::uint8_t *rgb) const;
     Seconds seconds(u32 images, u32 branches) const;
+    void open_gpus();
+    void denoise(Request &request, Lease &lease, Player &player, driffusion_result &result, const Check &check);
+    void enqueued(Request &request, cuda::Output &output) const;
+    void check_outputs(const driffusion_call &raw, const driffusion_sizes_info &sizes, Call &call) const;
     void notify(Request &request, Player &player, u32 finished, u32 *previewed) const;
 
     Settings settings_;
@@ -104,6 +113,9 @@ class Engine {
     std::vector<std::unique_ptr<Session>> denoisers_;
     Lanes lanes_;
     std::unique_ptr<Workers> workers_;
+    std::vector<std::unique_ptr<cuda::Lane>> gpu_lanes_;
+    std::unique_ptr<cuda::Pairs> links_;
+    std::unique_ptr<cuda::Hangs> hangs_;
     std::vector<std::unique_ptr<Player>> players_;  // by owned lane
     std::mutex mutex_;
     std::condition_variable idle_;
@@ -111,6 +123,10 @@ class Engine {
     bool closing_ = false;
 };
 
+struct InCallback {
+    InCallback();
+    ~InCallback();
+};
 // Whether this thread is inside a callback of the engine.
 bool inside_callback();
 

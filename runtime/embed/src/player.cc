@@ -118,7 +118,7 @@ std::vector<std::unique_ptr<Player::Round>> &Player::dealt(u32 lanes) {
 }
 
 // The one rule of placement: the branches of a round are dealt evenly over the lanes, in order, a share as one call.
-std::unique_ptr<Player::Round> Player::deal(const Operation &operation, u32 lanes) {
+std::vector<std::vector<Player::Branch>> Player::shares(const Operation &operation, u32 lanes) const {
     std::vector<Branch> branches;
     for (u32 branch = 0; branch < branches_; ++branch) {
         for (u32 n = 0; n < operation.size; ++n) {
@@ -127,13 +127,20 @@ std::unique_ptr<Player::Round> Player::deal(const Operation &operation, u32 lane
             branches.push_back({rows_[one.latent], output, branches_ == 1 ? 1 : branch, one.step});
         }
     }
-    auto round = std::make_unique<Round>();
+    std::vector<std::vector<Branch>> found;
     u32 share = u32(branches.size()) / lanes, extra = u32(branches.size()) % lanes;
     auto start = branches.begin();
-    for (u32 lane = 0; lane < lanes; ++lane) {
-        std::vector<Branch> call(start, start + share + (lane < extra));
-        start += share + (lane < extra);
-        if (call.empty()) continue;
+    for (u32 lane = 0; lane < lanes && start != branches.end(); ++lane) {
+        auto end = start + share + (lane < extra);
+        found.emplace_back(start, end);
+        start = end;
+    }
+    return found;
+}
+
+std::unique_ptr<Player::Round> Player::deal(const Operation &operation, u32 lanes) {
+    auto round = std::make_unique<Round>();
+    for (const std::vector<Branch> &call : shares(operation, lanes)) {
         Call made{bound(call), {}, 0};
         for (const Branch &one : call) made.timesteps.insert(made.timesteps.end(), images_, float(program_.steps[one.step].timestep));
         round->calls.push_back(std::move(made));

@@ -24,15 +24,24 @@ struct Counts {
 class Player {
    public:
     Player(const Program &program, const std::vector<std::unique_ptr<Session>> &lanes, Workers &workers);
+    virtual ~Player() = default;
+    Player(const Player &) = delete;
+    Player &operator=(const Player &) = delete;
 
     // Starts images: sets what does not change until they are finished. Memory stays while shapes stay.
-    void bind(u32 images, double guidance, std::vector<Conditioning> branches);
+    virtual void bind(u32 images, double guidance, std::vector<Conditioning> branches);
+    // In host memory. Where slots lie elsewhere, `upload` sends the state and the noise there after they were written here,
+    // and `download` fetches the state, before it is read here.
     float *slot(u32 number) { return row(rows_[number]); }
+    virtual void upload() {}
+    virtual void download() {}
     std::size_t slot_elements() const { return elements_; }
     // `check` is called before every round and may throw; `finished(steps)` when more steps are done.
-    Counts play(Lease &lease, const Check &check, const std::function<void(u32)> &finished);
+    virtual Counts play(Lease &lease, const Check &check, const std::function<void(u32)> &finished);
+    // Waits for what `play` may have left under way.
+    virtual void finish() {}
 
-   private:
+   protected:
     struct Branch {
         u32 latent, output, conditioning, step;  // latent and output are rows
     };
@@ -65,6 +74,7 @@ class Player {
     void weigh(double guidance);
     void fill(const std::vector<u32> &branches, std::vector<std::vector<float>> &inputs);
     std::vector<std::unique_ptr<Round>> &dealt(u32 lanes);
+    std::vector<std::vector<Branch>> shares(const Operation &operation, u32 lanes) const;
     std::unique_ptr<Round> deal(const Operation &operation, u32 lanes);
     Bound *bound(const std::vector<Branch> &branches);
     void run(Round &round, const std::vector<u32> &held, Counts &counts);

@@ -106,7 +106,9 @@ def test_what_a_program_says(shapes: Bundle) -> None:
     assert len(compiled) == 3
 
 
-@pytest.mark.parametrize("options", [{"mode": "adaptive"}, {"mode": "srds", "tolerance": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "adaptive"}, {"mode": "srds", "tolerance": 0.1}, {"mode": "speculative", "scheduler": "ddpm"}]
+)
 def test_what_measures_is_refused_by_name(shapes: Bundle, options: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=f"{options['mode']} decides by what it measures"):
         program(shapes, **options)

@@ -1,7 +1,8 @@
-// The part of the CUDA driver API that the engine uses: types, status codes and one list of functions.
+// The part of the CUDA driver API that is used: types, status codes and one list of functions. The imaginary driver
+// in tests/libcuda defines them all; `cuda_driver.cc` beside this looks its own up in the real one.
 //
 // The numbers and signatures are those of cuda.h (CUDA 13), so that code which includes this needs no toolkit;
-// test_library.py compares them with the declarations that come with cuda-python.
+// tests/libcuda/test_library.py compares them with the declarations that come with cuda-python.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUuuid_st CUuuid;
 typedef int CUdevice_attribute;
+typedef int CUpointer_attribute;
 typedef int CUstreamCaptureMode;
 typedef int CUstreamCaptureStatus;
 typedef int CUdriverProcAddressQueryResult;
@@ -27,6 +29,10 @@ enum : int {
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
     CU_EVENT_DISABLE_TIMING = 2,
+    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+    CU_MEMORYTYPE_HOST = 1,
+    CU_MEMORYTYPE_DEVICE = 2,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
 };
@@ -99,6 +105,8 @@ typedef enum cudaError_enum : int {
     X(cuCtxEnablePeerAccess, cuCtxEnablePeerAccess, (CUcontext peer, unsigned int flags))                            \
     X(cuCtxDisablePeerAccess, cuCtxDisablePeerAccess, (CUcontext peer))                                              \
     X(cuMemGetInfo, cuMemGetInfo_v2, (size_t * free, size_t *total))                                                 \
+    X(cuPointerGetAttribute, cuPointerGetAttribute,                                                                  \
+      (void *data, CUpointer_attribute attribute, CUdeviceptr pointer))                                              \
     X(cuMemAlloc, cuMemAlloc_v2, (CUdeviceptr * pointer, size_t size))                                               \
     X(cuMemFree, cuMemFree_v2, (CUdeviceptr pointer))                                                                \
     X(cuMemHostAlloc, cuMemHostAlloc, (void **pointer, size_t size, unsigned int flags))                             \
