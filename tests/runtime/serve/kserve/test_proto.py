@@ -1,7 +1,5 @@
 """The committed messages are those of the file, and agree with tritonclient's."""
 
-# covers: runtime/serve/kserve/proto
-
 from __future__ import annotations
 
 import subprocess
