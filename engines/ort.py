@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,25 +11,13 @@ import numpy as np
 import onnxruntime
 
 from engines.base import Array, Progress
-from engines.devices import LaneSpec, cores
+from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend, Run
 from engines.manifest import DENOISER
 from engines.memory import give_back
 from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
-
-
-def machine() -> str:
-    """The processor as far as compiled kernels depend on it: its name and a digest of its instruction sets."""
-    name, flags = platform.machine(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
-        name, flags = facts.get("model name", name), facts.get("flags", facts.get("Features", ""))
-    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
-    return f"{platform.system()} {name} ({digest})"
 
 
 def plan_fields(bundle: Bundle, network: str) -> dict[str, str]:

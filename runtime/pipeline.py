@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.choice import lanes_of
 from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
@@ -112,7 +113,7 @@ class Pipeline:
     """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
 
     def __init__(self, bundle: Bundle, devices: str, lane_timeout: float = LANE_TIMEOUT) -> None:
-        lanes = parse_devices(devices)
+        lanes = lanes_of(devices, bundle)
         self.manifest = bundle.manifest
         self.machine = Machine(bundle, lanes, lane_timeout)
         self._tokenizer = PromptTokenizer(bundle)

@@ -34,7 +34,8 @@ Terms:
 - *Guidance* is classifier-free guidance: two branches per step, with and without the prompt. They run *together* in one
   call or *split* over two lanes; the image is the same.
 - Baselines: *one lane* is one ONNX Runtime session with one thread; *one session* is a single session with all cores,
-  the usual alternative; *diffusers* is the diffusers pipeline in PyTorch, eager or *compiled* (`torch.compile`).
+  the usual alternative, and *openvino* the same with OpenVINO in fp32; *diffusers* is the diffusers pipeline in
+  PyTorch, eager or *compiled* (`torch.compile`).
 - *Drift* is the relative L2 distance of the final latents from the sequential ones with the same noise; 0 is the same
   image.
 - p20, p50, … are percentiles. A range in brackets after a ratio is its 95 % bootstrap interval."""

@@ -21,6 +21,8 @@ from runtime.sampling.operations import (
 from runtime.sampling.samplers import SAMPLERS
 from runtime.sampling.schedule import Schedule
 
+KEPT = 2048  # operations of a sampler that asks, which may come again
+
 
 @dataclass(frozen=True)
 class Round:
@@ -61,6 +63,16 @@ class GuidedProgram:
 
     guidance_scale: float
     _outputs: set[str] = field(default_factory=set)
+    _known: dict[int, tuple[Operation, GuidedOperation]] = field(default_factory=dict)  # by the operation's identity
+
+    def again(self, operation: Operation) -> GuidedOperation:
+        """As a call, but an operation that a sampler made once and uses in every image is the same object each time."""
+        known = self._known.get(id(operation))
+        if known is None:
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            known = self._known[id(operation)] = operation, self(operation)
+        return known[1]
 
     def __call__(self, operation: Operation) -> GuidedOperation:
         """One operation as the backend runs it."""
@@ -116,6 +128,12 @@ def _whole_program(
     return tuple(planned)
 
 
+@lru_cache(maxsize=16)
+def _asking(mode: str, schedule: Schedule, options: Options, guidance_scale: float) -> GuidedProgram:
+    """What a sampler that asks has made up to now: the rounds of one image come again in the next one."""
+    return GuidedProgram(guidance_scale)
+
+
 def program(
     mode: str, schedule: Schedule, options: Options, guidance_scale: float, uniforms: Sequence[float] = ()
 ) -> Program:
@@ -128,14 +146,14 @@ def program(
         for n in range(len(whole)):  # no `yield from`: a tuple takes no answers
             yield whole[n]
         return ()
-    guided, operations = GuidedProgram(guidance_scale), SAMPLERS[mode](schedule, options)
+    guided, operations = _asking(mode, schedule, options, guidance_scale), SAMPLERS[mode](schedule, options)
     try:
         operation = next(operations)
         while True:
             if isinstance(operation, Uniforms):
                 operation = operations.send([uniforms[step] for step in operation.steps])
             else:
-                operation = operations.send((yield guided(operation)))
+                operation = operations.send((yield guided.again(operation)))
     except StopIteration as end:
         accepted: tuple[float, ...] = end.value
         return accepted

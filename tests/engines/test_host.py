@@ -138,10 +138,14 @@ def test_closed_lanes_say_so() -> None:
         backend.predict([[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]])
 
 
+@pytest.mark.parametrize("sides", [(3, 3), (33, 31), (64, 32), (65, 90)])
 @pytest.mark.parametrize("inputs", [1, 2, 5, 33, 67])
-def test_combine_equals_float64_in_place_and_for_any_number_of_slots(inputs: int, rng: np.random.Generator) -> None:
-    backend = host(echo)
-    values = rng.standard_normal((inputs, 1, 4, 3, 3)).astype(np.float32)
+def test_combine_equals_float64_in_place_and_for_any_number_of_slots(
+    inputs: int, sides: tuple[int, int], rng: np.random.Generator
+) -> None:
+    backend = HostBackend([FunctionLane(echo)])
+    backend.bind((1, 4, *sides), [7.0, 3.0], [{}])
+    values = rng.standard_normal((inputs, 1, 4, *sides)).astype(np.float32)
     names = [f"slot {n}" for n in range(inputs)]
     for name, value in zip(names, values, strict=True):
         backend.write(name, value)
