@@ -193,7 +193,7 @@ def test_the_openai_example_streams(server: int, tmp_path: Path) -> None:
 
 def test_tritons_client_makes_an_image(server: int, tmp_path: Path) -> None:
     run = python(here(find("import tritonclient.http"), server), tmp_path)
-    assert run.stdout == "(1, 64, 64, 3) (1, 4, 8, 8)\n", run.stderr
+    assert run.stdout == "(1, 64, 64, 3) (1, 4, 16, 16)\n", run.stderr
 
 
 def test_tritons_client_finds_an_image_in_its_shared_memory(shapes: Bundle, tmp_path: Path) -> None:
