@@ -1,7 +1,5 @@
 """What both transports read: damaged, oversized and random requests end in ParameterError, never in anything else."""
 
-# covers: runtime/serve/kserve/codec.py, runtime/serve/kserve/tensor.py
-
 from __future__ import annotations
 
 import json
