@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.distances import drift, psnr
 from bench.energy import Meter
 from bench.floor import enqueued, replay
 from bench.models import EMBEDDED, Checkpoint, checkpoint, model_arguments, one_lane, prompts
@@ -38,6 +37,7 @@ from engines.runtimes import RUNTIMES
 from engines.store import Bundle
 from runtime.calibrate import calibrate
 from runtime.call import MODES, Call, add_options
+from runtime.distances import drift, psnr
 from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian

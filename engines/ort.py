@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU cores: compiled plans, and lanes with a session of their own."""
+"""ONNX Runtime on CPU cores: compiled plans, and lanes with one thread on one session or with sessions of their own."""
 
 from __future__ import annotations
 
@@ -165,9 +165,14 @@ class Engines:
         self.runners = {
             network: Session(bundle, network, threads) for network in bundle.manifest.networks if network != DENOISER
         }
-        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes]
+        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes[:1]]
+        if (
+            lanes[0].threads > 1
+        ):  # a session's own threads serve one call at a time; a call of one thread runs where it is
+            self._sessions += [Session(bundle, DENOISER, lane.threads) for lane in lanes[1:]]
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
-        self.backend = HostBackend([SessionLane(session) for session in self._sessions])
+        used = self._sessions if len(self._sessions) == len(lanes) else self._sessions * len(lanes)  # weights once
+        self.backend = HostBackend([SessionLane(session) for session in used])
         self._siblings: list[HostBackend] = []
 
     def sibling(self, home: int) -> HostBackend:

@@ -180,7 +180,7 @@ class Call:
         self.prompts()
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be a string")
-        if manifest.guidance != "classifier_free" and self.negative_prompt:
+        if not manifest.negative_prompts and self.negative_prompt:
             raise ParameterError("negative_prompt", f"{manifest.model} makes no second pass that it could be used in")
         most = manifest.clip_skip
         if self.clip_skip is not None and (isinstance(self.clip_skip, bool) or self.clip_skip not in range(most + 1)):

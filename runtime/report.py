@@ -26,7 +26,8 @@ class Report:
     other requests may have had the rest. Of the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
     because direct copies between them failed their test. `timeline`, if asked for, is what each lane did when; on GPUs
-    its spans have no times. `request_id` is that of the server, where the call came by one.
+    its spans have no times. `request_id` is that of the server, where the call came by one. `certificate`: see
+    `runtime.certificate`.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Report:
     timeline: tuple[Span, ...] | None = None
     warnings: tuple[str, ...] = field(default=())
     request_id: str | None = None
+    certificate: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

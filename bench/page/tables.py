@@ -31,7 +31,8 @@ BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
     "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
-    "embed": "python -m bench embed", "host": "python -m bench host", "kserve": "python -m bench kserve",
+    "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
+    "kserve": "python -m bench kserve",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ The modes differ in how they draft and in what they accept:
 - `srds`: Parareal iterations over blocks of steps until the image changes by less than a tolerance.
 - `adaptive`: accepts only drafts within a tolerance of the refined state.
 - `speculative`: for schedulers that add noise; keeps drafts by chance, so that its images are distributed exactly as
-  sequential ones are. A seed gives another image than in `sequential`.
+  sequential ones are. The image of a seed is near the sequential one, but another.
 - `auto`, the default: the fastest of `sequential`, `conservative` and `aggressive` with several k whose distance from
   the sequential images, calibrated once per model, is invisible or within a given tolerance.
 

@@ -206,6 +206,7 @@ def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> l
     if lanes[0].gpu is not None:
         raise ParameterError("devices", "the player has no GPU lanes: use auto, cpu, cpu@THREADS or cpu*LANES")
     manifest, schedule, texts = bundle.manifest, recipe.schedule, _Texts()
+    _check_played(manifest)
     operations = _Operations(recipe, texts)
     networks = _Networks(bundle, recipe.size, texts)
     model = _model(manifest, recipe, lanes, texts)
@@ -217,6 +218,17 @@ def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> l
         tensors=networks.tensors, files=networks.files, tokenizers=networks.tokenizers,
         costs=_costs(bundle, lanes),
     )  # fmt: skip
+
+
+def _check_played(manifest: Manifest) -> None:
+    """ParameterError for what the player cannot do to texts and scales."""
+    for what, there in (
+        ("its prompts go into a chat template", any(one.template or one.pad_left for one in manifest.tokenizers)),
+        ("its guidance is calculated in the denoiser's graph", manifest.guidance == "in_graph"),
+        ("its guidance scale counts from 0", bool(manifest.guidance_offset)),
+    ):
+        if there:
+            raise ParameterError("model", f"{manifest.model} cannot be played without Python: {what}")
 
 
 def _model(manifest: Manifest, recipe: Recipe, lanes: Sequence[LaneSpec], texts: _Texts) -> layout.Model:

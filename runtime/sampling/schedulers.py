@@ -144,7 +144,8 @@ RULES: dict[str, Rule] = {
         {
             "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5,
             "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "shift_terminal": None,
-            "time_shift_type": "exponential", "stochastic_sampling": False, **dict.fromkeys(CURVES, False),
+            "time_shift_type": "exponential", "stochastic_sampling": False, "shift_by_steps": False,
+            **dict.fromkeys(CURVES, False),
         },
         {"invert_sigmas": _NO, "time_shift_type": ("exponential", "linear")},
     ),

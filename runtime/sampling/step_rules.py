@@ -140,6 +140,22 @@ def _dynamic_shift(spec: ScheduleSpec) -> float:
     config = spec.config
     if spec.image_seq_len is None:
         raise ParameterError("scheduler", "use_dynamic_shifting needs image_seq_len, the number of latent tokens")
+    if config["shift_by_steps"]:
+        mu = shift_by_steps(spec.image_seq_len, spec.steps)
+        return float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     mu = config["base_shift"] + slope * (spec.image_seq_len - config["base_image_seq_len"])
     return float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
+
+
+def shift_by_steps(tokens: int, steps: int) -> float:
+    """FLUX.2's µ: a line in the number of tokens for 10 steps, another one for 200, and a line in N between them.
+
+    Above 4300 tokens it is that of 200 steps for any N (diffusers' `compute_empirical_mu`).
+    """
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333
+    slope = (many - few) / 190
+    return slope * steps + many - 200 * slope

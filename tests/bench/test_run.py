@@ -17,7 +17,6 @@ import pytest
 
 from bench import __main__ as command
 from bench import kernel
-from bench.distances import drift
 from bench.energy import Meter
 from bench.floor import enqueued, replay
 from bench.models import checkpoint, named_devices, one_lane, prompts, scenes
@@ -37,6 +36,7 @@ from engines.runtimes import RUNTIMES
 from engines.store import Bundle
 from export.shapes.data import Scene, random_scene
 from export.spec import EMBEDDED, ExportSpec
+from runtime.distances import drift
 from runtime.pipeline import Pipeline
 from runtime.sampling.execute import denoise, execute
 from runtime.sampling.noise import gaussian

@@ -205,6 +205,7 @@ static void tells_the_host(const Stamp &when) {
 static CUresult advance_round(KernelFunction *, Work &work, void **parameters, unsigned int grid, unsigned int block) {
     if (grid != 1 || block != 1) violate("cuLaunchKernel: more than one thread advances the round");
     prepare(source::advance, work, parameters);
+    work.tells_host = true;
     return CUDA_SUCCESS;
 }
 
