@@ -96,9 +96,9 @@ def _size(tensor: Tensor) -> tuple[int, int]:
 
 def _image(tensor: Tensor, side: int) -> Image.Image:
     """An image to start from: pixels as UINT8 (height, width, 3), or one file as BYTES; a leading 1 is allowed."""
-    array = tensor.array[0] if tensor.array.ndim > 0 and tensor.array.shape[0] == 1 else tensor.array
-    if tensor.datatype == "BYTES" and array.size == 1:
-        return read_image(array.ravel()[0], side)
+    if tensor.datatype == "BYTES" and tensor.array.size == 1:
+        return read_image(tensor.array.ravel()[0], side)
+    array = tensor.array[0] if tensor.array.ndim > 3 and tensor.array.shape[0] == 1 else tensor.array
     if tensor.datatype != "UINT8" or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         forms = "UINT8 pixels of shape [height, width, 3], or a PNG, JPEG or WebP file as BYTES of shape [1]"
         raise ParameterError(IMAGE, f"image must be {forms}, not {tensor.datatype} of {tensor.shape}")

@@ -42,10 +42,10 @@ def add_routes(app: FastAPI, model: Model, access: Access) -> None:
         parsing = partial(parse, content, http.headers, model.regions, limits.body)
         inference, binary = parsing() if len(content) <= SHORT else await asyncio.to_thread(parsing)
         packing = encoding(http.headers)
+        call = await model.call(inference, pixel_bytes=1 if binary["image"] else LISTED_BYTES)
         wrapped = model.submit(
-            inference, request_id=http.state.request_id, seconds=model.seconds(inference.parameters),
+            inference, call, request_id=http.state.request_id, seconds=model.seconds(inference.parameters),
             place=lambda outputs: packed(*answer(model, inference, outputs, binary), packing),
-            pixel_bytes=1 if binary["image"] else LISTED_BYTES,
         )  # fmt: skip
         body, headers = await wait_or_cancel(asyncio.wrap_future(wrapped.future), wrapped, http)
         return Response(body, headers=headers)

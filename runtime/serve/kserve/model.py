@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,16 @@ from PIL import Image
 from engines.errors import EngineError, ParameterError
 from runtime.call import Call
 from runtime.pipeline import Result
-from runtime.serve.kserve.codec import Inference, check_outputs, config, file_format, metadata, to_call, to_outputs
+from runtime.serve.kserve.codec import (
+    IMAGE,
+    Inference,
+    check_outputs,
+    config,
+    file_format,
+    metadata,
+    to_call,
+    to_outputs,
+)
 from runtime.serve.kserve.refused import Refused
 from runtime.serve.kserve.regions import Regions
 from runtime.serve.kserve.tensor import Tensor
@@ -46,18 +56,28 @@ class Model:
             asked = f"{name!r}" + (f" of version {version!r}" if version else "")
             raise UnknownModelError(f"there is no model {asked}: this server has {self.name!r} of version {VERSION!r}")
 
+    async def call(self, inference: Inference, pixel_bytes: int = 1) -> Call:
+        """What the engine is asked for, checked; ParameterError. pixel_bytes: that one number of a pixel takes inline.
+
+        Images are decoded on a thread: they would keep the event loop from other clients.
+        """
+
+        def checked() -> Call:
+            check_outputs(inference)
+            call = to_call(inference, self.service.limits, self.service.defaults)
+            self._check_size(inference, call, pixel_bytes)
+            return call
+
+        return await asyncio.to_thread(checked) if IMAGE in inference.inputs else checked()
+
     def submit(
-        self, inference: Inference, previews: Previews | None = None, *, request_id: str | None = None,
+        self, inference: Inference, call: Call, previews: Previews | None = None, *, request_id: str | None = None,
         seconds: float | None = None, place: Callable[[list[Tensor]], Any] = lambda outputs: outputs,
-        pixel_bytes: int = 1,
     ) -> Request:  # fmt: skip
         """Queues a request; its future gets what `place` makes of the outputs, on a thread of the engine.
 
-        ParameterError, QueueFullError or DrainingError at once. pixel_bytes: that one number of a pixel takes inline.
+        ParameterError, QueueFullError or DrainingError at once.
         """
-        check_outputs(inference)
-        call: Call = to_call(inference, self.service.limits, self.service.defaults)
-        self._check_size(inference, call, pixel_bytes)
 
         def encode(result: Result) -> Any:
             start = time.perf_counter()

@@ -235,8 +235,9 @@ class Servicer:
                 send(response(self._model, inference, outputs, facts))
 
             limits = [self._model.seconds(inference.parameters), context.time_remaining()]
+            call, previews = await self._model.call(inference), previews_of(inference, streamed=streamed)
             request = self._model.submit(
-                inference, Previews(previews_of(inference, streamed=streamed), preview), request_id=request_id,
+                inference, call, Previews(previews, preview), request_id=request_id,
                 seconds=min((one for one in limits if one is not None), default=None), place=place,
             )  # fmt: skip
             request.future.add_done_callback(lambda _: send(None))

@@ -56,10 +56,14 @@ def checked(parsed: Any) -> None:
 def test_random_json_is_refused_or_read(rng: np.random.Generator) -> None:
     refused = 0
     for _ in range(CASES):
-        head = {"inputs": [tensor(rng) for _ in range(rng.integers(4))], "outputs": [anything(rng)], "id": "a"}
+        head: dict[str, Any] = {
+            "inputs": [tensor(rng) for _ in range(rng.integers(4))],
+            "outputs": [anything(rng)],
+            "id": "a",
+        }
         if rng.random() < 0.5:
             head.pop("outputs")
-        content = json.dumps(head).encode() + rng.bytes(rng.integers(0, 9))
+        content = json.dumps(head).encode() + rng.bytes(int(rng.integers(0, 9)))
         headers = {http.HEADER: str(rng.integers(0, len(content) + 2))} if rng.random() < 0.5 else {}
         try:
             checked(http.parse(content, headers, Regions(), 1 << 20)[0])
@@ -116,14 +120,13 @@ def test_damaged_messages(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("datatype", [*TYPES, "BYTES"])
 def test_bytes_both_ways_at_odd_sizes(datatype: str, rng: np.random.Generator) -> None:
     shape = tuple(int(one) for one in rng.integers(0, 6, rng.integers(0, 4)))
+    count = int(np.prod(shape))
     if datatype == "BYTES":
-        array = np.empty(shape, object)
-        array.ravel()[:] = [rng.bytes(rng.integers(0, 9)) for _ in range(array.size)] if array.size else []
+        array: np.ndarray = np.empty(count, object)
+        array[:] = [rng.bytes(int(size)) for size in rng.integers(0, 9, count)]
         array = array.reshape(shape)
-        array.flat = [rng.bytes(rng.integers(0, 9)) for _ in range(array.size)]
     else:
-        array = np.frombuffer(rng.bytes(int(np.prod(shape)) * 8), np.uint8)[: int(np.prod(shape))]
-        array = (array % 2).astype(TYPES[datatype]).reshape(shape)
+        array = rng.integers(0, 2, count).astype(TYPES[datatype]).reshape(shape)
     made = from_raw("x", datatype, shape, bytes(from_raw("x", datatype, shape, raw(datatype, array)).raw()))
     assert made.shape == list(shape) and np.array_equal(made.array, array)
     if datatype != "BYTES":

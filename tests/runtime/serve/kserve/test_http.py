@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from runtime.pipeline import Pipeline
-from tests.client import PROMPT, serving
+from tests.client import PROMPT, opened, serving
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,106 @@ def test_damaged_bodies(plain: httpx.Client, body: bytes, length: int | None) ->
     assert answer.status_code == 400
     assert isinstance(answer.json()["error"], str)
     assert plain.get("/v2/nowhere").json()["error"]
+
+
+@pytest.mark.parametrize("name", ["gzip", "deflate"])
+def test_compressed_both_ways(client: Any, plain: httpx.Client, name: str) -> None:
+    expected = client.infer("shapes", inputs()).as_numpy("image")
+    ways = {"request_compression_algorithm": name, "response_compression_algorithm": name}
+    assert np.array_equal(client.infer("shapes", inputs(), **ways).as_numpy("image"), expected)
+    body, length = triton.InferenceServerClient.generate_request_body(inputs())
+    sent = {"Inference-Header-Content-Length": str(length), "Accept-Encoding": name}
+    answer = plain.post("/v2/models/shapes/infer", content=bytes(body), headers=sent)
+    assert answer.headers["content-encoding"] == name
+    listed = plain.post("/v2/models/shapes/infer", content=bytes(body), headers=sent | {"Accept-Encoding": "gzip, br"})
+    assert "content-encoding" not in listed.headers
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status"),
+    [
+        (gzip.compress(bytes(64 << 20)), "gzip", 413), (zlib.compress(bytes(64 << 20)), "deflate", 413),
+        (b"no gzip", "gzip", 400), (gzip.compress(b"{}")[:-4], "gzip", 400), (gzip.compress(b"{}") + b"x", "gzip", 400),
+        (b"{}", "br", 400), (gzip.compress(gzip.compress(b"{}")), "gzip, gzip", 400),
+    ],
+)  # fmt: skip
+def test_bombs_and_damaged_compression(plain: httpx.Client, content: bytes, encoding: str, status: int) -> None:
+    answer = plain.post("/v2/models/shapes/infer", content=content, headers={"Content-Encoding": encoding})
+    assert answer.status_code == status and isinstance(answer.json()["error"], str)
+
+
+@pytest.mark.parametrize("form", ["pixels", "batch", "file"])
+def test_an_image_to_start_from(client: Any, pipeline: Pipeline, form: str) -> None:
+    pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), np.uint8)
+    start = Image.fromarray(pixels)
+    expected = pipeline.generate(PROMPT, num_inference_steps=6, seed=5, image=start, strength=0.5)
+    if form == "file":
+        file = io.BytesIO()
+        start.save(file, "PNG")
+        image = triton.InferInput("image", [1], "BYTES")
+        image.set_data_from_numpy(np.array([file.getvalue()], object))
+    else:
+        array = pixels if form == "pixels" else pixels[None]
+        image = triton.InferInput("image", list(array.shape), "UINT8")
+        image.set_data_from_numpy(array)
+    given = [tensor("prompt", "BYTES", [PROMPT]), tensor("steps", "INT64", [6]), tensor("seed", "INT64", [5])]
+    made = client.infer("shapes", [*given, tensor("strength", "FP32", [0.5]), image]).as_numpy("image")
+    assert np.array_equal(made[0], np.asarray(expected.images[0]))
+    assert {"image", "strength"} <= {one["name"] for one in client.get_model_metadata("shapes")["inputs"]}
+
+
+@pytest.mark.parametrize(
+    ("array", "word"),
+    [
+        (np.zeros((64, 64), np.uint8), "height, width, 3"), (np.zeros((2, 64, 64, 3), np.uint8), "height, width, 3"),
+        (np.zeros((0, 64, 3), np.uint8), "height, width, 3"), (np.zeros((1, 5000, 3), np.uint8), "end at 4096"),
+        (np.zeros((5000, 2, 3), np.uint8), "end at 4096"), (np.array([b"no file"], object), "PNG"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image(client: Any, array: np.ndarray, word: str) -> None:
+    image = triton.InferInput("image", list(array.shape), "BYTES" if array.dtype == object else "UINT8")
+    image.set_data_from_numpy(array)
+    with pytest.raises(InferenceServerException, match=word):
+        client.infer("shapes", [tensor("prompt", "BYTES", ["a"]), image])
+
+
+# what tritonclient, and perf_analyzer with it, sends for a prompt and a number of steps
+RECORDED_HEAD = (
+    b'{"inputs":[{"name":"prompt","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":10}},'
+    b'{"name":"steps","shape":[1],"datatype":"INT64","parameters":{"binary_data_size":8}}],'
+    b'"outputs":[{"name":"image","parameters":{"binary_data":true}}]}'
+)
+RECORDED = RECORDED_HEAD + b"\x06\x00\x00\x00a star" + b"\x03\x00\x00\x00\x00\x00\x00\x00"
+
+
+def test_requests_byte_by_byte(plain: httpx.Client, client: Any, pipeline: Pipeline) -> None:
+    """The body is the client's to the byte, and the answer is Triton's: JSON, its length in a header, then pixels."""
+    given = [tensor("prompt", "BYTES", ["a star"]), tensor("steps", "INT64", [3])]
+    wanted = [triton.InferRequestedOutput("image", binary_data=True)]
+    body, length = triton.InferenceServerClient.generate_request_body(given, outputs=wanted)
+    assert (bytes(body), length) == (RECORDED, len(RECORDED_HEAD))
+    expected = pipeline.generate("a star", num_inference_steps=3).images[0].tobytes()
+    with opened(plain) as raw:
+        head = f"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(RECORDED)}\r\n"
+        raw.sendall(f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode() + RECORDED)
+        answer = b""
+        while b"\r\n\r\n" not in answer or not answer.endswith(expected):
+            answer += raw.recv(1 << 16)
+    head_bytes, content = answer.split(b"\r\n\r\n", 1)
+    fields = dict(line.lower().split(b": ", 1) for line in head_bytes.split(b"\r\n")[1:])
+    size = int(fields[b"inference-header-content-length"])
+    assert len(content) == int(fields[b"content-length"])
+    entry = {"name": "image", "datatype": "UINT8", "shape": [1, 64, 64, 3], "parameters": {"binary_data_size": 12288}}
+    assert json.loads(content[:size]) == {"model_name": "shapes", "model_version": "1", "outputs": [entry]}
+    assert content[size:] == expected
+
+
+def test_names_that_are_no_unicode_and_other_sites(plain: httpx.Client) -> None:
+    answer = plain.post("/v2/models/shapes/infer", content=b'{"inputs":[{"name":"\\ud800","shape":[1],"data":[1]}]}')
+    assert answer.status_code == 400 and answer.json()["error"]
+    body = b'{"inputs":[{"name":"\\ud800","datatype":"INT8","shape":[1],"data":[1]}]}'
+    assert plain.post("/v2/models/shapes/infer", content=body).status_code == 400
+    evil = plain.post("/v2/models/shapes/infer", content=RECORDED, headers={"Origin": "https://evil.example"})
+    assert evil.status_code == 403 and "--allow-origin" in evil.json()["error"]
+    twice = b'{"inputs":[],"outputs":[{"name":"image"},{"name":"image"}]}'
+    assert "twice" in plain.post("/v2/models/shapes/infer", content=twice).json()["error"]
