@@ -1,4 +1,4 @@
-"""Both transports share queue, deadlines, keys, limits and metrics with the other routes; clients may go at any time."""
+"""Both transports share queue, deadlines, keys, limits and metrics with the other routes; clients may vanish."""
 
 from __future__ import annotations
 
