@@ -99,6 +99,11 @@ request all lanes and concurrent requests fewer each; the baselines give every i
 policies take turns within one server. *× the better* is elastic's throughput, median latency and 95th percentile, each
 divided by that of the better baseline."""
 
+KSERVE = """A client in a process of its own asks for 512² pixels of a model of which nothing is computed, in turns with
+calls in the server's process. *Added* is the time of a request over the median of these calls: KServe v2 with the
+pixels in system shared memory, as binary data over HTTP and as raw contents over gRPC, beside a PNG in OpenAI's JSON,
+which is decoded. The other client asks for images of 20 steps, one after the other, from a third process."""
+
 EXPORT = """Architectures of published checkpoints with random weights, because weights could not be downloaded. Each
 network is exported to ONNX by itself and compared with PyTorch, as in every export. *Difference to torch* is the
 largest absolute difference over the largest value, at the smallest sizes of the exported range, which take the least
