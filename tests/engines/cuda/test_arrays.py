@@ -1,6 +1,5 @@
 """Arrays on imaginary GPUs, as another library hands them over through DLPack."""
 
-# covers: engines/cuda/arrays.py
 from __future__ import annotations
 
 import ctypes
