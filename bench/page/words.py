@@ -82,6 +82,13 @@ keeps the last noise prediction for a whole block and uses the model's predictio
 default, mostly carries over the image predicted at a draft rather than its noise, at the same cost. The captions are
 not those that the correction was tuned on."""
 
+SPECULATIVE = """Mode `speculative` samples exactly the distribution of the sequential sampler; a kept draft saves a
+round. A draft is kept with the chance 2Φ(−‖Δ‖/2), ‖Δ‖ being how far its mean is off in units of the step's noise;
+*kept, by place in the round* is the mean of that chance. Latents of d numbers with the same error in each have ‖Δ‖ in
+proportion to √d: the last columns simulate the rounds with what was measured here, scaled so. No coupling keeps more
+drafts of the same means, neither a whitened one nor one per channel: 2Φ(−‖Δ‖/2) is 1 minus the total variation of the
+two laws."""
+
 SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), with random arrivals
 (*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared
