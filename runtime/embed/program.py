@@ -158,8 +158,8 @@ class _Networks:
     def _tensor(self, tensor: TensorSpec, source: int, index: int) -> None:
         if tensor.dtype not in DTYPES:
             raise BundleError(
-                f"{self._manifest.model} is exported in {self._manifest.precision}, which needs GPU lanes: programs "
-                "are for processor cores; export it with DEVICES=cpu"
+                f"{self._manifest.model} is exported in {self._manifest.precision}, and programs are played in "
+                "float32, on GPUs, too: export it with DEVICES=cpu"
             )
         dims = [
             -1 if axis == "batch" else size for axis, size in zip(tensor.shape, tensor.resolve(self._axes), strict=True)
@@ -203,8 +203,6 @@ def refuse_measuring(call: Call) -> None:
 
 def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> layout.ProgramFile:
     """The program of a recipe for a model, with the placement that it will be opened with unless told otherwise."""
-    if lanes[0].gpu is not None:
-        raise ParameterError("devices", "the player has no GPU lanes: use auto, cpu, cpu@THREADS or cpu*LANES")
     manifest, schedule, texts = bundle.manifest, recipe.schedule, _Texts()
     _check_played(manifest)
     operations = _Operations(recipe, texts)
@@ -238,19 +236,27 @@ def _model(manifest: Manifest, recipe: Recipe, lanes: Sequence[LaneSpec], texts:
     return layout.Model(
         model=texts(manifest.model), source=texts(manifest.source), scheduler=texts(schedule.name),
         mode=texts(recipe.mode), drafts=texts(options.drafts),
-        runtime=texts(f"onnxruntime {manifest.versions.get('onnxruntime', '')}".strip()),
+        runtime=texts(_placement(lanes) or f"onnxruntime {manifest.versions.get('onnxruntime', '')}".strip()),
         steps=schedule.steps, k=options.k, guidance_kind=GUIDANCE[manifest.guidance],
         flags=layout.ZERO_NEGATIVE * manifest.zero_negative, width=width, height=height,
         channels=manifest.latent_channels, latent_height=axes["height"], latent_width=axes["width"],
-        lanes=len(lanes), threads=lanes[0].threads, clip_skip=recipe.clip_skip, guidance=recipe.guidance_scale,
+        lanes=len(lanes), threads=max(lanes[0].threads, 1), clip_skip=recipe.clip_skip, guidance=recipe.guidance_scale,
         start_scale=schedule.init_noise_sigma, start_alpha=schedule.rows[0].alpha,
         start_sigma=schedule.rows[0].sigma, pixel_scale=0.5, pixel_shift=0.5,
     )  # fmt: skip
 
 
+def _placement(lanes: Sequence[LaneSpec]) -> str:
+    """GPUs as `driffusion_open` takes them; nothing for lanes on processor cores."""
+    return ",".join(f"cuda:{lane.gpu}" for lane in lanes if lane.gpu is not None)
+
+
 def _costs(bundle: Bundle, lanes: Sequence[LaneSpec]) -> list[layout.Cost]:
     """What calls took here, where it was measured: by it the lanes are shared among several images."""
     from engines import ort
+
+    if _placement(lanes):
+        return []  # calls on GPUs count alike
 
     folder = bundle.plan_folder(plan_key(ort.plan_fields(bundle, DENOISER)))
     measured = Calibration.read(folder / "calibration.json").calls.get(

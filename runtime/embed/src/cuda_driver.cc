@@ -100,6 +100,10 @@ Current::Current(const Gpu &gpu) {
 
 Current::~Current() { Driver::instance().functions().cuCtxSetCurrent(before_); }
 
+void check_context(const Gpu &gpu) {
+    const DeviceMemory asked(gpu, 1);
+}
+
 DeviceMemory::DeviceMemory(const Gpu &gpu, std::size_t bytes) : gpu_(std::make_shared<Gpu>(gpu)) {
     Current current(gpu);
     driver_call(cuMemAlloc_v2, &pointer_, bytes);

@@ -87,6 +87,9 @@ class Hang : public Error {
 // Asks until the status is no longer NOT_READY; what an error says is that of `name`. Hang after so many seconds.
 void wait_until(const std::function<CUresult()> &ask, const char *name, double seconds, const std::string &what);
 
+// Error with DEVICE where the GPU was lost.
+void check_context(const Gpu &gpu);
+
 // Makes a GPU's context current in this thread, and puts back what was.
 class Current {
    public:

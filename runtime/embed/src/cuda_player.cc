@@ -4,6 +4,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "tensorrt.h"
+
 namespace driffusion::cuda {
 namespace {
 
@@ -16,9 +18,10 @@ NetworkFactory &known_factory() {
 
 void set_network_factory(NetworkFactory factory) { known_factory() = std::move(factory); }
 
-std::unique_ptr<DeviceNetwork> open_network(const Gpu &gpu, const OpenSession &session) {
-    if (!known_factory()) fail(DRIFFUSION_ERROR_UNSUPPORTED, "this build runs no networks on GPUs: use \"cpu\"");
-    return known_factory()(gpu, session);
+std::unique_ptr<DeviceNetwork> open_network(const Gpu &gpu, const NetworkSource &source) {
+    if (known_factory()) return known_factory()(gpu, source);
+    if (source.plan.empty()) fail(DRIFFUSION_ERROR_UNSUPPORTED, "networks on GPUs run by TensorRT: name the file of the denoiser's plan with the option plan, or use \"cpu\"");
+    return tensorrt::open(gpu, source);
 }
 
 void Hangs::add(const std::string &message) {

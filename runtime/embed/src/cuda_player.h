@@ -33,12 +33,20 @@ class DeviceNetwork {
     virtual void enqueue(const std::vector<Buffer> &inputs, const Buffer &output, CUstream stream) = 0;
 };
 
-// How networks get onto GPUs, set before an engine opens one; tests put models of the imaginary machine here.
+// What a network is made of: names and types of the inputs in the network's order, then of the output.
 using OpenSession = std::function<std::unique_ptr<Session>()>;
-using NetworkFactory = std::function<std::unique_ptr<DeviceNetwork>(const Gpu &, const OpenSession &)>;
+struct NetworkSource {
+    OpenSession session;
+    std::string plan, library;  // of TensorRT
+    std::vector<std::string> names;
+    std::vector<u32> dtypes;
+};
+
+// How networks get onto GPUs in place of TensorRT, set before an engine opens one; tests put models of the imaginary machine here.
+using NetworkFactory = std::function<std::unique_ptr<DeviceNetwork>(const Gpu &, const NetworkSource &)>;
 void set_network_factory(NetworkFactory factory);
-// Error with UNSUPPORTED where no runtime for GPUs was built in.
-std::unique_ptr<DeviceNetwork> open_network(const Gpu &gpu, const OpenSession &session);
+// Error with UNSUPPORTED where no plan is named.
+std::unique_ptr<DeviceNetwork> open_network(const Gpu &gpu, const NetworkSource &source);
 
 struct Lane {
     Gpu gpu;

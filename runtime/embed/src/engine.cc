@@ -53,7 +53,7 @@ Engine::Engine(const Settings &settings)
     : settings_(settings),
       program_(Program::parse(read_file(settings.program, DRIFFUSION_ERROR_PROGRAM, u64(1) << 28))),
       runtime_(Runtime::open(settings.runtime)),
-      lanes_(settings.lanes ? settings.lanes : program_.model.lanes) {
+      lanes_(placed()) {
     const u32 all = cores(), lanes = lanes_.count();
     if (!settings_.threads) settings_.threads = std::max(1u, std::min(program_.model.threads, all));
     for (const TokenizerSpec &spec : program_.tokenizers) {
@@ -81,11 +81,32 @@ Engine::Engine(const Settings &settings)
                                  std::to_string(settings_.threads) + " threads, ONNX Runtime " + runtime_->version());
 }
 
+// How many lanes there are, on GPUs where the caller or else the program says so.
+u32 Engine::placed() {
+    const std::string runtime(program_.string(program_.model.runtime));
+    if (!settings_.lanes && runtime.substr(0, 5) == "cuda:") {
+        const u32 threads = settings_.threads;
+        try {
+            settings_.place_on_gpus(runtime);
+            if (threads) settings_.threads = threads;
+        } catch (const Error &error) {
+            fail(DRIFFUSION_ERROR_PROGRAM, "the program's lanes cannot be used: " + std::string(error.what()));
+        }
+    }
+    return settings_.lanes ? settings_.lanes : program_.model.lanes;
+}
+
 void Engine::open_gpus() {
     hangs_ = std::make_unique<cuda::Hangs>(settings_.lane_timeout);
+    cuda::NetworkSource source{[this] { return open_session(Role::Denoiser, settings_.threads, false); }, settings_.plan, settings_.tensorrt, {}, {}};
+    const Network &network = program_.network(Role::Denoiser);
+    for (u32 n = 0; n < network.inputs + network.outputs; ++n) {
+        const Tensor &tensor = program_.tensors[network.first_tensor + n];
+        source.names.push_back(program_.string(tensor.name)), source.dtypes.push_back(tensor.dtype);
+    }
     for (int ordinal : settings_.gpus) {
         cuda::Gpu gpu(ordinal);
-        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, [&] { return open_session(Role::Denoiser, settings_.threads, false); }), cuda::Stream(gpu)});
+        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, source), cuda::Stream(gpu)});
     }
     links_ = std::make_unique<cuda::Pairs>(gpu_lanes_);
     for (u32 lane = 0; lane < lanes_.count(); ++lane) {

@@ -21,7 +21,7 @@
 namespace driffusion {
 
 struct Settings {
-    std::string bundle, program, runtime;
+    std::string bundle, program, runtime, plan, tensorrt = "libnvinfer.so.11";
     u32 lanes = 0, threads = 0;  // 0: as the program says
     std::vector<int> gpus;       // by lane; empty: lanes on processor cores
     double spin_seconds = 0;
@@ -32,6 +32,8 @@ struct Settings {
     void *log_user = nullptr;
 
     static Settings of(const driffusion_open_info &info);
+    // One lane on each of these GPUs: cuda:0,cuda:1 or cuda:0*LANES.
+    void place_on_gpus(const std::string &text);
 };
 
 // A checked call. It owns what a caller may free after driffusion_start().
@@ -98,6 +100,7 @@ class Engine {
     Encoded encode(const Call &call) const;
     void decode(const float *latents, u32 images, std::uint8_t *rgb) const;
     Seconds seconds(u32 images, u32 branches) const;
+    u32 placed();
     void open_gpus();
     void denoise(Request &request, Lease &lease, Player &player, driffusion_result &result, const Check &check);
     void enqueued(Request &request, cuda::Output &output) const;

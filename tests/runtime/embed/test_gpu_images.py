@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from engines.cuda import kernels
 from engines.store import Bundle
+from runtime.embed.command import main
 from tests.libcuda.conftest import Cuda
 from tests.libcuda.machine import Machine
 from tests.runtime.embed.building import built
@@ -111,7 +113,7 @@ def test_a_call_that_fails_ends_one_image(
 def test_the_plain_library_says_what_it_cannot(shapes: Bundle, write: Write) -> None:
     Machine(2)
     plain = Library(built() / "libdriffusion.so")
-    with pytest.raises(StatusError, match="runs no networks on GPUs") as caught:
+    with pytest.raises(StatusError, match="option plan") as caught:
         plain.open(shapes.folder, write(), "cuda:0")
     assert caught.value.status == "UNSUPPORTED"
     for devices in ("cuda:9", "cuda:", "cuda:0,cpu", "cuda:0*0", "cuda:0*65", "cuda:x", "cuda:0@fp16", "cudas:0"):
@@ -219,6 +221,27 @@ def test_limits_are_checked(on_gpus: Library, machine: Machine, shapes: Bundle, 
     for value in ("0", "-1", "x", "nan", "inf", "1e7", "", "1 ", "0x1"):
         with pytest.raises(StatusError, match="lane_timeout must be a number of seconds above 0"):
             on_gpus.open(shapes.folder, program, "cuda:0", {"lane_timeout": value})
+
+
+@pytest.mark.parametrize("devices", ["cuda:1,cuda:0", "cuda:1", "cuda:0,cuda:1,cuda:0"])
+def test_a_programs_own_gpus(
+    on_gpus: Library, machine: Machine, shapes: Bundle, write: Write, tmp_path: Path, devices: str
+) -> None:
+    """`python -m runtime program --devices cuda:…` is what an engine opens that is told nothing."""
+    path, lanes = tmp_path / "gpus.program", devices.count(",") + 1
+    words = ["program", str(shapes.folder), "--mode", "aggressive", "--steps", "4", "--devices", devices]
+    assert main([*words[1:], "--out", str(path)]) == 0
+    engine = on_gpus.open(shapes.folder, path)
+    assert engine.sizes().lanes == lanes
+    before = [machine.work_done(device) for device in (0, 1)]
+    made = engine.generate(PROMPT, seed=2)
+    used = {device for device in (0, 1) if machine.work_done(device) > before[device]}
+    assert used == {int(one[5:]) for one in devices.split(",")}
+    here = on_gpus.open(shapes.folder, path, f"cpu*{lanes}")
+    expected = here.generate(PROMPT, seed=2).latents
+    assert np.abs(made.latents - expected).max() <= 1e-4 * np.abs(expected).max()
+    engine.close()
+    here.close()
 
 
 # --- output in device memory ------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_a_model_for_gpus_alone_is_refused(shapes: Bundle) -> None:
     halves = tuple(one.model_copy(update={"dtype": "float16"}) for one in networks["denoiser"].inputs)
     networks["denoiser"] = networks["denoiser"].model_copy(update={"inputs": halves})
     half = dataclasses.replace(shapes, manifest=shapes.manifest.model_copy(update={"networks": networks}))
-    with pytest.raises(BundleError, match="programs are for processor cores"):
+    with pytest.raises(BundleError, match="programs are played in float32"):
         program(half)
 
 
