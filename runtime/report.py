@@ -20,7 +20,8 @@ class Report:
     `accepted` has quantiles of the relative distances that a sampler measured and accepted: per draft for `adaptive`,
     the last change for `srds`. It is a measurement per round, not a bound on the distance of the finished image.
     `lanes` and `devices` are the lanes that it had in any of its rounds, `lanes_per_round` is how many on average:
-    other requests may have had the rest. Of the seconds, `wait` is for lanes.
+    other requests may have had the rest. `shared_rounds` were played while other requests ran, in calls that may hold
+    branches of theirs: an image without any has the same bytes for the same lanes. Of the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
     because direct copies between them failed their test. `timeline`, if asked for, is what each lane did when; on GPUs
     its spans have no times. `request_id` is that of the server, where the call came by one.
@@ -50,6 +51,7 @@ class Report:
     auto: dict[str, Any] | None = None
     first_blocks: tuple[int, ...] = ()
     lanes_per_round: float = 0.0
+    shared_rounds: int = 0
     staged: tuple[str, ...] = ()
     timeline: tuple[Span, ...] | None = None
     warnings: tuple[str, ...] = field(default=())

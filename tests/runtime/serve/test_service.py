@@ -256,9 +256,9 @@ def test_every_request_gets_its_own_image_under_load(client: httpx.Client) -> No
     for seed, answer in zip(seeds, made, strict=True):
         a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed, 2]))
         assert np.abs(a - b).max() <= 2
-        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2):
+        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2) and not answer["report"]["shared_rounds"]:
             assert files(answer) == files(alone[seed, lanes]), "equal bytes for equal placement"
-    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load images share the lanes"
+    assert any(answer["report"]["shared_rounds"] for answer in made), "under load images share the lanes"
 
 
 def test_requests_in_flight_do_not_mix(client: httpx.Client, pipeline: Pipeline) -> None:
