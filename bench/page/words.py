@@ -84,10 +84,11 @@ SCENARIO = """Requests for images from fixed latents: one after another (*Single
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared
 with sequential images of the same latents."""
 
-SERVE = """Closed-loop clients over HTTP: each sends its next request when it has the last image. *Elastic* gives a lone
-request all lanes and concurrent requests fewer each; the baselines give every image all lanes, or one lane. The three
-policies take turns within one server. *× the better* is elastic's throughput, median latency and 95th percentile, each
-divided by that of the better baseline."""
+SERVE = """Closed-loop clients over HTTP: each sends its next request when it has the last image. *Batched* deals
+the rounds of all running requests over the lanes, in calls that they share; *elastic* gives a lone request all lanes
+and concurrent requests fewer each; the others give every image all lanes, or one lane. The policies take turns within
+one server. *× the better* is the throughput, median latency and 95th percentile of the first policy, each divided by
+that of the best of the others."""
 
 EXPORT = """Architectures of published checkpoints with random weights, because weights could not be downloaded. Each
 network is exported to ONNX by itself and compared with PyTorch, as in every export. *Difference to torch* is the
