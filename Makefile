@@ -15,7 +15,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
 # GPUs need CUDA's Python packages and TensorRT: `trt` for data-centre cards, TENSORRT=rtx for RTX cards
 TENSORRT ?= trt
-SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.export)
+SETUP = $(if $(findstring cuda,$(DEVICES)),.venv/.$(if $(findstring onnxruntime,$(DEVICES)),gpu,$(TENSORRT)),.venv/.$(if $(findstring openvino,$(DEVICES)),openvino,export))
 
 # what `gpu-check` is told: --only PART…, --lanes 1 2, --within SECONDS, --again
 PARTS ?=
@@ -26,7 +26,7 @@ PYTHON_THERE ?= 3.12
 TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
-.PHONY: help engines embed serve test test-all soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
+.PHONY: help engines embed serve test test-all test-container soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,11 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,export,train,bench,metrics,dev,cuda,rtx]'
+	@$(PIP) --editable '.[cpu,openvino,export,train,bench,metrics,dev,cuda,rtx]'
+	@touch $@
+
+.venv/.openvino: .venv/.export
+	@$(PIP) --editable '.[cpu,openvino,export]'
 	@touch $@
 
 .venv/.trt .venv/.rtx: .venv/.export
@@ -74,10 +78,13 @@ lint: .venv/.dev ## ruff and mypy --strict
 	@$(RUN) -m mypy
 
 test: lint engines ## lint and every quick test
-	@$(RUN) -m pytest -m "not slow and not soak" $(TOGETHER)
+	@$(RUN) -m pytest -m "not slow and not soak and not container" $(TOGETHER)
 
 test-all: lint engines ## lint and every test this machine can run, but for the soak tests
-	@$(RUN) -m pytest -m "not soak" $(TOGETHER)
+	@$(RUN) -m pytest -m "not soak and not container" $(TOGETHER)
+
+test-container: .venv/.dev ## build the container for processor cores with buildah (as root), run it, draw an image: six minutes
+	@$(RUN) -m pytest -m container -s tests/test_container.py
 
 soak: .venv/.dev engines ## the server under hundreds of clients and thousands of images: half an hour
 	@$(RUN) -m pytest -m soak -s

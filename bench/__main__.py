@@ -24,6 +24,7 @@ COMMANDS = (
     "simulate",
     "quality",
     "drafts",
+    "speculative",
     "kernel",
     "serve",
     "embed",

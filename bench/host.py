@@ -1,8 +1,9 @@
-"""`python -m bench host`: what the CUDA engine costs the host, on a driver that costs nothing.
+"""`python -m bench host`: what the CUDA engine costs the host, as the driver of this process counts it.
 
-Microseconds of Python and driver calls per round, once rounds are graphs; and how many rounds, graphs and contexts are
-left after many images of mixed samplers and batches. It needs no GPU: every driver call returns at once. `--earlier`
-adds the rows of an earlier result file, to stand beside those of now.
+Microseconds of Python and of cuda-python per round, once rounds are graphs, without those that the driver itself takes;
+and how many rounds, graphs and contexts are left after many images of mixed samplers and batches. It needs no GPU:
+`python -m tests.libcuda --idle -m bench host` runs it on the imaginary driver, which counts its calls and their time.
+`--earlier` adds the rows of an earlier result file, to stand beside those of now.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import argparse
 import ctypes
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, product
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import numpy as np
 
 from bench.gpu.engine import schedule
 from engines.cuda.backend import CudaBackend
-from engines.cuda.driver import Driver, bindings
+from engines.cuda.driver import Driver
 from engines.cuda.kernels import CACHE
+from engines.errors import DeviceError
 from engines.tensorrt.run import EngineNetwork
 from runtime.sampling.operations import STATE, Options
 from runtime.sampling.place import place
-from runtime.sampling.program import GuidedCombine, Round, program
+from runtime.sampling.program import GuidedCombine, GuidedProducts, Round, program
 
 STEPS, GUIDANCE, REPEATS, IMAGES, LANES = 50, 7.5, 9, 140, 8
 TIMED: tuple[tuple[str, Options], ...] = (("sequential", Options(k=1)), ("aggressive", Options(k=4)))
@@ -36,45 +38,30 @@ MIXED: tuple[tuple[str, Options], ...] = (
 )  # fmt: skip
 
 
-class FreeDriver:
-    """`cuda.bindings.driver` of a machine on which everything is done at once, and nothing is computed."""
+class Meter:
+    """Driver calls so far, and the seconds that were spent in them: of the imaginary driver, which counts both."""
 
     def __init__(self) -> None:
-        self._real, self.calls, self._kept = bindings(), 0, list[Any]()
-        self._values: dict[str, Callable[..., tuple[Any, ...]]] = {
-            "cuDriverGetVersion": lambda: (13000,), "cuDeviceGetCount": lambda: (1,),
-            "cuDeviceGetName": lambda *_: (b"a GPU that costs nothing",), "cuDeviceGetAttribute": self._nine,
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+            self._library.imaginary_nanoseconds.restype = ctypes.c_uint64
+            self._library.imaginary_calls.restype = ctypes.c_long
+        except (OSError, AttributeError) as error:
+            raise DeviceError(
+                "bench host asks the driver what it takes itself: python -m tests.libcuda --idle -m bench host"
+            ) from error
 
-            "cuMemGetInfo": lambda: (1 << 36, 1 << 36), "cuMemHostAlloc": self._pinned,
-        }  # fmt: skip
+    def calls(self, name: str = "") -> int:
+        """Of one function, or of all."""
+        return int(self._library.imaginary_calls(name.encode()))
 
-    @staticmethod
-    def _nine(which: Any, device: Any) -> tuple[int]:
-        return (9 * ("MAJOR" in which.name),)
+    def seconds(self) -> float:
+        """In the driver."""
+        return int(self._library.imaginary_nanoseconds()) / 1e9
 
-    def _pinned(self, size: int, flags: int) -> tuple[int]:
-        self._kept.append(ctypes.create_string_buffer(size))
-        return (ctypes.addressof(self._kept[-1]),)
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self._real, name)
-        if not name.startswith("cu"):
-            return real
-        results, found = (self._real.CUresult.CUDA_SUCCESS,), self._values.get(name)
-        makes = ("Alloc", "Create", "Instantiate", "EndCapture", "LoadData", "GetFunction", "Retain", "DeviceGet")
-        number = [1 << 30]
-
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            self.calls += 1
-            if found is not None:
-                return results + found(*arguments)
-            if name.endswith(makes):
-                number[0] += 1 << 20
-                return (*results, number[0])
-            return results
-
-        self.__dict__[name] = call
-        return call
+    def finish(self) -> None:
+        """Lets the device do all that it was asked for, as one does that is faster than the host."""
+        self._library.imaginary_finish()
 
 
 class FreeEngine:
@@ -121,25 +108,27 @@ def measure(lanes: Sequence[int], earlier: Path | None = None) -> list[dict[str,
         before = json.loads(earlier.read_text())
         rows += [{"when": "before", "at": before["commit"]} | row for row in before["rows"]]
     rows += [{"when": "now"} | timed(count, mode, options) for count, (mode, options) in product(lanes, TIMED)]
-    return [*rows, *({"when": "now"} | kept(sizes) for sizes in (1, 3))]
+    rows += [{"when": "now"} | kept(sizes) for sizes in (1, 3)]
+    return [*rows, {"when": "now"} | captured()]
 
 
-def opened(lanes: int) -> tuple[FreeDriver, list[CudaBackend]]:
+def opened(lanes: int) -> tuple[Meter, list[CudaBackend]]:
     """Backends on that many lanes, one per lane as home."""
-    api = FreeDriver()
-    driver = Driver(api)
+    meter, driver = Meter(), Driver()
     engine: Any = FreeEngine(driver)
     networks = [EngineNetwork(engine, "out") for _ in range(lanes)]
     first = CudaBackend(driver, networks, "float16", CACHE / "kernels")
     others = [
         CudaBackend(driver, networks, "float16", CACHE / "kernels", home=n, sibling_of=first) for n in range(1, lanes)
     ]
-    return api, [first, *others]
+    return meter, [first, *others]
 
 
-def images(backend: CudaBackend, mode: str, options: Options, batch: int = 1) -> Iterator[float]:
-    """Plays one image; the seconds of the host for every round, with the combinations before it."""
-    plan = schedule(STEPS)
+def images(
+    meter: Meter, backend: CudaBackend, mode: str, options: Options, batch: int = 1, steps: int = STEPS
+) -> Iterator[float]:
+    """Plays one image; seconds from a round's first combination to its end, those in the driver included."""
+    plan = schedule(steps)
     words = [{"encoder_hidden_states": np.zeros((batch, 77, 8), np.float32)} for _ in range(2)]
     backend.bind((batch, 4, 64, 64), plan.timesteps, words)
     backend.write(STATE, np.zeros((batch, 4, 64, 64), np.float32))
@@ -152,10 +141,12 @@ def images(backend: CudaBackend, mode: str, options: Options, batch: int = 1) ->
             backend.predict(place(operation.branches, held, backend.lanes))
             yield seconds + time.perf_counter() - start
             seconds = 0.0
-            done(backend)
+            meter.finish()
         elif isinstance(operation, GuidedCombine):
             backend.combine(operation.sources, operation.rows, operation.targets)
             seconds += time.perf_counter() - start
+        elif isinstance(operation, GuidedProducts):
+            answer = [0.01] * 3 * len(operation.products)
         else:
             answer = [0.01] * len(operation.pairs)
         try:
@@ -164,48 +155,61 @@ def images(backend: CudaBackend, mode: str, options: Options, batch: int = 1) ->
             return
 
 
-def done(backend: CudaBackend) -> None:
-    """What the kernels would have counted: everything has run."""
-    words = (ctypes.c_uint32 * (1 + backend.lanes)).from_address(backend._table.seen)
-    words[0] = (backend._progress._base[0] + backend._progress.issued) & 0xFFFFFFFF
-
-
 def timed(lanes: int, mode: str, options: Options) -> dict[str, Any]:
     """Microseconds and driver calls per round, in the median of images whose rounds are graphs."""
-    api, backends = opened(lanes)
+    meter, backends = opened(lanes)
     for _ in range(3):
-        list(images(backends[0], mode, options))
-    microseconds, calls, most = [], [], 0
+        list(images(meter, backends[0], mode, options))
+    host, driver, calls = [], [], []
     for _ in range(REPEATS):
-        playing, before = images(backends[0], mode, options), 0
-        next(playing)
-        per_round = []
-        for seconds in islice(playing, STEPS):
-            per_round.append(seconds * 1e6)
-            calls.append(api.calls - before)
-            before = api.calls
-        microseconds += per_round[2:]
-        calls.pop(-len(per_round))
-        most = max(most, *calls[-len(per_round) + 1 :])
+        playing = images(meter, backends[0], mode, options)
+        next(playing)  # with what an image begins with
+        count, inside = meter.calls(), meter.seconds()
+        for seconds in playing:
+            spent, made = meter.seconds() - inside, meter.calls() - count
+            host.append(1e6 * (seconds - spent))
+            driver.append(1e6 * spent)
+            calls.append(made)
+            count, inside = meter.calls(), meter.seconds()
+    close(backends)
     return {
         "what": "host time per round", "mode": mode, "k": options.k, "lanes": lanes, "steps": STEPS,
-        "us": round(float(np.median(microseconds)), 2), "us_p80": round(float(np.quantile(microseconds, 0.8)), 2),
-        "driver_calls": round(float(np.mean(calls)), 2), "most_driver_calls": most,
+        "us": round(float(np.median(host)), 2), "us_p80": round(float(np.quantile(host, 0.8)), 2),
+        "us_in_driver": round(float(np.median(driver)), 2),
+        "driver_calls": round(float(np.mean(calls)), 2), "most_driver_calls": max(calls),
     }  # fmt: skip
+
+
+def close(backends: Sequence[CudaBackend]) -> None:
+    """Frees everything; the first backend has what the others share."""
+    for backend in reversed(backends):
+        backend.close()
 
 
 def kept(sizes: int) -> dict[str, Any]:
     """After many images of mixed samplers and so many batch sizes, in turn on every lane as home."""
-    _, backends = opened(LANES)
+    meter, backends = opened(LANES)
     for n in range(IMAGES):
         mode, options = MIXED[n % len(MIXED)]
-        for _ in images(backends[n % LANES], mode, options, 1 + n % sizes):
+        for _ in images(meter, backends[n % LANES], mode, options, 1 + n % sizes):
             pass
     total: dict[str, int] = {}
     for backend in backends:
         for kind, count in backend.measurements.counts.items():
             total[kind] = total.get(kind, 0) + count
+    close(backends)
     return {"what": "kept after images", "lanes": LANES, "images": IMAGES, "batch_sizes": sizes, **total}
+
+
+def captured() -> dict[str, Any]:
+    """Graphs that two images of srds make, whose rounds are of many kinds; those that come again are captured."""
+    meter, backends = opened(LANES)
+    before = meter.calls("cuGraphInstantiate")
+    for _ in range(2):
+        list(images(meter, backends[0], "srds", Options(k=4)))
+    graphs = meter.calls("cuGraphInstantiate") - before
+    close(backends)
+    return {"what": "graphs of two images", "mode": "srds", "lanes": LANES, "steps": STEPS, "graphs": graphs}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -215,6 +219,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["what"] == "kept after images":
             figures = f"{row['rounds']} rounds, {row['graphs']} graphs, {row['contexts']} contexts"
             lines.append(f"{row['when']:<7} after {row['images']} images of {row['batch_sizes']} sizes: {figures}")
+        elif row["what"] == "graphs of two images":
+            lines.append(f"{row['when']:<7} two images of {row['mode']} make {row['graphs']} graphs")
         else:
             figures = f"{row['us']:6.1f} µs, {row['driver_calls']:.2f} driver calls per round"
             lines.append(f"{row['when']:<7} {row['mode']:<12} k={row['k']} on {row['lanes']} lanes: {figures}")

@@ -3,7 +3,8 @@
 The engine refines a block, applies guidance and makes the next drafts in one pass over the latents. The equivalent in
 a pipeline is guidance, k scheduler steps and k drafts, as separate operations, in NumPy and in PyTorch.
 
-On processor cores this measures `engines.base.combine` (NumPy), which is what lanes there use, not the CUDA kernel.
+On processor cores this measures `HostBackend.combine` (NumPy), which is what lanes there use, with reading and storing
+slots in place; not the CUDA kernel.
 With `--device cuda:0` it is the CUDA kernel against PyTorch's and, where it is installed, CuPy's launches.
 """
 
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from bench.statistics import interval, median, ratio
-from engines.base import Array, combine
+from engines.base import Array
 from engines.cuda.driver import Driver, available
 from engines.cuda.kernels import CACHE
 from engines.errors import DeviceError, ParameterError
+from engines.host import FunctionLane, HostBackend
 
 LATENTS = {"shapes": (4, 16, 16), "SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128), "SD 3": (16, 128, 128)}
 GUIDANCE = 4.0
@@ -126,10 +128,15 @@ def _on_host(name: str, shape: tuple[int, ...], k: int, repeats: int) -> dict[st
     def split(arrays: Any) -> tuple[Any, Any, Any]:
         return arrays[0], arrays[1 : 1 + k], arrays[1 + k :]
 
+    lanes = HostBackend([FunctionLane(lambda sample, timestep, conditioning: sample)])
+    lanes.bind((1, *shape), [0.0], [{}])
+    sources, targets = [f"in {n}" for n in range(1 + 2 * k)], [f"out {n}" for n in range(1 + k)]
+    for source, value in zip(sources, inputs, strict=True):
+        lanes.write(source, value)
     moved = np.zeros((2 + 3 * k) * elements // 2, np.float32)  # read once, written once: as many bytes
     target = np.empty_like(moved)
     works: dict[str, Callable[[], object]] = {
-        "combine": lambda: combine(inputs, rows), "numpy": lambda: block.separately(*split(inputs)),
+        "combine": lambda: lanes.combine(sources, rows, targets), "numpy": lambda: block.separately(*split(inputs)),
         "torch": lambda: block.separately(*split(tensors)), "copy": lambda: np.copyto(target, moved),
     }  # fmt: skip
     threads = torch.get_num_threads()
@@ -144,8 +151,10 @@ def _on_host(name: str, shape: tuple[int, ...], k: int, repeats: int) -> dict[st
         separate = np.stack([one.numpy() for one in block.separately(*split(tensors))])
     finally:
         torch.set_num_threads(threads)
-    error = float(np.abs(combine(inputs, rows) - separate).max() / np.abs(separate).max())
-    return _row(name, k, block, elements, 4, taken, error, device="cpu", dtype="float32", what="engines.base.combine")
+    combined = np.stack([lanes.read(target).reshape(-1) for target in targets])
+    lanes.close()
+    error = float(np.abs(combined - separate).max() / np.abs(separate).max())
+    return _row(name, k, block, elements, 4, taken, error, device="cpu", dtype="float32", what="HostBackend.combine")
 
 
 def _on_gpu(ks: Sequence[int], repeats: int) -> list[dict[str, Any]]:

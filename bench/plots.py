@@ -21,6 +21,7 @@ COLOURS = {
     "aggressive": ("#d1480e", "#ff9364"),
     "srds": ("#18803c", "#5fd086"),
     "adaptive": ("#8a3bd6", "#c592ff"),
+    "speculative": ("#0b7f8f", "#5cc6d6"),
     "auto": ("#9a6a00", "#e8b84a"),
     "model": ("#8fa3bf", "#55657d"),
     "combine": ("#2462c8", "#6ea9ff"),

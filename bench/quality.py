@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from bench.checker import mistakes, read
 from bench.contact_sheet import contact_sheet
-from bench.distances import drift, psnr, ssim
 from bench.metrics import METRICS, Coco, Judges
 from bench.models import is_embedded, model_arguments, one_lane, scenes
 from bench.models import prompts as named
@@ -41,6 +40,7 @@ from engines.manifest import sha256_files
 from engines.store import BUILD, Bundle
 from export.shapes.data import Scene
 from runtime.call import Call
+from runtime.distances import drift, psnr, ssim
 from runtime.pipeline import Pipeline
 
 WORK = BUILD / "bench"
@@ -157,7 +157,7 @@ class Drawn:
                 ))
             )  # fmt: skip
         images = [image for result in results for image in result.images]
-        alone = case.mode == "adaptive"  # each image was made by itself, and the report adds them up
+        alone = case.mode in ("adaptive", "speculative")  # each image was made by itself, and the report adds them up
         each = [result.report.rounds / (len(result.images) if alone else 1) for result in results]
         latents = np.concatenate([result.latents for result in results])
         shares = [result.report.evaluations / (len(result.images) if alone else 1) for result in results]

@@ -3,8 +3,9 @@
 Everything in one cell (scheduler, steps, guidance) is interleaved image by image, so that other load on the machine
 affects all rows alike, and speed-ups are medians of ratios measured side by side.
 
-The baselines: sequential on one lane; one session with all cores; `diffusers`' own pipeline, eager and
-compiled, in a process of its own. On GPUs, sequential on the first of them is TensorRT replayed as CUDA graphs.
+The baselines: sequential on one lane; one session with all cores, of ONNX Runtime and of OpenVINO, as each is used
+by itself; `diffusers`' own pipeline, eager and compiled, in a process of its own. On GPUs, sequential on the first of
+them is TensorRT replayed as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -22,23 +23,27 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.distances import drift, psnr
 from bench.energy import Meter
 from bench.floor import enqueued, replay
 from bench.models import EMBEDDED, Checkpoint, checkpoint, model_arguments, one_lane, prompts
 from bench.statistics import interval, median, middle, percentiles, quantile, ratio, scaled
 from bench.torch_baseline import NotPossibleHereError, Setting, TorchBaseline, Wanted
 from engines.base import Array, LaneCall
-from engines.errors import ParameterError
+from engines.devices import parse_devices, precision
+from engines.errors import DeviceError, ParameterError
 from engines.host import HostBackend
+from engines.load import build_missing
 from engines.runtimes import RUNTIMES
+from engines.store import Bundle
 from runtime.calibrate import calibrate
 from runtime.call import MODES, Call, add_options
+from runtime.distances import drift, psnr
 from runtime.pipeline import Pipeline, Result
 from runtime.provenance import load_average
 from runtime.sampling.noise import gaussian
 
 PAUSE = 0.02  # seconds between measurements: threads of the last session stop spinning
+PLAYED = [*(mode for mode in MODES[1:] if mode != "speculative"), "auto"]  # with any scheduler
 PARTS = ("model", "combine", "copy", "wait", "python")
 TORCH_LIMIT = 240.0  # seconds for torch.compile to be ready
 IMAGES_TO_CALIBRATE = 4
@@ -51,7 +56,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest in ("devices", "model"):
             action.nargs, action.help = "+", f"one or several: {action.help}"
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES[1:], "auto"], metavar="MODE")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=PLAYED,
+        metavar="MODE",
+    )
     add_options(parser, ["k", "tolerance"], {"tolerance": 0.01})
     parser.add_argument("--schedulers", nargs="+", default=[None], help="default: the model's own")
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
@@ -227,6 +238,15 @@ class Machine:
             self.pipelines[devices] = Pipeline.load(self.model, devices, self.build)
         return self.pipelines[devices]
 
+    def compile(self, devices: str) -> str | None:
+        """Compiles the model for lanes where that is missing; the reason why they are not possible here, or None."""
+        lanes = parse_devices(devices)
+        try:
+            build_missing(Bundle.open(self.model, self.build, precision(lanes)), lanes)
+        except DeviceError as error:
+            return str(error)
+        return None
+
     def diffusers(self, checkpoint: Checkpoint, device: str, *, compiled: bool) -> TorchBaseline | str:
         """The process with diffusers, or the reason why there is none."""
         if compiled not in self.torches:
@@ -247,13 +267,16 @@ class Machine:
 
 
 def baseline_devices(devices: str) -> dict[str, str]:
-    """The lanes of the baselines beside some lanes: one lane, and one session on everything."""
+    """The lanes of the baselines beside some lanes: one lane, and one session on everything per runtime."""
     first = one_lane(devices)
-    return {"one lane": first} if devices.startswith("cuda") else {"one lane": first, "one session": "cpu"}
+    if devices.startswith("cuda"):
+        return {"one lane": first}
+    return {"one lane": first, "one session": "cpu", "openvino": "cpu@openvino"}
 
 
 NAMES = {
     "cpu@1": "sequential, one lane, one thread", "cpu": "sequential, one session, all cores",
+    "cpu@openvino": "sequential, OpenVINO, one stream, all cores",
     "torch": "diffusers, eager", "compiled": "diffusers, torch.compile",
 }  # fmt: skip
 
@@ -279,6 +302,10 @@ def contenders(
         return Contender(name, baseline, mode, draw, pipeline, Meter(pipeline.devices))
 
     for name, lanes in baseline_devices(devices[0]).items():
+        missing = machine.compile(lanes) if name == "openvino" else None
+        if missing is not None:
+            yield _impossible(NAMES[lanes], name, missing)
+            continue
         how = RUNTIMES[machine.pipeline(lanes).devices[0].runtime].title
         yield engine(NAMES.get(lanes, f"sequential, {lanes}, {how}"), name, lanes, "sequential")
     for lanes, mode in product(devices, modes):
@@ -304,9 +331,13 @@ def _of_torch(machine: Machine, device: str, cell: dict[str, Any]) -> Iterator[C
         process = machine.diffusers(checkpoint(manifest), device, compiled=compiled)
         key = "diffusers compiled" if compiled else "diffusers"
         if isinstance(process, str):
-            yield Contender(NAMES[name], key, None, lambda *_: (0.0, np.zeros(0, np.float32), None), reason=process)
+            yield _impossible(NAMES[name], key, process)
         else:
             yield Contender(NAMES[name], key, None, partial(draw, process))
+
+
+def _impossible(name: str, baseline: str, reason: str) -> Contender:
+    return Contender(name, baseline, None, lambda *_: (0.0, np.zeros(0, np.float32), None), reason=reason)
 
 
 def measure_cell(cell: dict[str, Any], found: Sequence[Contender], asked: Sequence[str], warmup: int) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.distances import drift, psnr
 from bench.formats import Folder, Outcome, Request, aiperf
 from bench.metrics import Coco, Judges
 from bench.models import is_embedded, lane_names, model_arguments, scenes
@@ -33,6 +32,7 @@ from engines.base import Array
 from engines.errors import EngineError, ParameterError
 from engines.store import BUILD
 from runtime.call import MODES, Call, add_options
+from runtime.distances import drift, psnr
 from runtime.pipeline import Pipeline, Result
 from runtime.sampling.noise import gaussian
 

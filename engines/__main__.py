@@ -9,12 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engines import choice
 from engines.command import Parser, exit_code
 from engines.devices import parse_devices, precision
 from engines.errors import BundleError
 from engines.load import build_missing, check, wanted
 from engines.manifest import MANIFEST
-from engines.runtimes import PRECISIONS
+from engines.runtimes import PRECISIONS, RUNTIMES
 from engines.store import BUILD, Bundle, bundle_name, delete_leftovers, locked, plan_key
 
 
@@ -72,11 +73,20 @@ def build(options: argparse.Namespace) -> int:
     damaged = bundle.damaged_sources()
     if damaged:
         raise BundleError(damaged[0])
-    with Bars() as bars:
-        built = build_missing(bundle, lanes, bars)
-    for network, plan in built.items():
-        state = f"compiled in {plan.build_seconds:.1f} s" if plan else "is up to date"
-        print(f"{bundle.manifest.model}: {network} {state}")
+    several = choice.runtimes(bundle) if options.devices == "auto" and lanes[0].device == "cpu" else ()
+    for runtime in several or (lanes[0].runtime,):
+        used = choice.on(runtime, lanes) if several else lanes
+        with Bars() as bars:
+            built = build_missing(bundle, used, bars)
+        title = f" for {RUNTIMES[runtime].title}" if len(several) > 1 else ""
+        for network, plan in built.items():
+            state = f"compiled{title} in {plan.build_seconds:.1f} s" if plan else f"is up to date{title}"
+            print(f"{bundle.manifest.model}: {network} {state}")
+    if len(several) > 1:
+        known = choice.Measured.read(bundle)
+        if known is None or not known.of(bundle, lanes):
+            known = choice.measure(bundle, lanes)
+        print(f"{bundle.manifest.model}: auto runs on {RUNTIMES[known.fastest(bundle)].title} ({known})")
     return 0
 
 
@@ -101,6 +111,9 @@ def explain(options: argparse.Namespace) -> int:
                 missing += bool(reasons)
                 print(f"{name}: {'; '.join(reasons) if reasons else 'uses plan ' + plan_key(fields)}")
                 print(f"  ONNX Runtime against torch: {parity.relative_error:.1e} of the output's scale")
+                plan = bundle.plans().get(plan_key(fields))
+                if plan is not None and plan.parity is not None:
+                    print(f"  this plan against ONNX Runtime: {plan.parity.relative_error:.1e} of the output's scale")
                 for field, value in fields.items():
                     print(f"  {field:<13} {value}")
     return 1 if missing else 0

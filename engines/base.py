@@ -115,6 +115,13 @@ class Backend(Protocol):
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """‖a − b‖ / ‖b‖ of pairs of slots in float32, summed in a fixed order; the host waits for it."""
 
+    def inner_products(self, products: Sequence[tuple[Sequence[str], Rows]]) -> list[float]:
+        """⟨a, b⟩, ‖a‖² and ‖b‖² for each of several pairs of combinations, one after the other; the host waits for it.
+
+        A product is its sources and two rows of coefficients. Combinations and partial sums are float32, totals
+        float64; the order of summation depends on the number of elements alone.
+        """
+
     @property
     def measurements(self) -> Measurements:
         """What it measured of its own work, up to now."""

@@ -1,12 +1,15 @@
-"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@bf16`, `null*4`."""
+"""What `--devices` means: `auto`, `cpu`, `cpu@1`, `cpu*2@openvino`, `cuda:0,cuda:1`, `cuda:0*4`, `cuda:0@bf16`, …"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from engines.cuda.driver import available
 from engines.errors import DeviceError
@@ -15,7 +18,9 @@ from engines.runtimes import PRECISIONS, RUNTIMES, default_runtime
 MAX_AUTO_LANES = 8
 MAX_LANES = 64
 FORMS = "use auto, cpu, cpu@THREADS, cpu*LANES, or GPUs like cuda:0,cuda:1, cuda:0*LANES or cuda:0@bf16"
-_PART = re.compile(r"(?P<device>(?P<kind>[a-z]+)(?::\d{1,3})?)(?P<options>(?:@\w+)*)(?:\*(?P<lanes>\d+))?")
+_PART = re.compile(
+    r"(?P<device>(?P<kind>[a-z]+)(?::\d{1,3})?)(?P<options>(?:[@+]\w+)*)(?:\*(?P<lanes>\d+))?(?P<more>(?:[@+]\w+)*)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine() -> str:
+    """The processor as far as compiled kernels depend on it: its name and a digest of its instruction sets."""
+    name, flags = platform.machine(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        name, flags = facts.get("model name", name), facts.get("flags", facts.get("Features", ""))
+    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
+    return f"{platform.system()} {name} ({digest})"
+
+
 def parse_devices(text: str) -> tuple[LaneSpec, ...]:
     """The lanes of a device string.
 
     `cpu` is one lane with all cores, `cpu@1` one lane with one thread, `cpu*2` two lanes that share the cores;
     `cuda:0,cuda:1` one lane on each of two GPUs, `cuda:0*4` four lanes on one. `@` names a runtime by its option in
-    `RUNTIMES` or a precision, or both: `cuda:0@onnxruntime@fp32`. `auto` is every GPU where there are some and a
+    `RUNTIMES` or a precision, or both: `cpu*2@openvino+bf16`. `auto` is every GPU where there are some and a
     runtime for them is installed, else one lane per core. `null*4` is four lanes that compute nothing. All lanes run
     alike. DeviceError for anything else; whether a GPU exists is found out when it is opened.
     """
@@ -65,7 +82,7 @@ def parse_devices(text: str) -> tuple[LaneSpec, ...]:
 
 def precision(lanes: Sequence[LaneSpec]) -> str:
     """What a model is exported in for these lanes."""
-    return lanes[0].precision
+    return RUNTIMES[lanes[0].runtime].exported or lanes[0].precision
 
 
 def _auto() -> str:
@@ -85,7 +102,10 @@ def _part(part: str, text: str, used: Counter[str], room: int) -> list[LaneSpec]
     if not match or not of_kind or (kind == "cuda") != (match["device"] != kind):
         raise unknown
     name, precision, threads = default_runtime(kind), None, None
-    options = match["options"].split("@")[1:]
+    elsewhere: dict[str, list[str]] = {}
+    for one in RUNTIMES.values():
+        elsewhere.setdefault(one.option, []).append(one.device)
+    options = re.split("[@+]", match["options"] + match["more"])[1:]
     for option in sorted(options, key=lambda one: one not in of_kind):  # the runtime first: it says what else there is
         if option in of_kind:
             name = of_kind[option]
@@ -96,6 +116,8 @@ def _part(part: str, text: str, used: Counter[str], room: int) -> list[LaneSpec]
         elif option in PRECISIONS and precision is None:
             able = " or ".join(RUNTIMES[name].precisions)
             raise DeviceError(f"{part}: {RUNTIMES[name].option} takes {able} on {kind} devices, not {option}")
+        elif option in elsewhere and name == default_runtime(kind):
+            raise DeviceError(f"{part}: {option} runs on {' and '.join(elsewhere[option])} devices, not on {kind}")
         else:
             raise unknown
     runtime, lanes = RUNTIMES[name], int(match["lanes"] or 1)

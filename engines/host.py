@@ -17,7 +17,9 @@ from engines.batches import Lane, Run, SharedCalls, work
 from engines.errors import DeviceError, ParameterError
 from engines.process import Owner
 
+COMBINED = 4096  # elements of all slots at a time: 33 slots of them are half a megabyte
 CLOSED = "the model is closed: load it again"
+STRETCH = 256  # elements that are added up in float32
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
 
 
@@ -154,18 +156,22 @@ class HostBackend:
         self.mark("copy")
 
     def combine(self, sources: Sequence[str], rows: Rows, targets: Sequence[str]) -> None:
-        """See Backend.combine. The result is complete before any of it is stored, so that in place is safe."""
+        """See Backend.combine. Block by block of elements, which stay in the processor's cache between the two copies.
+
+        The result of a block is complete before any of it is stored, so that in place is safe.
+        """
         indices, into = [self._index[slot] for slot in sources], [self._row(slot) for slot in targets]
+        chosen, stored = _selection(indices), _selection(into)
+        coefficients = np.asarray(rows, np.float32)
         self.mark("python")
-        inputs = self._rows(indices)
-        self.mark("copy")
-        result = combine(inputs, rows)
-        self.mark("combine")
-        if _neighbours(into):
-            self._slots[into[0] : into[0] + len(into)] = result
-        else:
-            self._slots[into] = result
-        self.mark("copy")
+        for start in range(0, self._slots.shape[1], COMBINED):
+            block = slice(start, start + COMBINED)
+            inputs = self._slots[chosen, block]
+            self.mark("copy")
+            result = combine(inputs, coefficients)
+            self.mark("combine")
+            self._slots[stored, block] = result
+            self.mark("copy")
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See Backend.distances."""
@@ -174,7 +180,19 @@ class HostBackend:
         for a, b in pairs:
             reference = self._slots[self._index[b]]
             difference = self._slots[self._index[a]] - reference
-            found.append(float(np.sqrt(np.sum(difference * difference) / np.sum(reference * reference))))
+            error, scale = np.add.reduce(difference * difference), np.add.reduce(reference * reference)
+            found.append(float(np.sqrt(error / scale)))
+        self.mark("combine")
+        return found
+
+    def inner_products(self, products: Sequence[tuple[Sequence[str], Rows]]) -> list[float]:
+        """See Backend.inner_products."""
+        self.mark("python")
+        found: list[float] = []
+        for sources, rows in products:
+            inputs = self._slots[_selection([self._index[slot] for slot in sources])]
+            a, b = combine(inputs, rows)
+            found += [_total(a * b), _total(a * a), _total(b * b)]
         self.mark("combine")
         return found
 
@@ -248,13 +266,6 @@ class HostBackend:
         if self._lender:
             self._shared.close()
 
-    def _rows(self, indices: list[int]) -> Array:
-        """Slots as rows of one array: a view where they are neighbours, else a copy."""
-        if _neighbours(indices):
-            return self._slots[indices[0] : indices[0] + len(indices)]
-        copied: Array = self._slots[indices]
-        return copied
-
     def _row(self, slot: str) -> int:
         row = self._index.setdefault(slot, len(self._index))
         if row == len(self._slots):
@@ -326,6 +337,16 @@ class HostBackend:
             return error
         self._spans[n] = (start, time.perf_counter())
         return None
+
+
+def _total(values: Array) -> float:
+    """The sum: of stretches in float32, of those in float64."""
+    return float(np.add.reduceat(values, np.arange(0, values.size, STRETCH)).sum(dtype=np.float64))
+
+
+def _selection(rows: list[int]) -> slice | list[int]:
+    """An index of rows: one that makes a view where they are neighbours."""
+    return slice(rows[0], rows[0] + len(rows)) if _neighbours(rows) else rows
 
 
 def _neighbours(rows: Sequence[int]) -> bool:

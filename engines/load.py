@@ -78,7 +78,9 @@ def check(lanes: Sequence[LaneSpec]) -> None:
     """DeviceError where nothing here can drive the lanes: the first thing to say, before any file."""
     reason = module(lanes[0].runtime).trouble()
     if reason:
-        raise DeviceError(f"there is no {lanes[0].device}: {reason}; use --devices auto or cpu")
+        runtime = RUNTIMES[lanes[0].runtime]
+        name = lanes[0].device if runtime.by_default else f"{lanes[0].device}@{runtime.option}"
+        raise DeviceError(f"there is no {name}: {reason}; use --devices auto or cpu")
 
 
 def load(bundle: Bundle, lanes: Sequence[LaneSpec], lane_timeout: float = LANE_TIMEOUT) -> Engines:
@@ -104,7 +106,8 @@ def wanted(bundle: Bundle) -> dict[str, list[dict[str, str]]]:
     asked for by name, only what was built counts.
     """
     kind, plans = bundle.manifest.precision, bundle.plans()
-    able = [name for name, runtime in RUNTIMES.items() if kind in runtime.precisions and runtime.installed]
+    able = [name for name, one in RUNTIMES.items() if kind in ((one.exported,) if one.exported else one.precisions)]
+    able = [name for name in able if RUNTIMES[name].installed]
     usual = [name for name in able if name == default_runtime(RUNTIMES[name].device)]
     first = [name for name in usual if RUNTIMES[name].precisions[0] == kind] or usual
     found: dict[str, list[dict[str, str]]] = {network: [] for network in bundle.manifest.networks}

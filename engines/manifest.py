@@ -108,13 +108,19 @@ class Network(_Strict):
 
 
 class Tokenizer(_Strict):
-    """A `tokenizers` JSON file, the text encoder's input it is for, and how prompts become fixed-length ids."""
+    """A `tokenizers` JSON file, the text encoder's input it is for, and how prompts become fixed-length ids.
+
+    template: what stands before and after a prompt, special tokens included; such a text is cut without an end token.
+    pad_left: padding comes first.
+    """
 
     input: str
     file: File
     max_length: int
     pad_token_id: int
     eos_token_id: int
+    template: tuple[str, str] | None = None
+    pad_left: bool = False
 
 
 class Sizes(_Strict):
@@ -151,7 +157,10 @@ class Manifest(_Strict):
     encoder's outputs are inputs of the denoiser, by name; the others of its inputs are `sample`, `timestep` and, where
     it takes them, `time_ids` (height, width, crop, crop, height, width) and `guidance`, the scale.
     alphas_cumprod: the training schedule's ᾱ per timestep; empty for flow matching.
-    guidance: `classifier_free` combines two evaluations; `embedded` is told the scale; `none` knows none.
+    guidance: `classifier_free` combines two evaluations; `in_graph` is given the conditioning of both branches (the
+    negative one under names with `negative_`) and the scale, and combines them itself, where that is not linear;
+    `embedded` is told the scale; `none` knows none.
+    guidance_offset: what is added to the scale before two evaluations are combined.
     zero_negative: no negative prompt means zeros, not the embedding of no words.
     clip_skip: the largest that the text encoder can do.
     patch: latents per side of a token, for schedules that depend on the number of tokens.
@@ -173,7 +182,8 @@ class Manifest(_Strict):
     latent_channels: int
     vae_scale_factor: int
     sizes: Sizes
-    guidance: Literal["classifier_free", "embedded", "none"]
+    guidance: Literal["classifier_free", "in_graph", "embedded", "none"]
+    guidance_offset: float = 0.0
     zero_negative: bool
     clip_skip: int
     patch: int | None
@@ -182,6 +192,11 @@ class Manifest(_Strict):
     defaults: Defaults
     examples: tuple[str, ...]
     words: tuple[str, ...] = ()
+
+    @property
+    def negative_prompts(self) -> bool:
+        """Whether there is a second branch that leads away from a text."""
+        return self.guidance in ("classifier_free", "in_graph")
 
     @property
     def conditioning(self) -> tuple[str, ...]:
@@ -243,6 +258,7 @@ def contradictions(manifest: Manifest) -> list[str]:
 
 _Found = Iterator[tuple[str, str]]
 _TOLD = ("sample", "timestep", "time_ids", "guidance")  # the denoiser's inputs that are no text
+NEGATIVE = "negative_"  # before the names of the other branch's texts, where a denoiser combines both itself
 
 
 def _inputs(manifest: Manifest, network: str) -> tuple[str, ...]:
@@ -250,9 +266,11 @@ def _inputs(manifest: Manifest, network: str) -> tuple[str, ...]:
 
 
 def _outputs(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
-    """What the text encoder makes for the denoiser, with its shapes."""
+    """What the text encoder makes for the denoiser, with its shapes; of both branches where it is given both."""
     encoder = manifest.networks.get("text_encoder")
-    return {one.name: one.shape for one in encoder.outputs} if encoder else {}
+    found = {one.name: one.shape for one in encoder.outputs} if encoder else {}
+    both = manifest.guidance == "in_graph"
+    return found | ({f"{NEGATIVE}{name}": shape for name, shape in found.items()} if both else {})
 
 
 def _interfaces(manifest: Manifest) -> _Found:
@@ -280,7 +298,7 @@ def _interfaces(manifest: Manifest) -> _Found:
 
 def _guidance(manifest: Manifest) -> _Found:
     told = "guidance" in _inputs(manifest, DENOISER)
-    if DENOISER in manifest.networks and told != (manifest.guidance == "embedded"):
+    if DENOISER in manifest.networks and told != (manifest.guidance in ("embedded", "in_graph")):
         yield "guidance", f"{manifest.guidance}, and the denoiser has {'an' if told else 'no'} input guidance"
     skips = "clip_skip" in _inputs(manifest, "text_encoder")
     if manifest.clip_skip < 0 or (manifest.clip_skip and not skips):

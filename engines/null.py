@@ -118,6 +118,15 @@ class NullBackend:
         self.seconds += self._costs.distances(len(pairs))
         return [0.0 if self._answers is None else next(self._answers) for _ in pairs]
 
+    def inner_products(self, products: Sequence[tuple[Sequence[str], Rows]]) -> list[float]:
+        """Recorded answers or zeros, if the slots were written."""
+        for sources, rows in products:
+            assert len(rows) == 2 and all(len(row) == len(sources) for row in rows), "one coefficient per source"
+            for slot in sources:
+                assert slot in self.written, f"slot {slot!r} is read but was never written"
+        self.seconds += self._costs.distances(len(products))
+        return [0.0 if self._answers is None else next(self._answers) for _ in range(3 * len(products))]
+
     @property
     def measurements(self) -> Measurements:
         """Virtual seconds since the image began."""

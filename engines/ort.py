@@ -1,9 +1,7 @@
-"""ONNX Runtime on CPU cores: compiled plans, and lanes with a session of their own."""
+"""ONNX Runtime on CPU cores: compiled plans, and lanes with one thread on one session or with sessions of their own."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -14,25 +12,13 @@ import onnxruntime
 
 from engines.base import Array, Progress
 from engines.batches import Run
-from engines.devices import LaneSpec, cores
+from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend
 from engines.manifest import DENOISER
 from engines.memory import give_back
 from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
-
-
-def machine() -> str:
-    """The processor as far as compiled kernels depend on it: its name and a digest of its instruction sets."""
-    name, flags = platform.machine(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
-        name, flags = facts.get("model name", name), facts.get("flags", facts.get("Features", ""))
-    digest = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
-    return f"{platform.system()} {name} ({digest})"
 
 
 def plan_fields(bundle: Bundle, network: str) -> dict[str, str]:
@@ -180,9 +166,14 @@ class Engines:
         self.runners = {
             network: Session(bundle, network, threads) for network in bundle.manifest.networks if network != DENOISER
         }
-        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes]
+        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes[:1]]
+        if (
+            lanes[0].threads > 1
+        ):  # a session's own threads serve one call at a time; a call of one thread runs where it is
+            self._sessions += [Session(bundle, DENOISER, lane.threads) for lane in lanes[1:]]
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
-        self.backend = HostBackend([SessionLane(session) for session in self._sessions])
+        used = self._sessions if len(self._sessions) == len(lanes) else self._sessions * len(lanes)  # weights once
+        self.backend = HostBackend([SessionLane(session) for session in used])
         self._siblings: list[HostBackend] = []
 
     def sibling(self, home: int) -> HostBackend:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Runtime:
     """`device` and `option` are how a device string names it: `cuda:0@onnxruntime`.
 
-    title: for reports. precisions: what it computes in, its default first. package: what must be installed, by the name
+    title: for reports. precisions: what it computes in, its default first. exported: the type of the bundles that it
+    takes, where that is always the same. package: what must be installed, by the name
     under which it is imported. by_default: whether a device string that names no runtime may mean it, the first of its
     device that is installed. threads: whether its lanes share the processor's cores.
     """
@@ -26,6 +27,7 @@ class Runtime:
     package: str | None = None
     by_default: bool = True
     threads: bool = False
+    exported: str | None = None
 
     @property
     def installed(self) -> bool:
@@ -43,6 +45,9 @@ RUNTIMES: dict[str, Runtime] = {
         "engines.cuda.onnxruntime", "cuda", "onnxruntime", "ONNX Runtime", ("fp16", "fp32"), "onnxruntime", False
     ),
     "onnxruntime": Runtime("engines.ort", "cpu", "onnxruntime", "ONNX Runtime", ("fp32",), "onnxruntime", threads=True),
+    "openvino": Runtime(
+        "engines.openvino", "cpu", "openvino", "OpenVINO", ("fp32", "bf16"), "openvino", False, True, "fp32"
+    ),
     "null": Runtime("engines.null", "null", "null", "nothing computed", ("fp32",)),
 }
 DEVICES = tuple(dict.fromkeys(runtime.device for runtime in RUNTIMES.values()))

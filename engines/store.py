@@ -23,7 +23,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.errors import BundleError, DeviceError
-from engines.manifest import MANIFEST, File, Manifest, Tokenizer, check_file, read_checked
+from engines.manifest import MANIFEST, File, Manifest, Parity, Tokenizer, check_file, read_checked
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 PLAN = "plan.json"
@@ -33,7 +33,7 @@ PARTIAL = ".partial-"
 class Plan(BaseModel):
     """The sidecar of a compiled network: all that its key was made of, in clear, and the hashes of its files.
 
-    `data` has weights that are too large for the file itself.
+    `data` has weights that are too large for the file itself. `parity` is that of another runtime against ONNX Runtime.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +45,7 @@ class Plan(BaseModel):
     file: File
     data: File | None = None
     build_seconds: float
+    parity: Parity | None = None
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -210,6 +211,11 @@ class Bundle:
             check_file(folder / plan.data.name, plan.data.sha256, repair)
         return read_checked(folder / plan.file.name, plan.file.sha256, repair)
 
+    def plan_file(self, plan: Plan) -> Path:
+        """The path of its one file, checked against the sidecar, for a runtime that reads it itself."""
+        repair = f"build it again with {self.command}"
+        return check_file(self.plan_folder(plan.key) / plan.file.name, plan.file.sha256, repair)
+
     def explain(self, network: str, fields: Mapping[str, str]) -> list[str]:
         """Why no existing plan of a network fits, field by field against the nearest one; empty when one fits."""
         plans, folder = self.plans(), self.plan_folder(plan_key(fields))
@@ -221,14 +227,17 @@ class Bundle:
         differences = [_differences(plan.fields, fields) for plan in candidates]
         return min(differences, key=len)
 
-    def add_plan(self, network: str, fields: Mapping[str, str], sources: Sequence[Path], seconds: float) -> Plan:
+    def add_plan(
+        self, network: str, fields: Mapping[str, str], sources: Sequence[Path], seconds: float,
+        parity: Parity | None = None,
+    ) -> Plan:  # fmt: skip
         """Takes a compiled file into the store, and after it what it refers to."""
         key = plan_key(fields)
         with replacing(self.plan_folder(key)) as partial:
             files = [File.of(Path(shutil.move(source, partial / source.name))) for source in sources]
             plan = Plan(
                 schema_version=2, network=network, key=key, fields=dict(fields), file=files[0],
-                data=files[1] if len(files) > 1 else None, build_seconds=round(seconds, 3),
+                data=files[1] if len(files) > 1 else None, build_seconds=round(seconds, 3), parity=parity,
             )  # fmt: skip
             (partial / PLAN).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n")
         return plan

@@ -88,7 +88,6 @@ def export(spec: ExportSpec, target: Path, identity: str, precision: str) -> Non
     from export.families import Sides
     from export.loading import configs, open_source
     from export.lora import Lora
-    from export.networks.vae import vae_factor
     from export.to_onnx import STAGES, export_network, memory
 
     loras = [Lora(file, scale) for file, scale in spec.loras]
@@ -97,7 +96,7 @@ def export(spec: ExportSpec, target: Path, identity: str, precision: str) -> Non
     images = sizes(spec, source, known)
     sides = Sides(images.width, images.least, images.most, images.multiple)
     check(source, known, sides)
-    factor = vae_factor(known)
+    factor = source.family.latents(known).factor
     with resuming(target, f"{identity} {precision}") as partial:
         for scratch in partial.glob("*/"):
             shutil.rmtree(scratch)  # what a killed run was comparing
@@ -164,9 +163,9 @@ def manifest(
 ) -> Manifest:  # fmt: skip
     """The manifest; writes the tokenizers, which it has the hashes of."""
     from export.checks import alphas_of
-    from export.networks.vae import vae_factor
 
     family, scheduler = source.family, known.scheduler
+    latents = family.latents(known)
     tokenizers = []
     for text in family.texts:
         tokenizer = getattr(known, text.tokenizer, None)
@@ -178,6 +177,7 @@ def manifest(
             Tokenizer(
                 input=text.input, file=File.of(path), max_length=text.tokens(tokenizer),
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                template=text.template(tokenizer) if text.template else None, pad_left=text.pad_left(tokenizer),
             )
         )  # fmt: skip
     skips = [one for one in networks["text_encoder"].inputs if one.name == "clip_skip"]
@@ -191,12 +191,13 @@ def manifest(
         precision=cast(Any, precision),
         networks=networks,
         tokenizers=tuple(tokenizers),
-        scheduler=dict(scheduler.config),
+        scheduler={**scheduler.config, **family.scheduler},
         alphas_cumprod=alphas_of(scheduler),
-        latent_channels=known.vae.config.latent_channels,
-        vae_scale_factor=vae_factor(known),
+        latent_channels=latents.channels,
+        vae_scale_factor=latents.factor,
         sizes=images,
         guidance=family.guidance(known),
+        guidance_offset=family.guidance_offset,
         zero_negative=bool(known.config.get("force_zeros_for_empty_prompt", False)),
         clip_skip=known.text_encoder.config.num_hidden_layers - 1 if skips else 0,
         patch=family.patch,

@@ -8,7 +8,6 @@ from engines.errors import ExportError, ParameterError
 from export.families import Sides, Text
 from export.foreign import reading
 from export.loading import Components, Source, check_weights
-from export.networks.vae import vae_factor
 from export.single_file import check_prediction
 from runtime.sampling.schedulers import schedule_from_config, substitute
 
@@ -27,11 +26,16 @@ def check(source: Source, known: Components, sides: Sides) -> None:
     check_weights(source)
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that says how texts are read; models that also see images keep it apart."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _check_text(source: Source, known: Components, text: Text) -> None:
     """A tokenizer fits its encoder, and the encoder reads ids alone, as the networks give it them."""
     tokenizer, name = getattr(known, text.tokenizer), text.tokenizer
     encoder_name = name.replace("tokenizer", "text_encoder")
-    config = getattr(known, encoder_name).config
+    config = text_config(getattr(known, encoder_name).config)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ExportError(f"{source.refusal}: {name} is no fast tokenizer: the `tokenizers` library cannot run it")
     positions = getattr(config, "max_position_embeddings", None)
@@ -52,6 +56,9 @@ def _check_text(source: Source, known: Components, text: Text) -> None:
         raise ExportError(
             f"{source.refusal}: {name} has ids up to {largest}, and {encoder_name}'s vocab_size is {config.vocab_size}"
         )
+    if text.template is not None:
+        with reading(f"{source.refusal}: {name}"):
+            text.template(tokenizer)
     if getattr(config, "use_attention_mask", False):
         raise ExportError(
             f"{source.refusal}: {encoder_name} says use_attention_mask: masks of padded prompts are not exported"
@@ -60,8 +67,9 @@ def _check_text(source: Source, known: Components, text: Text) -> None:
 
 def _check_scheduler(source: Source, known: Components, sides: Sides) -> None:
     """The runtime can play the model's own scheduler, or one that is known to fit in its place."""
-    family, config = source.family, dict(known.scheduler.config)
-    token = family.patch and family.patch * vae_factor(known)
+    family = source.family
+    config = {**known.scheduler.config, **family.scheduler}
+    token = family.patch and family.patch * family.latents(known).factor
     try:
         schedule_from_config(
             config, alphas_of(known.scheduler), int(family.defaults["num_inference_steps"]),

@@ -271,7 +271,12 @@ def load(source: Source, wanted: Sequence[str], precision: str) -> Components:
     for name in there:
         if name.startswith("tokenizer") or name == "scheduler":
             with reading(f"{source.refusal}: {name}"):
-                found[name] = source.kind(name).from_pretrained(source.folder / name, local_files_only=True)
+                kind = source.kind(name)
+                if kind.__name__.endswith("Processor"):
+                    kind = (
+                        transformers.AutoTokenizer
+                    )  # what prepares images beside it needs packages that nothing else does
+                found[name] = kind.from_pretrained(source.folder / name, local_files_only=True)
         elif name not in modules:
             found[name] = SimpleNamespace(config=source.config(name))
     for name in source.family.optional:

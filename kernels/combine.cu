@@ -33,6 +33,7 @@ __device__ inline void narrow(float wide, float &value) { value = wide; }
 #define MAX_TARGETS 128
 #define MAX_OUTPUTS 34
 #define MAX_LANES 64
+#define MAX_PRODUCT_INPUTS 32
 
 struct Combination {
     const float *data;            // blocks of `stride` floats
@@ -125,6 +126,35 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     partial[thread] = difference;
     partial[threads + thread] = norm;
+}
+
+// ⟨a, b⟩, ‖a‖² and ‖b‖² of two combinations of the same latents, one partial sum per thread, as `distance` has them.
+struct Product {
+    unsigned long long elements;
+    float *partial;
+    unsigned int inputs;
+    float a[MAX_PRODUCT_INPUTS];
+    float b[MAX_PRODUCT_INPUTS];
+    const void *input[MAX_PRODUCT_INPUTS];
+};
+
+extern "C" __global__ void __launch_bounds__(256) inner_product(const __grid_constant__ Product p) {
+    const unsigned int threads = gridDim.x * blockDim.x, thread = blockIdx.x * blockDim.x + threadIdx.x;
+    float inner = 0.0f, first = 0.0f, second = 0.0f;
+    for (unsigned long long i = thread; i < p.elements; i += threads) {
+        float a = 0.0f, b = 0.0f;
+        for (unsigned int j = 0; j < p.inputs; ++j) {
+            const float in = widen(static_cast<const STORAGE *>(p.input[j])[i]);
+            a = fmaf(p.a[j], in, a);
+            b = fmaf(p.b[j], in, b);
+        }
+        inner = fmaf(a, b, inner);
+        first = fmaf(a, a, first);
+        second = fmaf(b, b, second);
+    }
+    p.partial[thread] = inner;
+    p.partial[threads + thread] = first;
+    p.partial[2 * threads + thread] = second;
 }
 
 // When all combinations of a round have read their block, and when a lane has finished a call: state[0] names the next

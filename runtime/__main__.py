@@ -7,10 +7,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from engines.command import Parser, exit_code
@@ -18,8 +16,9 @@ from engines.errors import ParameterError
 from engines.files import written_whole
 from engines.store import BUILD
 from runtime.call import Call, Callbacks, add_options, flag_meant
-from runtime.input_image import to_srgb
+from runtime.input_files import load_image, load_latents
 from runtime.pipeline import Pipeline
+from runtime.png_text import png_info
 from runtime.provenance import engine_version, result_file
 
 
@@ -36,33 +35,9 @@ def arguments() -> argparse.ArgumentParser:
         "--report", type=Path, help="JSON with rounds, evaluations, seconds and the timeline of the lanes"
     )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
+    parser.add_argument("--no-metadata", action="store_true", help="PNG files do not say how they were made")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def load_latents(path: Path | None) -> np.ndarray | None:
-    """The array of an .npy file; ParameterError when it is none."""
-    if path is None:
-        return None
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ParameterError("latents", f"{path} cannot be read as an .npy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise ParameterError("latents", f"{path} cannot be used as latents: save one array of numbers with numpy.save")
-    return array
-
-
-def load_image(path: Path | None) -> Image.Image | None:
-    """An image from a file; ParameterError when it is none."""
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as image:
-            return to_srgb(image)
-    except (OSError, ValueError) as error:
-        raise ParameterError("image", f"{path} cannot be read as an image: {error}") from error
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
@@ -81,7 +56,7 @@ def run(options: dict[str, Any]) -> None:
     if save_latents and save_latents.suffix != ".npy":
         raise ParameterError("save_latents", f"{save_latents}: the name of the latents must end in .npy")
     model, devices, build = options.pop("model"), options.pop("devices"), options.pop("build")
-    quiet = options.pop("quiet")
+    quiet, plain = options.pop("quiet"), options.pop("no_metadata") or out.suffix.lower() != ".png"
     latents, image = load_latents(options.pop("latents")), load_image(options.pop("image"))
     call = Call(**options, latents=latents, image=image, timeline=report is not None)
     pipeline = Pipeline.load(model, devices, build)
@@ -93,9 +68,9 @@ def run(options: dict[str, Any]) -> None:
 
         result = pipeline.run(call, Callbacks(progress=progress))
     pipeline.close()
-    for path, image in zip(output_paths(out, len(result.images)), result.images, strict=True):
+    for n, (path, image) in enumerate(zip(output_paths(out, len(result.images)), result.images, strict=True)):
         with written_whole(path) as partial:
-            image.save(partial)
+            image.save(partial, pnginfo=None if plain else png_info(result.report, n))
         print(path)
     if save_latents:
         with written_whole(save_latents) as partial:
@@ -116,6 +91,10 @@ def main() -> int:
         from runtime.embed.command import main as write_program
 
         return write_program(sys.argv[2:])
+    if sys.argv[1:2] == ["verify"]:
+        from runtime.verify import main as verify
+
+        return verify(sys.argv[2:])
     options = vars(arguments().parse_args())
     return exit_code(lambda: run(options))
 

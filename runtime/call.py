@@ -63,7 +63,8 @@ class Call:
         **_both("mode"),
     )  # fmt: skip
     k: int | None = _option(
-        None, "drafts per round", absent="the number of lanes that were loaded", low=1, high=1000, **_both("k"),
+        None, "drafts per round; adaptive and speculative count the state itself",
+        absent="the number of lanes that were loaded", low=1, high=1000, **_both("k"),
         http_range=(1, 64),  # the drafts of a round are in memory at the same time
     )  # fmt: skip
     first_blocks: Sequence[int] = _option(
@@ -179,7 +180,7 @@ class Call:
         self.prompts()
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise ParameterError("negative_prompt", "negative_prompt must be a string")
-        if manifest.guidance != "classifier_free" and self.negative_prompt:
+        if not manifest.negative_prompts and self.negative_prompt:
             raise ParameterError("negative_prompt", f"{manifest.model} makes no second pass that it could be used in")
         most = manifest.clip_skip
         if self.clip_skip is not None and (isinstance(self.clip_skip, bool) or self.clip_skip not in range(most + 1)):

@@ -9,7 +9,7 @@ import numpy as np
 from engines.base import Array
 from engines.errors import ParameterError
 from engines.load import Runner
-from engines.manifest import DENOISER, Manifest
+from engines.manifest import DENOISER, NEGATIVE, Manifest
 from runtime.call import CheckedCall
 from runtime.tokenizer import PromptTokenizer
 
@@ -38,7 +38,16 @@ class Conditioner:
             if len(value) not in (1, rows):
                 argument = f"negative_{self._arguments[name]}"
                 raise ParameterError(argument, "give one negative embedding, or one per prompt")
-        constant = self._constant_inputs(call.guidance_scale, size)
+        scale = call.guidance_scale
+        if self._manifest.guidance == "in_graph":
+            if call.negative_prompt is None and call.negative_prompt_embeds is None:
+                scale = 1.0  # as in diffusers: nothing to lead away from
+            positive |= {
+                f"{NEGATIVE}{name}": np.broadcast_to(value, (rows, *value.shape[1:]))
+                for name, value in negative.items()
+            }
+            negative = positive
+        constant = self._constant_inputs(scale, size)
         branches: Conditioning = [
             {
                 name: np.broadcast_to(value, (rows, *value.shape[1:])).repeat(call.num_images_per_prompt, 0)

@@ -135,8 +135,9 @@ class Lanes:
             yield lease
             lease.backend.settle()
         except BaseException:
-            with suppress(DeviceError):  # the first error counts
-                lease.backend.settle()
+            if lease.own in lease.held:  # else another request is still on it, and nothing of this one ever was
+                with suppress(DeviceError):  # the first error counts
+                    lease.backend.settle()
             raise
         finally:
             self._release(lease)

@@ -16,13 +16,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.choice import lanes_of
 from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.store import BUILD, Bundle
-from runtime.auto import Calibration, Choice, Setting, call_seconds, choose, rows_per_round, seconds_by_lanes
+from runtime.auto import (
+    Calibration,
+    Candidate,
+    Choice,
+    Setting,
+    call_seconds,
+    choose,
+    rows_per_round,
+    seconds_by_lanes,
+)  # fmt: skip
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
+from runtime.certificate import certificate, model_sha256
 from runtime.conditioning import Conditioner, Conditioning
 from runtime.initial_state import InitialState, initial_noise
 from runtime.lane_policy import batch_sizes
@@ -113,13 +124,14 @@ class Pipeline:
     """A loaded model. Safe to call from several threads, which share the lanes of its `machine`."""
 
     def __init__(self, bundle: Bundle, devices: str, lane_timeout: float = LANE_TIMEOUT) -> None:
-        lanes = parse_devices(devices)
+        lanes = lanes_of(devices, bundle)
         self.manifest = bundle.manifest
         self.machine = Machine(bundle, lanes, lane_timeout)
         self._tokenizer = PromptTokenizer(bundle)
         self._default_k = len(lanes)  # also when some are lost: an image depends on what was asked alone
         self._measured: tuple[str, Callable[[int], float]] | None = None
         self._here = threading.local()
+        self._model_sha256 = model_sha256(bundle.manifest)
 
     @classmethod
     def load(
@@ -197,7 +209,8 @@ class Pipeline:
         """What drifts are measured for."""
         sizes = self.manifest.sizes
         name = make_schedule(self.manifest, scheduler, num_inference_steps, (sizes.width, sizes.height), eta=eta).name
-        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=guidance_scale)
+        scale = guidance_scale + self.manifest.guidance_offset
+        return Setting(scheduler=name, eta=eta, steps=num_inference_steps, guidance_scale=scale)
 
     @property
     def _call_seconds(self) -> Callable[[int], float]:
@@ -292,7 +305,7 @@ class Pipeline:
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
         if mode == "auto":
-            scale = checked.guidance_scale
+            scale = checked.guidance_scale + manifest.guidance_offset
             setting = Setting(scheduler=schedule.name, eta=checked.eta, steps=steps, guidance_scale=scale)
             choice, notes = choose(
                 Calibration.read(self.calibration_path), self.calibration_key, len(self.devices), schedule, setting,
@@ -301,7 +314,7 @@ class Pipeline:
             warnings += notes
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
-        sampler_guidance = checked.guidance_scale if guided else 1.0
+        sampler_guidance = checked.guidance_scale + manifest.guidance_offset if guided else 1.0
         return Task(checked, initial, size, schedule, mode, options, sampler_guidance, choice, warnings)
 
     def _encode(self, task: Task) -> Encoded:
@@ -386,11 +399,40 @@ class Pipeline:
             rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
             lanes_per_round=round(lease.lane_rounds / lease.rounds, 3),
             shared_rounds=lease.player.shared_rounds if lease.player else 0, seconds=seconds, critical_seconds=critical,
-            overhead_us_per_round=beside, accepted=quantiles(counts.accepted),
+            overhead_us_per_round=beside, accepted=_accepted(task.mode, counts),
             staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in lease.backend.measurements.staged),
             auto=task.choice.model_dump(mode="json") if task.choice else None,
             timeline=tuple(denoised.timeline.spans) if denoised.timeline else None, warnings=tuple(task.warnings),
+            certificate=certificate(
+                call, self._model_sha256, self.manifest.precision, self.machine.plan_folder.name, self.calibration_key,
+                task.mode, task.options, len(denoised.devices), denoised.latents, self._known_drift(task, counts),
+            ),
         )  # fmt: skip
+
+    def _known_drift(self, task: Task, counts: Counts) -> dict[str, float] | None:
+        """What is known of the distance from the sequential image: by calibration, or of this image's own drafts."""
+        if task.choice:
+            return {"drift_p90": task.choice.drift_p90, "psnr_min": task.choice.psnr_min}
+        if task.mode in ("conservative", "aggressive"):
+            setting = Setting(scheduler=task.schedule.name, eta=task.call.eta, steps=task.call.num_inference_steps,
+                              guidance_scale=task.call.guidance_scale)  # fmt: skip
+            played = Candidate(mode=task.mode, k=task.options.k, drafts=task.options.drafts)
+            for one in Calibration.read(self.calibration_path).for_setting(setting):
+                if one.candidate == played and not task.options.first_blocks:
+                    found = {"drift_median": one.median, "drift_p90": one.p90, "psnr_min": one.psnr_min}
+                    return {"calibration_images": one.images} | found
+        if not counts.accepted or task.mode == "speculative":
+            return None
+        accepted = quantiles(counts.accepted) or {}
+        return {"tolerance": task.options.tolerance} | {f"accepted_{name}": value for name, value in accepted.items()}
+
+
+def _accepted(mode: str, counts: Counts) -> dict[str, float] | None:
+    """Quantiles of what was measured of accepted drafts; of a sampler that keeps drafts by chance, how many, too."""
+    found = quantiles(counts.accepted)
+    if mode != "speculative":
+        return found
+    return {"drafts": counts.evaluations - counts.rounds, "kept": len(counts.accepted)} | (found or {})
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:

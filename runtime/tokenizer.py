@@ -4,6 +4,8 @@ What diffusers' pipelines do between a text and its ids, and where it is done he
 
 - `maybe_convert_prompt` (Stable Diffusion 1 and 2, XL, Flux, latent consistency): a token of several vectors becomes
   all of them, in negative prompts, too: `_Vectors`. Stable Diffusion 3 loads no such tokens.
+- chat templates: what stands before and after the prompt, found by the export. Such texts get no other special tokens,
+  and cutting takes their end away, as it does in diffusers.
 - lower-casing, cleaning of white space, templates with begin and end: in the tokenizer's own file.
 - padding and cutting to `max_length` with the pad and end tokens of the tokenizer: `PromptTokenizer`. T5's
   `max_sequence_length` is that of the pipeline's default (SD 3 256, Flux 512), fixed by the export.
@@ -49,6 +51,17 @@ class _Vectors:
         return prompt
 
 
+def _cut(spec: Tokenizer, tokenizer: tokenizers.Tokenizer, prompt: str) -> tuple[list[int], list[int]]:
+    """A prompt's ids, within the length that the encoder takes, and those of it that were cut off."""
+    before, after = spec.template or ("", "")
+    ids: list[int] = tokenizer.encode(f"{before}{prompt}{after}", add_special_tokens=spec.template is None).ids
+    if len(ids) <= spec.max_length:
+        return ids, []
+    if spec.template is not None:
+        return ids[: spec.max_length], ids[spec.max_length :]
+    return [*ids[: spec.max_length - 1], spec.eos_token_id], ids[spec.max_length - 1 : -1]
+
+
 class PromptTokenizer:
     """The model's tokenizers; prompts are cut where diffusers cuts them, with a warning that names what is lost.
 
@@ -70,14 +83,13 @@ class PromptTokenizer:
         for spec, tokenizer, vectors in self._tokenizers:
             rows = np.full((len(prompts), spec.max_length), spec.pad_token_id, np.int64)
             for row, prompt in zip(rows, prompts, strict=True):
-                ids = tokenizer.encode(vectors(prompt)).ids
-                if len(ids) > spec.max_length:
-                    cut = tokenizer.decode(ids[spec.max_length - 1 : -1]).replace("</w>", " ").strip()
+                ids, cut = _cut(spec, tokenizer, vectors(prompt))
+                if cut:
+                    lost = tokenizer.decode(cut).replace("</w>", " ").strip()
                     warnings.append(
-                        f"a prompt is longer than {spec.max_length} tokens; this part of it was cut: {cut!r}"
+                        f"a prompt is longer than {spec.max_length} tokens; this part of it was cut: {lost!r}"
                     )
-                    ids = [*ids[: spec.max_length - 1], spec.eos_token_id]
-                row[: len(ids)] = ids
+                row[spec.max_length - len(ids) if spec.pad_left else 0 :][: len(ids)] = ids
             found[spec.input] = rows
         warnings += self._unknown(prompts)
         several = list(dict.fromkeys(warnings))  # two encoders with the same words cut the same

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 
-from engines.cuda.kernels import SOURCE, STORAGE, Combination
+from engines.cuda.kernels import SOURCE, STORAGE, Combination, Product
 from engines.store import BUILD
 
 SHIM = Path(__file__).with_name("kernel_host.cc")
@@ -59,6 +59,9 @@ class HostKernel:
     def distance(self, a: int, b: int, elements: int, partial: int, grid: int, block: int) -> None:
         pointers = ctypes.c_void_p(a), ctypes.c_void_p(b)
         self._library.run_distance(grid, block, *pointers, ctypes.c_ulonglong(elements), ctypes.c_void_p(partial))
+
+    def inner_product(self, parameters: Product, grid: int, block: int) -> None:
+        self._library.run_inner_product(grid, block, ctypes.byref(parameters))
 
     def advance(self, state: int, blocks: int, seen: int) -> None:
         self._library.run_advance(ctypes.c_void_p(state), ctypes.c_uint(blocks), ctypes.c_void_p(seen))

@@ -46,6 +46,10 @@ extern "C" void run_distance(unsigned int grid, unsigned int block, const STORAG
     every_thread(grid, block, [&] { distance(a, b, elements, partial); });
 }
 
+extern "C" void run_inner_product(unsigned int grid, unsigned int block, const Product *p) {
+    every_thread(grid, block, [&] { inner_product(*p); });
+}
+
 extern "C" void run_advance(unsigned int *state, unsigned int blocks, unsigned int *seen) {
     advance(state, blocks, seen);
 }

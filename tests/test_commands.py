@@ -21,6 +21,7 @@ from PIL import Image
 
 from engines import __main__ as engines_command
 from engines import ort
+from engines.devices import machine
 from engines.manifest import MANIFEST
 from engines.store import PARTIAL, Bundle, plan_key
 from runtime import __main__ as runtime_command
@@ -346,7 +347,7 @@ def test_explain_names_the_plan_in_use_or_what_differs(
         fields = ort.plan_fields(bundle, network)
         assert f"shapes/{network}: uses plan {plan_key(fields)}\n" in printed
         assert all(value in printed for value in fields.values())
-    here = ort.machine()
+    here = machine()
     monkeypatch.setattr(ort, "machine", lambda: "another CPU")
     assert engines("explain", "shapes") == 1
     assert f"shapes/{NETWORK}: machine: built for {here}, now another CPU\n" in capsys.readouterr().out

@@ -25,13 +25,14 @@ Rows = Sequence[dict[str, Any]]
 TABLES: dict[str, Callable[[Rows], str]] = {
     "run": run.table, "simulate": simulate.table, "scenario": scenario.table, "quality": quality.table,
     "drafts": drafts.table, "kernel": kernel.table, "serve": serve.table, "export": export.table,
-    "embed": embed.table, "host": host.table,
+    "embed": embed.table, "host": host.table, "openvino": run.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
     "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
-    "embed": "python -m bench embed", "host": "python -m bench host",
+    "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
+    "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ The modes differ in how they draft and in what they accept:
   1 + ⌈(N−1)/k⌉ rounds.
 - `srds`: Parareal iterations over blocks of steps until the image changes by less than a tolerance.
 - `adaptive`: accepts only drafts within a tolerance of the refined state.
+- `speculative`: for schedulers that add noise; keeps drafts by chance, so that its images are distributed exactly as
+  sequential ones are. The image of a seed is near the sequential one, but another.
 - `auto`, the default: the fastest of `sequential`, `conservative` and `aggressive` with several k whose distance from
   the sequential images, calibrated once per model, is invisible or within a given tolerance.
 
@@ -32,7 +34,8 @@ Terms:
 - *Guidance* is classifier-free guidance: two branches per step, with and without the prompt. They run *together* in one
   call or *split* over two lanes; the image is the same.
 - Baselines: *one lane* is one ONNX Runtime session with one thread; *one session* is a single session with all cores,
-  the usual alternative; *diffusers* is the diffusers pipeline in PyTorch, eager or *compiled* (`torch.compile`).
+  the usual alternative, and *openvino* the same with OpenVINO in fp32; *diffusers* is the diffusers pipeline in
+  PyTorch, eager or *compiled* (`torch.compile`).
 - *Drift* is the relative L2 distance of the final latents from the sequential ones with the same noise; 0 is the same
   image.
 - p20, p50, … are percentiles. A range in brackets after a ratio is its 95 % bootstrap interval."""

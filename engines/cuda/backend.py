@@ -7,7 +7,6 @@ operations are the very objects that were played before is found by their identi
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -19,16 +18,16 @@ import numpy as np
 from engines.base import Array, LaneCall, Measurements, Rows
 from engines.cuda.cache import RoundCache
 from engines.cuda.driver import LANE_TIMEOUT, SPIN_SECONDS, Device, Driver, abandon
-from engines.cuda.kernels import DISTANCE_BLOCK, DISTANCE_GRID, MAX_OUTPUTS, PARTIALS, Kernels
+from engines.cuda.kernels import MAX_OUTPUTS, Kernels
 from engines.cuda.memory import Memory, Staging, Tensor, narrow, shapes_of, widen
 from engines.cuda.peers import staged_pairs
 from engines.cuda.progress import Progress
+from engines.cuda.reductions import Reductions
 from engines.cuda.rounds import TABLE_FLOATS, TABLE_ROUNDS, Key, Lane, LaneNetwork, RoundGraph, Rounds, Table
 from engines.errors import DeviceError, NonFiniteError
 from engines.trace import span
 
 log = logging.getLogger(__name__)
-PAIRS_AT_ONCE = 16  # distances that the host waits for together
 
 
 class Family:
@@ -81,23 +80,20 @@ class CudaBackend:
         self._uploaded = [memory.event(self._home) for _ in range(TABLE_ROUNDS)]
         self._played = [memory.event(self._home) for _ in range(2)]  # of the halves of the table
         self._idle = memory.event(self._home)
-        self._partials = memory.allocate(self._home, 4 * PARTIALS * PAIRS_AT_ONCE)
-        self._pinned_partials = memory.pinned(4 * PARTIALS * PAIRS_AT_ONCE).view(np.float32)
         self._pinned_table = memory.pinned(4 * TABLE_ROUNDS * TABLE_FLOATS).view(np.float32).reshape(TABLE_ROUNDS, -1)
         away = {ordinal: one for ordinal, one in self._queries.items() if ordinal != self._home.ordinal}
         self._transfers = Staging(memory, self._main, away, self._settle)
         kernels = self._kernels[self._home.ordinal]
+        self._reductions = Reductions(driver, memory, self._home, kernels, self._main, self._settle)
         self._rounds = Rounds(memory, self._lanes, self._main, kernels, self._table, self._staged)
         self._progress = Progress(words)
-        self._clear(self._table.state, 2)
-        for lane in self._lanes:
-            self._clear(lane.state, 2, lane)
+        self._clear_counters()
         api = driver.api
         self._set_current, self._upload_now = api.cuCtxSetCurrent, api.cuMemcpyHtoDAsync
         self._record, self._wait_for, self._launch = api.cuEventRecord, api.cuStreamWaitEvent, api.cuGraphLaunch
         self._copied = {"peer": 0, "staged": 0}
         self._cache = RoundCache(self._rounds, memory, len(self._lanes), self._settle)
-        self._stray: Sequence[Lane] = self._lanes  # with work that home does not wait for
+        self._stray: Sequence[Lane] = ()  # with work that home does not wait for
         self._pending: list[tuple[Sequence[str], Array, Sequence[str]]] = []
         self._ids: list[int] = []
         self._pending_floats = self._clock = 0
@@ -163,22 +159,17 @@ class CudaBackend:
 
     def distances(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """See Backend.distances; the host waits."""
-        self._flush(())
-        function, found = self._kernels[self._home.ordinal].function("distance"), []
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = pairs[start : start + PAIRS_AT_ONCE]
-            with self._memory.on(self._home):
-                for n, pair in enumerate(part):
-                    a, b = (ctypes.c_void_p(self._shape.slot(self._shape.index[slot])) for slot in pair)
-                    partials = ctypes.c_void_p(self._partials + 4 * PARTIALS * n)
-                    parameters = [a, b, ctypes.c_ulonglong(self._shape.elements), partials]
-                    self._driver.launch(function, DISTANCE_GRID, DISTANCE_BLOCK, self._main, parameters)
-                target, size = self._pinned_partials.ctypes.data, 4 * PARTIALS * len(part)
-                self._driver("cuMemcpyDtoHAsync", target, self._partials, size, self._main)
-            self._settle()
-            sums = self._pinned_partials.reshape(PAIRS_AT_ONCE, 2, -1)[: len(part)].sum(2, dtype=np.float64)
-            found += [float(np.sqrt(difference / norm)) for difference, norm in sums]
-        return found
+        self._flush(())  # gives slots their memory
+        return self._reductions.distances([(self._slot(a), self._slot(b)) for a, b in pairs], self._shape.elements)
+
+    def inner_products(self, products: Sequence[tuple[Sequence[str], Rows]]) -> list[float]:
+        """See Backend.inner_products; the host waits."""
+        self._flush(())  # gives slots their memory
+        located = [([self._slot(slot) for slot in sources], rows) for sources, rows in products]
+        return self._reductions.inner_products(located, self._shape.elements)
+
+    def _slot(self, slot: str) -> int:
+        return self._shape.slot(self._shape.index[slot])
 
     def _timed(self, calls: Sequence[LaneCall]) -> float:
         """From an idle device to an idle device, with what a round costs beside its calls."""
@@ -421,9 +412,21 @@ class CudaBackend:
             number, network, device, self._kernels[device.ordinal], stream, self._memory.event(device), state
         )  # fmt: skip
 
-    def _clear(self, pointer: int, words: int, lane: Lane | None = None) -> None:
-        with self._memory.on(lane.device if lane else self._home):
-            self._driver("cuMemsetD32Async", pointer, 0, words, lane.stream if lane else self._main)
+    def _clear(self, pointer: int, words: int) -> None:
+        with self._memory.on(self._home):
+            self._driver("cuMemsetD32Async", pointer, 0, words, self._main)
+
+    def _clear_counters(self) -> None:
+        """Sets what kernels count in to zero, on streams of this backend's own, and waits for it.
+
+        A lane's stream belongs to whoever holds the lane: another backend on it may be capturing a graph just now.
+        """
+        counters = [(self._home, self._table.state), *((lane.device, lane.state) for lane in self._lanes)]
+        for device, pointer in counters:
+            with self._memory.on(device):
+                self._driver("cuMemsetD32Async", pointer, 0, 2, self._queries[device.ordinal][0])
+        for device in self._devices:
+            self._wait(*self._queries[device.ordinal], device, f"the first work on {device.name}")
 
     def _fill(self, device: Device, branches: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Sets the conditioning of a batch: one block of images per branch."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.base import Rows
 from engines.cuda.driver import Device, Driver, release
 from engines.errors import DeviceError
 from engines.files import written_whole
@@ -28,6 +29,7 @@ MAX_INPUTS, MAX_TARGETS, MAX_OUTPUTS, MAX_LANES = 256, 128, 34, 64
 BLOCK, MAX_GRID = 128, 8192
 DISTANCE_GRID, DISTANCE_BLOCK = 8, 256
 PARTIALS = 2 * DISTANCE_GRID * DISTANCE_BLOCK
+MAX_PRODUCT_INPUTS, PRODUCT_PARTIALS = 32, 3 * DISTANCE_GRID * DISTANCE_BLOCK
 
 
 class Combination(ctypes.Structure):
@@ -51,9 +53,22 @@ class Combination(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """The struct of the same name in combine.cu."""
+
+    _fields_ = (
+        ("elements", ctypes.c_ulonglong),
+        ("partial", ctypes.c_void_p),
+        ("inputs", ctypes.c_uint),
+        ("a", ctypes.c_float * MAX_PRODUCT_INPUTS),
+        ("b", ctypes.c_float * MAX_PRODUCT_INPUTS),
+        ("input", ctypes.c_void_p * MAX_PRODUCT_INPUTS),
+    )
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of the source; without outputs the two small kernels beside `combine_latents`."""
+    """One compilation of the source; without outputs the small kernels beside `combine_latents`."""
 
     dtype: str
     outputs: int = 0
@@ -156,6 +171,16 @@ class Kernels:
             self._driver("cuModuleUnload", module)
 
         release([partial(unload, module) for module in modules])
+
+
+def product(inputs: Sequence[int], rows: Rows, elements: int, partial: int) -> Product:
+    """Two combinations of latents, given as device pointers, and where the partial sums go."""
+    if len(inputs) > MAX_PRODUCT_INPUTS:
+        raise DeviceError(f"an inner product over {len(inputs)} latents does not fit one launch ({MAX_PRODUCT_INPUTS})")
+    parameters = Product(elements=elements, partial=partial, inputs=len(inputs))
+    parameters.input[: len(inputs)] = list(inputs)
+    parameters.a[: len(inputs)], parameters.b[: len(inputs)] = ([float(value) for value in row] for row in rows)
+    return parameters
 
 
 def combination(

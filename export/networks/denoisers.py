@@ -156,7 +156,7 @@ class _Ready(nn.Module):
         return pooled_projections
 
 
-def _denoiser(module: nn.Module, channels: int, dtype: torch.dtype, **conditioning: tuple[int, ...]) -> Exported:
+def denoiser(module: nn.Module, channels: int, dtype: torch.dtype, **conditioning: tuple[int, ...]) -> Exported:
     """Latents and timesteps, then the conditioning by name with the axes of one row."""
     sample = Input("sample", ("batch", channels, "height", "width"), normal(dtype))
     draws = {"guidance": uniform(dtype, 1, 8), "time_ids": uniform(dtype, 0, 1024)}
@@ -170,8 +170,8 @@ def unet(pipeline: Any) -> Exported:
     unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     words = {"encoder_hidden_states": (tokens, unet.config.cross_attention_dim)}
     if unet.config.time_cond_proj_dim is not None:
-        return _denoiser(GuidedUNet(unet), unet.config.in_channels, unet.dtype, **words, guidance=())
-    return _denoiser(UNet(unet), unet.config.in_channels, unet.dtype, **words)
+        return denoiser(GuidedUNet(unet), unet.config.in_channels, unet.dtype, **words, guidance=())
+    return denoiser(UNet(unet), unet.config.in_channels, unet.dtype, **words)
 
 
 def pooled_unet(pipeline: Any) -> Exported:
@@ -179,7 +179,7 @@ def pooled_unet(pipeline: Any) -> Exported:
     unet, tokens = pipeline.unet, pipeline.tokenizer.model_max_length
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     told: dict[str, tuple[int, ...]] = {} if unet.config.time_cond_proj_dim is None else {"guidance": ()}
-    return _denoiser(
+    return denoiser(
         PooledUNet(unet), unet.config.in_channels, unet.dtype,
         encoder_hidden_states=(tokens, unet.config.cross_attention_dim), text_embeds=(pooled,), time_ids=(6,), **told,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def joint_transformer(pipeline: Any) -> Exported:
     """Stable Diffusion 3."""
     transformer, config = pipeline.transformer, pipeline.transformer.config
     tokens = pipeline.tokenizer.model_max_length + SD3_TOKENS
-    return _denoiser(
+    return denoiser(
         JointTransformer(transformer), config.in_channels, transformer.dtype,
         encoder_hidden_states=(tokens, config.joint_attention_dim), pooled_projections=(config.pooled_projection_dim,),
     )  # fmt: skip
@@ -199,7 +199,7 @@ def packed_transformer(pipeline: Any) -> Exported:
     """Flux."""
     transformer, config = pipeline.transformer, pipeline.transformer.config
     told: dict[str, tuple[int, ...]] = {"guidance": ()} if config.guidance_embeds else {}
-    return _denoiser(
+    return denoiser(
         PackedTransformer(transformer), config.in_channels // 4, transformer.dtype,
         encoder_hidden_states=(FLUX_TOKENS, config.joint_attention_dim),
         pooled_projections=(config.pooled_projection_dim,), **told,

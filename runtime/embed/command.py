@@ -27,7 +27,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("model", help="an exported model's name, or its bundle folder")
     parser.add_argument("--out", type=Path, required=True, help="the program file")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels; default: the model's own")
-    parser.add_argument("--devices", default="auto", help="lanes where the player is told nothing: cpu, cpu*LANES")
+    parser.add_argument(
+        "--devices", default="auto", help="lanes where the player is told nothing: cpu, cpu*LANES, cuda:0,cuda:1"
+    )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     add_options(parser, FIXED)
     return parser

@@ -17,7 +17,7 @@ from runtime.embed import layout
 from runtime.initial_state import InitialState
 from runtime.sampling.drafts import resolve
 from runtime.sampling.noise import noise_slots
-from runtime.sampling.operations import STATE, Combine, Distance, Options, Predict
+from runtime.sampling.operations import STATE, Combine, Options, Predict
 from runtime.sampling.samplers import SAMPLERS, check, measures
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import make_schedule
@@ -74,8 +74,11 @@ class _Operations:
             for slot, number in noise_slots(step, schedule.steps, recipe.options):
                 self._slot(slot, layout.NOISE_SLOT, number)
         for operation in SAMPLERS[recipe.mode](schedule, recipe.options):
-            assert not isinstance(operation, Distance), "a sampler that measures is refused before"
-            self._predict(operation) if isinstance(operation, Predict) else self._combine(operation)
+            if isinstance(operation, Predict):
+                self._predict(operation)
+            else:
+                assert isinstance(operation, Combine), "a sampler that measures is refused before"
+                self._combine(operation)
 
     def _slot(self, name: str, kind: int, number: int = 0) -> int:
         if name not in self._index:
@@ -155,8 +158,8 @@ class _Networks:
     def _tensor(self, tensor: TensorSpec, source: int, index: int) -> None:
         if tensor.dtype not in DTYPES:
             raise BundleError(
-                f"{self._manifest.model} is exported in {self._manifest.precision}, which needs GPU lanes: programs "
-                "are for processor cores; export it with DEVICES=cpu"
+                f"{self._manifest.model} is exported in {self._manifest.precision}, and programs are played in "
+                "float32, on GPUs, too: export it with DEVICES=cpu"
             )
         dims = [
             -1 if axis == "batch" else size for axis, size in zip(tensor.shape, tensor.resolve(self._axes), strict=True)
@@ -200,9 +203,8 @@ def refuse_measuring(call: Call) -> None:
 
 def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> layout.ProgramFile:
     """The program of a recipe for a model, with the placement that it will be opened with unless told otherwise."""
-    if lanes[0].gpu is not None:
-        raise ParameterError("devices", "the player has no GPU lanes: use auto, cpu, cpu@THREADS or cpu*LANES")
     manifest, schedule, texts = bundle.manifest, recipe.schedule, _Texts()
+    _check_played(manifest)
     operations = _Operations(recipe, texts)
     networks = _Networks(bundle, recipe.size, texts)
     model = _model(manifest, recipe, lanes, texts)
@@ -216,6 +218,17 @@ def make_program(bundle: Bundle, recipe: Recipe, lanes: Sequence[LaneSpec]) -> l
     )  # fmt: skip
 
 
+def _check_played(manifest: Manifest) -> None:
+    """ParameterError for what the player cannot do to texts and scales."""
+    for what, there in (
+        ("its prompts go into a chat template", any(one.template or one.pad_left for one in manifest.tokenizers)),
+        ("its guidance is calculated in the denoiser's graph", manifest.guidance == "in_graph"),
+        ("its guidance scale counts from 0", bool(manifest.guidance_offset)),
+    ):
+        if there:
+            raise ParameterError("model", f"{manifest.model} cannot be played without Python: {what}")
+
+
 def _model(manifest: Manifest, recipe: Recipe, lanes: Sequence[LaneSpec], texts: _Texts) -> layout.Model:
     schedule, options = recipe.schedule, recipe.options
     width, height = recipe.size
@@ -223,19 +236,27 @@ def _model(manifest: Manifest, recipe: Recipe, lanes: Sequence[LaneSpec], texts:
     return layout.Model(
         model=texts(manifest.model), source=texts(manifest.source), scheduler=texts(schedule.name),
         mode=texts(recipe.mode), drafts=texts(options.drafts),
-        runtime=texts(f"onnxruntime {manifest.versions.get('onnxruntime', '')}".strip()),
+        runtime=texts(_placement(lanes) or f"onnxruntime {manifest.versions.get('onnxruntime', '')}".strip()),
         steps=schedule.steps, k=options.k, guidance_kind=GUIDANCE[manifest.guidance],
         flags=layout.ZERO_NEGATIVE * manifest.zero_negative, width=width, height=height,
         channels=manifest.latent_channels, latent_height=axes["height"], latent_width=axes["width"],
-        lanes=len(lanes), threads=lanes[0].threads, clip_skip=recipe.clip_skip, guidance=recipe.guidance_scale,
+        lanes=len(lanes), threads=max(lanes[0].threads, 1), clip_skip=recipe.clip_skip, guidance=recipe.guidance_scale,
         start_scale=schedule.init_noise_sigma, start_alpha=schedule.rows[0].alpha,
         start_sigma=schedule.rows[0].sigma, pixel_scale=0.5, pixel_shift=0.5,
     )  # fmt: skip
 
 
+def _placement(lanes: Sequence[LaneSpec]) -> str:
+    """GPUs as `driffusion_open` takes them; nothing for lanes on processor cores."""
+    return ",".join(f"cuda:{lane.gpu}" for lane in lanes if lane.gpu is not None)
+
+
 def _costs(bundle: Bundle, lanes: Sequence[LaneSpec]) -> list[layout.Cost]:
     """What calls took here, where it was measured: by it the lanes are shared among several images."""
     from engines import ort
+
+    if _placement(lanes):
+        return []  # calls on GPUs count alike
 
     folder = bundle.plan_folder(plan_key(ort.plan_fields(bundle, DENOISER)))
     measured = Calibration.read(folder / "calibration.json").calls.get(

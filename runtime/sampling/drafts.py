@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.sampling.operations import Evaluation, Options, Predict, fresh, own_noise_slot
-from runtime.sampling.schedule import Estimate, Linear, Schedule, unit, weighted_sum
+from runtime.sampling.schedule import Estimate, Linear, Past, Schedule, unit, weighted_sum
 
-DATA = "data"  # x̂_0 of the step before, for multistep schedulers
 ANCHOR = "anchor"  # x̂_0 at the anchor of the block before, for drafts that extrapolate
 
 
@@ -61,6 +60,8 @@ class Anchor:
             return self.estimate.data
         weight = min(1.0, max(0.0, 1.25 * (1 - k / (0.1 * schedule.steps))))
         before, here, there = (_log_sigma(schedule, i) for i in (self.before, self.i, n))
+        if before == here:  # evaluated twice at one noise level, as PNDM begins: no direction to go on in
+            return self.estimate.data
         ahead = weight * (there - here) / (here - before)
         return weighted_sum((1.0, self.estimate.data), (ahead, self.seen), (-ahead, unit(ANCHOR)))
 
@@ -86,7 +87,7 @@ class Window:
         """The slot of what the model makes of it; 0 is the anchor."""
         return f"output {self.name}{n}"
 
-    def drafts(self, schedule: Schedule, options: Options, anchor: Anchor, data: Linear) -> dict[str, Linear]:
+    def drafts(self, schedule: Schedule, options: Options, anchor: Anchor, past: Past) -> dict[str, Linear]:
         """The states at steps i+1 … i+ahead: the sampler run on with a guess in place of the model.
 
         With x̂_0 frozen and no noise this composes to the paper's skip transition (eq. 14) for every scheduler.
@@ -97,8 +98,8 @@ class Window:
         for n in range(anchor.i, anchor.i + self.ahead):
             if n > anchor.i:
                 estimate = schedule.assumed(n, anchor.guess(schedule, drafts, n, options.k), x)
-            x = schedule.step(n, estimate, data, own_noise_slot(n) if drafts.own_noise else fresh(n))
-            data = estimate.data
+            following = schedule.step(n, estimate, past, own_noise_slot(n) if drafts.own_noise else fresh(n))
+            x, past = following, schedule.keep(n, estimate, past)
             made[self.draft(n - anchor.i + 1)] = x
         return made
 
@@ -112,19 +113,15 @@ class Window:
 
 
 def refine(
-    schedule: Schedule, drafts: Drafts, start: int, x: Linear, data: Linear, seen: Sequence[tuple[Linear, str]]
-) -> tuple[Linear, Linear]:
-    """The state after the steps from `start` on, by the scheduler's own rule, and x̂_0 of the last of them.
+    schedule: Schedule, drafts: Drafts, start: int, x: Linear, past: Past, seen: Sequence[tuple[Linear, str]]
+) -> tuple[Linear, Past, Linear]:
+    """The state after the steps from `start` on, by the scheduler's own rule, its past, and x̂_0 of the last of them.
 
     `seen` holds, per step, the state that the model was evaluated at and the slot of its output.
     """
+    data: Linear = {}
     for n, (at, output) in enumerate(seen, start):
         estimate = schedule.estimate(n, unit(output), at, x, drafts.variance)
-        x = schedule.step(n, estimate, data, fresh(n))
-        data = estimate.data
-    return x, data
-
-
-def history(schedule: Schedule, i: int, data: Linear) -> dict[str, Linear]:
-    """x̂_0 of step i − 1 into its slot, if step i reads it."""
-    return {DATA: data} if data and i < schedule.steps and schedule.rows[i].previous else {}
+        x = schedule.step(n, estimate, past, fresh(n))
+        past, data = schedule.keep(n, estimate, past), estimate.data
+    return x, past, data

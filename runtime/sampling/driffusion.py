@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.sampling.drafts import ANCHOR, DATA, DRAFTS, Anchor, Window, history, refine
+from runtime.sampling.drafts import ANCHOR, DRAFTS, Anchor, Window, refine
 from runtime.sampling.operations import STATE, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Schedule, unit
 
@@ -20,12 +20,12 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
         estimate = schedule.estimate(i, unit(window.output(0)), x, x)
         if ahead:
             anchor = Anchor(i, x, estimate, estimate.data, before)
-            yield combination(window.drafts(schedule, options, anchor, unit(DATA)), i)
+            yield combination(window.drafts(schedule, options, anchor, schedule.past(i)), i)
             yield window.predict(i)
         seen = [(x, window.output(0)), *window.seen()]
-        end, data = refine(schedule, drafts, i, x, unit(DATA), seen)
+        end, past, _ = refine(schedule, drafts, i, x, schedule.past(i), seen)
         before, i = i, i + ahead + 1
-        kept = history(schedule, i, data) | ({ANCHOR: estimate.data} if drafts.extrapolates else {})
+        kept = schedule.history(i, past) | ({ANCHOR: estimate.data} if drafts.extrapolates else {})
         yield combination({STATE: end} | kept, i)
     return ()
 
@@ -39,21 +39,21 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
     window = Window("b", 0)
     yield Predict((Evaluation(STATE, 0, window.output(0)),))
     at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
-    x, data = unit(STATE), unit(DATA)
+    x, past = unit(STATE), schedule.past(0)
     while i < last:
         ahead, block = min(options.ahead(block), last - i), block + 1
         window = Window("a" if window.name == "b" else "b", ahead)  # the anchor's slots are still read
         estimate = schedule.estimate(i, unit(output), at, x, drafts.variance)
         anchor = Anchor(i, x, estimate, schedule.estimate(i, unit(output), at, at).data, before)
-        made = window.drafts(schedule, options, anchor, data)
-        kept = ({STATE: x} if i else {}) | history(schedule, i, data if i else {})
+        made = window.drafts(schedule, options, anchor, past)
+        kept = ({STATE: x} if i else {}) | schedule.history(i, past)
         kept |= {ANCHOR: anchor.seen} if drafts.extrapolates else {}
         yield combination(kept | made, i)
         yield window.predict(i)
         seen = [(at if i else unit(STATE), output), *window.seen()]
-        x, data = refine(schedule, drafts, i, unit(STATE), unit(DATA), seen[:-1])
+        x, past, _ = refine(schedule, drafts, i, unit(STATE), schedule.past(i), seen[:-1])
         at, output = seen[-1]
         before, i = i, i + ahead
     estimate = schedule.estimate(last, unit(output), at, x, drafts.variance)
-    yield combination({STATE: schedule.step(last, estimate, data, fresh(last))}, schedule.steps)
+    yield combination({STATE: schedule.step(last, estimate, past, fresh(last))}, schedule.steps)
     return ()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.base import Array, Backend
-from runtime.sampling.noise import step_noise
+from runtime.sampling.noise import step_noise, uniforms
 from runtime.sampling.operations import STATE, Options
 from runtime.sampling.place import Play, on_all_lanes
-from runtime.sampling.program import GuidedCombine, Program, Round, program
+from runtime.sampling.program import GuidedCombine, GuidedProducts, Program, Round, program
 from runtime.sampling.samplers import measures
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.timeline import SHORTEST, Timeline
@@ -19,7 +19,10 @@ from runtime.sampling.timeline import SHORTEST, Timeline
 
 @dataclass
 class Counts:
-    """What an image cost, and how far from the refined states the drafts were that a sampler accepted by measuring."""
+    """What an image cost, and how far from the refined states the drafts were that a sampler accepted by measuring.
+
+    `accepted` are relative distances; those of `speculative` are ‖Δ‖, in units of a step's noise.
+    """
 
     rounds: int = 0
     evaluations: int = 0
@@ -45,9 +48,11 @@ def execute(
     `play` runs rounds, on all lanes of the backend by default.
     """
     play, combine, distances = play or on_all_lanes(backend), backend.combine, backend.distances
+    products = backend.inner_products
     if timeline is not None:
         play, combine = timeline.rounds(play), timeline.timed("combine", combine)
         distances, finished = timeline.timed("distances", distances), timeline.timed("callback", finished, SHORTEST)
+        products = timeline.timed("inner products", products)
     counts, done = Counts(), 0
     answer: Sequence[float] = ()
     try:
@@ -64,6 +69,8 @@ def execute(
                 if operation.finished > done:
                     done = operation.finished
                     finished(done)
+            elif isinstance(operation, GuidedProducts):
+                answer = products(operation.products)
             else:
                 answer = distances(operation.pairs)
             operation = playing.send(answer)
@@ -100,7 +107,8 @@ def denoise(
         backend.write(STATE, state[rows])
         for slot, value in step_noise(schedule, options, seed, range(start, start + batch), state.shape[1:]):
             backend.write(slot, value)
-        playing = program(mode, schedule, options, guidance_scale)
+        drawn = uniforms(seed, start, schedule.steps) if mode == "speculative" else ()
+        playing = program(mode, schedule, options, guidance_scale, drawn)
         counts += execute(playing, backend, finished, play, timeline)
         parts.append(backend.read(STATE))
     return np.concatenate(parts), counts

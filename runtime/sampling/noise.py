@@ -20,12 +20,23 @@ def noise_slots(step: int, steps: int, options: Options) -> list[tuple[str, int]
 
 ENCODER = (1 << 32) - 1  # the number of the noise that the VAE encoder draws with: beyond those of any step
 
+UNIFORMS = ENCODER - 1  # the number that the uniform numbers of an image are drawn for
+
 
 def gaussian(seed: int, image: int, number: int, shape: tuple[int, ...]) -> Array:
     """Standard normal noise from a counter-based generator. Number 0 is where an image starts."""
+    return _generator(seed, image, number).standard_normal(shape, np.float32)
+
+
+def uniforms(seed: int, image: int, steps: int) -> list[float]:
+    """One number in [0, 1) per step, from a stream of their own: what `speculative` decides by."""
+    drawn: list[float] = _generator(seed, image, UNIFORMS).random(steps).tolist()
+    return drawn
+
+
+def _generator(seed: int, image: int, number: int) -> np.random.Generator:
     key = np.array([seed, image << 32 | number], np.uint64)  # a list of such numbers would become float64
-    generator = np.random.Generator(np.random.Philox(key=key))
-    return generator.standard_normal(shape, np.float32)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def step_noise(

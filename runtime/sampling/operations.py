@@ -1,8 +1,8 @@
 """What samplers are made of: operations on named slots, and the options that a user has. No arrays, no devices.
 
-A sampler is a generator of `Predict`, `Combine` and `Distance`; the answer to a `Distance` is sent back into it. The
-initial noise is in slot `STATE` when it starts and the finished latent when it ends; slot `fresh(i)` holds the noise
-that a stochastic step i adds. What it returns are the distances of the drafts that it accepted by measurement.
+A sampler is a generator of operations; the answers to `Distance`, `InnerProducts` and `Uniforms` are sent back into
+it. The initial noise is in slot `STATE` when it starts and the finished latent when it ends; slot `fresh(i)` holds the
+noise that a stochastic step i adds. What it returns are the distances of the drafts that it accepted by measurement.
 """
 
 from __future__ import annotations
@@ -46,12 +46,35 @@ class Combine:
 
 @dataclass(frozen=True)
 class Distance:
-    """Asks for ‖a − b‖ / ‖b‖ of pairs of slots: the only operation that the host waits for."""
+    """Asks for ‖a − b‖ / ‖b‖ of pairs of slots; the host waits for it."""
 
     pairs: tuple[tuple[str, str], ...]
 
 
-Operation = Predict | Combine | Distance
+@dataclass(frozen=True)
+class Product:
+    """Two linear combinations of the same sources, a and b."""
+
+    sources: tuple[str, ...]
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """Asks for ⟨a, b⟩, ‖a‖² and ‖b‖² of each product, one after the other; the host waits for it."""
+
+    products: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
+class Uniforms:
+    """Asks for the uniform numbers in [0, 1) that belong to steps, the same ones whenever they are asked for."""
+
+    steps: tuple[int, ...]
+
+
+Operation = Predict | Combine | Distance | InnerProducts | Uniforms
 Operations = Generator[Operation, Sequence[float], tuple[float, ...]]
 
 
@@ -59,10 +82,11 @@ Operations = Generator[Operation, Sequence[float], tuple[float, ...]]
 class Options:
     """What a user can choose beside the sampler; every sampler reads its own.
 
-    k: drafts per round. drafts: a key of `DRAFTS`. tolerance: largest relative change that `adaptive` accepts in a
-    draft, or that `srds` stops at; 0 is exact. blocks: B of `srds`, ⌈√N⌉ or fewer by default. pipelined: whether `srds`
-    starts a block as soon as its left end is known. iterations: where `srds` stops in any case. first_blocks: drafts in
-    each of the first blocks of `conservative` and `aggressive`, where they shall differ from k.
+    k: drafts per round; `adaptive` and `speculative` count the state itself. drafts: a key of `DRAFTS`.
+    tolerance: largest relative change that `adaptive` accepts in a draft, or that `srds` stops at; 0 is exact.
+    blocks: B of `srds`, ⌈√N⌉ or fewer by default. pipelined: whether `srds` starts a block as soon as its left end is
+    known. iterations: where `srds` stops in any case. first_blocks: drafts in each of the first blocks of
+    `conservative` and `aggressive`, where they shall differ from k.
     """
 
     k: int = 1
@@ -93,3 +117,13 @@ def combination(expressions: Mapping[str, Linear], finished: int) -> Combine:
     sources = tuple(dict.fromkeys(slot for expression in expressions.values() for slot in expression))
     rows = tuple(tuple(e.get(slot, 0.0) for slot in sources) for e in expressions.values())
     return Combine(sources, rows, tuple(expressions), finished)
+
+
+def inner_products(pairs: Sequence[tuple[Linear, Linear]]) -> InnerProducts:
+    """One operation for pairs of expressions."""
+    products = []
+    for a, b in pairs:
+        sources = tuple(dict.fromkeys((*a, *b)))
+        rows = (tuple(one.get(slot, 0.0) for slot in sources) for one in (a, b))
+        products.append(Product(sources, *rows))
+    return InnerProducts(tuple(products))

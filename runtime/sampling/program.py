@@ -9,9 +9,19 @@ from functools import lru_cache
 import numpy as np
 
 from engines.base import Array, Branch
-from runtime.sampling.operations import Combine, Distance, Operation, Options, Predict
+from runtime.sampling.operations import (
+    Combine,
+    Distance,
+    InnerProducts,
+    Operation,
+    Options,
+    Predict,
+    Uniforms,
+)  # fmt: skip
 from runtime.sampling.samplers import SAMPLERS
 from runtime.sampling.schedule import Schedule
+
+KEPT = 2048  # operations of a sampler that asks, which may come again
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,14 @@ class GuidedCombine:
     finished: int
 
 
-GuidedOperation = Round | GuidedCombine | Distance
+@dataclass(frozen=True)
+class GuidedProducts:
+    """Inner products over guidance branches: for each its sources and the rows of a and b."""
+
+    products: tuple[tuple[tuple[str, ...], Array], ...]
+
+
+GuidedOperation = Round | GuidedCombine | GuidedProducts | Distance
 Program = Generator[GuidedOperation, Sequence[float], tuple[float, ...]]
 
 
@@ -46,6 +63,16 @@ class GuidedProgram:
 
     guidance_scale: float
     _outputs: set[str] = field(default_factory=set)
+    _known: dict[int, tuple[Operation, GuidedOperation]] = field(default_factory=dict)  # by the operation's identity
+
+    def again(self, operation: Operation) -> GuidedOperation:
+        """As a call, but an operation that a sampler made once and uses in every image is the same object each time."""
+        known = self._known.get(id(operation))
+        if known is None:
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            known = self._known[id(operation)] = operation, self(operation)
+        return known[1]
 
     def __call__(self, operation: Operation) -> GuidedOperation:
         """One operation as the backend runs it."""
@@ -57,6 +84,9 @@ class GuidedProgram:
                 for evaluation in operation.evaluations
             )
             return Round(branches, len(operation.evaluations))
+        if isinstance(operation, InnerProducts):
+            return GuidedProducts(tuple(self._columns(one.sources, (one.a, one.b)) for one in operation.products))
+        assert not isinstance(operation, Uniforms), "answered here, not by a backend"
         return self._guided(operation) if isinstance(operation, Combine) else operation
 
     @property
@@ -64,18 +94,22 @@ class GuidedProgram:
         return {0: 1 - self.guidance_scale, 1: self.guidance_scale} if self.guidance_scale > 1 else {1: 1.0}
 
     def _guided(self, operation: Combine) -> GuidedCombine:
+        sources, rows = self._columns(operation.sources, operation.rows)
+        return GuidedCombine(sources, rows, operation.targets, operation.finished)
+
+    def _columns(self, slots: Sequence[str], coefficients: Sequence[Sequence[float]]) -> tuple[tuple[str, ...], Array]:
+        """The sources of an operation and its rows, with a column for each branch of an output."""
         columns: list[tuple[str, int, float]] = []  # slot, column of the operation, factor
-        for column, slot in enumerate(operation.sources):
+        for column, slot in enumerate(slots):
             if slot in self._outputs:
                 columns += [
                     (f"{slot}/{conditioning}", column, weight) for conditioning, weight in self._weights.items()
                 ]
             else:
                 columns.append((slot, column, 1.0))
-        rows = np.array([[row[column] * factor for _, column, factor in columns] for row in operation.rows], np.float32)
+        rows = np.array([[row[column] * factor for _, column, factor in columns] for row in coefficients], np.float32)
         rows.setflags(write=False)  # a backend may know it again by its identity
-        sources = tuple(slot for slot, _, _ in columns)
-        return GuidedCombine(sources, rows, operation.targets, operation.finished)
+        return tuple(slot for slot, _, _ in columns), rows
 
 
 @lru_cache(maxsize=16)
@@ -88,24 +122,38 @@ def _whole_program(
     """
     guided, planned = GuidedProgram(guidance_scale), []
     for operation in SAMPLERS[mode](schedule, options):
-        if isinstance(operation, Distance):
+        if isinstance(operation, Distance | InnerProducts):
             return None
         planned.append(guided(operation))
     return tuple(planned)
 
 
-def program(mode: str, schedule: Schedule, options: Options, guidance_scale: float) -> Program:
-    """The operations of a sampler as a backend runs them; the answer to each `Distance` is to be sent in."""
+@lru_cache(maxsize=16)
+def _asking(mode: str, schedule: Schedule, options: Options, guidance_scale: float) -> GuidedProgram:
+    """What a sampler that asks has made up to now: the rounds of one image come again in the next one."""
+    return GuidedProgram(guidance_scale)
+
+
+def program(
+    mode: str, schedule: Schedule, options: Options, guidance_scale: float, uniforms: Sequence[float] = ()
+) -> Program:
+    """The operations of a sampler as a backend runs them; the answers to those that measure are to be sent in.
+
+    `uniforms` has one number per step, for samplers that ask for them.
+    """
     whole = _whole_program(mode, schedule, options, guidance_scale)
     if whole is not None:
         for n in range(len(whole)):  # no `yield from`: a tuple takes no answers
             yield whole[n]
         return ()
-    guided, operations = GuidedProgram(guidance_scale), SAMPLERS[mode](schedule, options)
+    guided, operations = _asking(mode, schedule, options, guidance_scale), SAMPLERS[mode](schedule, options)
     try:
         operation = next(operations)
         while True:
-            operation = operations.send((yield guided(operation)))
+            if isinstance(operation, Uniforms):
+                operation = operations.send([uniforms[step] for step in operation.steps])
+            else:
+                operation = operations.send((yield guided.again(operation)))
     except StopIteration as end:
         accepted: tuple[float, ...] = end.value
         return accepted

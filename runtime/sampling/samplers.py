@@ -12,6 +12,7 @@ from runtime.sampling.driffusion import aggressive, conservative
 from runtime.sampling.operations import Operations, Options
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.sequential import sequential
+from runtime.sampling.speculative import speculative
 from runtime.sampling.srds import srds, srds_blocks
 
 Sampler = Callable[[Schedule, Options], Operations]
@@ -36,6 +37,8 @@ def check(mode: str, schedule: Schedule, options: Options) -> None:
         raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
     if mode == "adaptive" and DRAFTS[options.drafts].extrapolates:
         raise ParameterError("drafts", "adaptive has no anchors to extrapolate from: use frozen or corrected drafts")
+    if mode == "speculative":
+        _check_speculative(schedule, options)
     if mode != "sequential" and not schedule.draftable:
         raise ParameterError("mode", f"{schedule.name} takes steps that are too long to draft: use mode sequential")
     if mode == "srds":
@@ -46,9 +49,24 @@ def check(mode: str, schedule: Schedule, options: Options) -> None:
         srds_blocks(schedule.steps, options.blocks)
 
 
+def _check_speculative(schedule: Schedule, options: Options) -> None:
+    if not schedule.stochastic_steps:
+        raise ParameterError(
+            "mode",
+            f"speculative needs a scheduler that adds noise, and {schedule.name} adds none: use ddpm, euler_a, or ddim "
+            "with eta above 0; or a mode that is exact without noise, such as srds",
+        )
+    if options.tolerance:
+        raise ParameterError(
+            "tolerance", "speculative is exact and has no tolerance: leave it out, or use adaptive, srds or auto"
+        )
+    if DRAFTS[options.drafts].extrapolates or DRAFTS[options.drafts].own_noise:
+        raise ParameterError("drafts", f"speculative cannot use {options.drafts} drafts: use frozen or corrected ones")
+
+
 def measures(mode: str, options: Options) -> bool:
     """Whether a sampler decides by what it measures, so that each image must be made by itself."""
-    return mode == "adaptive" or (mode == "srds" and options.tolerance > 0)
+    return mode in ("adaptive", "speculative") or (mode == "srds" and options.tolerance > 0)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -57,4 +75,5 @@ SAMPLERS: dict[str, Sampler] = {
     "aggressive": aggressive,
     "srds": srds,
     "adaptive": adaptive,
+    "speculative": speculative,
 }

@@ -3,22 +3,24 @@
 The state at step i is `x_i = α_i·x̂_0 + σ_i·ε`, as the model sees it. Every scheduler's step is one row over the two
 estimates that the model's output gives, the data x̂_0 and the noise ε:
 
-    x_{i+1} = data·x̂_0(i) + noise·ε(i) + previous·x̂_0(i−1) + fresh·z_i
+    x_{i+1} = data·x̂_0(i) + noise·ε(i) + Σ_j previous_j·m(i−1−j) + fresh·z_i
 
-DDIM, DDPM and the Euler family differ in the numbers; only multistep solvers have `previous`, only stochastic ones
-`fresh`. So a step, a draft over many steps and a refined block are linear expressions over slots, multiplied out in
-float64 on the host before anything runs.
+where m(i), what a step leaves to later ones, is x̂_0 or another combination of the two, such as ε. DDIM, DDPM and the
+Euler family differ in the numbers; only multistep solvers have `previous`, only stochastic ones `fresh`. So a step, a
+draft over many steps and a refined block are linear expressions over slots, multiplied out in float64 on the host
+before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 Linear = Mapping[str, float]
-
-
 """A linear expression over slots: slot name → coefficient, none of them zero."""
+Past = Sequence[Linear]
+"""What the steps before one kept for it, newest first."""
 
 
 def unit(slot: str) -> Linear:
@@ -37,15 +39,20 @@ def weighted_sum(*terms: tuple[float, Linear]) -> Linear:
 
 @dataclass(frozen=True)
 class Step:
-    """One row: where the model is evaluated (timestep, α, σ) and the coefficients of the step from there."""
+    """One row: where the model is evaluated (timestep, α, σ) and the coefficients of the step from there.
+
+    `previous` has the coefficients of what earlier steps kept, newest first; `kept` those of x̂_0 and ε in what this one
+    keeps.
+    """
 
     timestep: float
     alpha: float
     sigma: float
     data: float
     noise: float
-    previous: float = 0.0
+    previous: tuple[float, ...] = ()
     fresh: float = 0.0
+    kept: tuple[float, float] = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,19 @@ class Schedule:
 
     @property
     def multistep(self) -> bool:
-        """Whether a step needs the estimate before it."""
-        return any(row.previous for row in self.rows)
+        """Whether a step needs the estimates before it."""
+        return self.depth > 0
+
+    @cached_property
+    def depth(self) -> int:
+        """How many steps back the steps of a multistep solver reach."""
+        return max((len(row.previous) for row in self.rows), default=0)
+
+    @cached_property
+    def oldest(self) -> tuple[int, ...]:
+        """Per step, the earliest step that it or a later one reads; itself if there is none."""
+        reach = [i - len(row.previous) for i, row in enumerate(self.rows)]
+        return tuple(min(reach[i:]) for i in range(len(reach)))
 
     def estimate(self, i: int, output: Linear, at: Linear, x: Linear, variance: float | None = None) -> Estimate:
         """The estimate for state x at step i, from the model's output at the state `at`, which may be a draft of x.
@@ -129,12 +147,34 @@ class Schedule:
         row = self.rows[i]
         return Estimate(data, weighted_sum((1 / row.sigma, x), (-row.alpha / row.sigma, data)))
 
-    def step(self, i: int, estimate: Estimate, previous: Linear, fresh: str) -> Linear:
-        """x_{i+1}; `previous` is x̂_0 of the step before (not read in the first), `fresh` names the slot of z_i."""
+    def past(self, i: int) -> Past:
+        """What the steps before i kept, in the slots where it lies: as many of them as a later step may read."""
+        return tuple(unit(self._kept_slot(j)) for j in range(i - 1, max(0, i - self.depth) - 1, -1))
+
+    def keep(self, i: int, estimate: Estimate, past: Past) -> Past:
+        """The past of step i + 1."""
+        if not self.depth:
+            return ()
+        data, noise = self.rows[i].kept
+        return (weighted_sum((data, estimate.data), (noise, estimate.noise)), *past[: self.depth - 1])
+
+    def history(self, i: int, past: Past) -> dict[str, Linear]:
+        """Where to write what steps before i kept, as far as step i or a later one reads it and it is not there yet."""
+        if i >= self.steps:
+            return {}
+        slots = {j: self._kept_slot(j) for j in range(i - 1, self.oldest[i] - 1, -1)}
+        return {slot: kept for (j, slot), kept in zip(slots.items(), past, strict=False) if kept != unit(slot)}
+
+    def _kept_slot(self, i: int) -> str:
+        """The slot of what step i keeps: in turn, so that nothing has to move when steps go on."""
+        return f"kept {i % self.depth}"
+
+    def step(self, i: int, estimate: Estimate, past: Past, fresh: str) -> Linear:
+        """x_{i+1}; `past` is what the steps before kept, newest first, `fresh` names the slot of z_i."""
         row = self.rows[i]
         terms = [(row.data, estimate.data), (row.noise, estimate.noise)]
-        if row.previous:
-            terms.append((row.previous, previous))
+        assert len(row.previous) <= len(past), f"step {i} reads steps before the first"
+        terms += zip(row.previous, past, strict=False)
         if row.fresh:
             terms.append((row.fresh, unit(fresh)))
         return weighted_sum(*terms)

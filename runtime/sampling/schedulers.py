@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.errors import ParameterError
 from engines.manifest import Manifest
-from runtime.sampling import step_rules
+from runtime.sampling import multistep_rules, step_rules
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.spacing import CURVES, ScheduleSpec
 
@@ -57,9 +57,16 @@ _DPM = _LINSPACE | _CURVED | {
 }  # fmt: skip
 _DPM_ALLOWED = _SIGMAS | {
     "prediction_type": (*_SPACINGS["prediction_type"], "flow_prediction"),
-    "solver_order": (1, 2), "solver_type": ("midpoint", "heun"),
+    "solver_type": ("midpoint", "heun"),
     "algorithm_type": ("dpmsolver++",), "thresholding": (False,), "use_lu_lambdas": _NO,
     "variance_type": (None,), "lambda_min_clipped": (-math.inf, "-inf", None), "use_dynamic_shifting": _NO,
+}  # fmt: skip
+_SOLVER = _LINSPACE | _CURVED | {
+    "solver_order": 2, "lower_order_final": True, "use_flow_sigmas": False, "flow_shift": 1.0,
+}  # fmt: skip
+_SOLVER_ALLOWED = _SPACINGS | {
+    "prediction_type": _DPM_ALLOWED["prediction_type"], "solver_order": (1, 2, 3), "thresholding": (False,),
+    "use_dynamic_shifting": _NO,
 }  # fmt: skip
 _DPM_WORDS = {
     "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
@@ -81,20 +88,64 @@ RULES: dict[str, Rule] = {
         "EulerAncestralDiscreteScheduler", step_rules.euler_ancestral, _LINSPACE, _SPACINGS, terminal=_NEARLY_ZERO
     ),
     "dpm++2m": Rule(
-        "DPMSolverMultistepScheduler", step_rules.dpmpp_2m, _DPM, _DPM_ALLOWED, words=_DPM_WORDS,
-        terminal=_NEARLY_ZERO,
+        "DPMSolverMultistepScheduler", multistep_rules.dpmpp, _DPM, _DPM_ALLOWED | {"solver_order": (1, 2)},
+        words=_DPM_WORDS, terminal=_NEARLY_ZERO,
     ),
     "dpm++2m_sde": Rule(
-        "DPMSolverMultistepScheduler", step_rules.dpmpp_2m, _DPM,
-        _DPM_ALLOWED | {"algorithm_type": ("sde-dpmsolver++",)}, words=_DPM_WORDS, terminal=_NEARLY_ZERO,
-        fixed={"algorithm_type": "sde-dpmsolver++"},
+        "DPMSolverMultistepScheduler", multistep_rules.dpmpp, _DPM,
+        _DPM_ALLOWED | {"solver_order": (1, 2), "algorithm_type": ("sde-dpmsolver++",)}, words=_DPM_WORDS,
+        terminal=_NEARLY_ZERO, fixed={"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "dpm++3m": Rule(
+        "DPMSolverMultistepScheduler", multistep_rules.dpmpp, _DPM, _DPM_ALLOWED | {"solver_order": (3,)},
+        words=_DPM_WORDS, terminal=_NEARLY_ZERO, fixed={"solver_order": 3},
+    ),
+    "dpm++3m_sde": Rule(
+        "DPMSolverMultistepScheduler", multistep_rules.dpmpp, _DPM,
+        _DPM_ALLOWED | {"solver_order": (3,), "algorithm_type": ("sde-dpmsolver++",)}, words=_DPM_WORDS,
+        terminal=_NEARLY_ZERO, fixed={"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "unipc": Rule(
+        "UniPCMultistepScheduler", multistep_rules.unipc, _SOLVER | {
+            "solver_type": "bh2", "final_sigmas_type": "zero", "disable_corrector": (),
+        },
+        _SOLVER_ALLOWED | {
+            "solver_type": ("bh1", "bh2"), "final_sigmas_type": ("zero", "sigma_min"), "predict_x0": (True,),
+            "solver_p": (None,), "shift_terminal": (None,),
+        },
+        words={"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")}, terminal=_NEARLY_ZERO,
+    ),
+    "deis": Rule(
+        "DEISMultistepScheduler", multistep_rules.deis, _SOLVER | {
+            "solver_type": "logrho", "algorithm_type": "deis", "final_sigmas_type": "sigma_min",
+        },
+        _SOLVER_ALLOWED | {
+            "solver_type": ("logrho",), "algorithm_type": ("deis",), "rescale_betas_zero_snr": _NO,
+            "sigma_min": (None,), "sigma_max": (None,), "final_sigmas_type": ("sigma_min",),
+        },
+        words={
+            "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+            "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+        },
+        fixed={},
+    ),
+    "lms": Rule(
+        "LMSDiscreteScheduler", multistep_rules.lms, _LINSPACE | dict.fromkeys(CURVES, False),
+        _SPACINGS | {"rescale_betas_zero_snr": _NO},
+    ),
+    "pndm": Rule(
+        "PNDMScheduler", multistep_rules.pndm, _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
+        _SPACINGS | {
+            "prediction_type": ("epsilon", "v_prediction"), "skip_prk_steps": (True,), "rescale_betas_zero_snr": _NO,
+        },
     ),
     "flow_euler": Rule(
         "FlowMatchEulerDiscreteScheduler", step_rules.flow_euler,
         {
             "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5,
             "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "shift_terminal": None,
-            "time_shift_type": "exponential", "stochastic_sampling": False, **dict.fromkeys(CURVES, False),
+            "time_shift_type": "exponential", "stochastic_sampling": False, "shift_by_steps": False,
+            **dict.fromkeys(CURVES, False),
         },
         {"invert_sigmas": _NO, "time_shift_type": ("exponential", "linear")},
     ),
@@ -282,12 +333,6 @@ def _own(config: Mapping[str, Any]) -> str | None:
 _SAME_ODE = "solves the same differential equation from the same table of ᾱ"
 # Diffusers' classes that have no rule, by all their names. Nothing else is ever put in a scheduler's place.
 UNKNOWN: dict[str, Unknown] = {
-    "PNDMScheduler pndm": Unknown(
-        "a step mixes the last four outputs of the model, and the first needs two evaluations", "dpm++2m", _SAME_ODE
-    ),
-    "LMSDiscreteScheduler lms": Unknown("a step mixes the last four outputs of the model", "dpm++2m", _SAME_ODE),
-    "UniPCMultistepScheduler unipc": Unknown("its corrector is not among the rules here", "dpm++2m", _SAME_ODE),
-    "DEISMultistepScheduler deis": Unknown("its solver is not among the rules here", "dpm++2m", _SAME_ODE),
     "HeunDiscreteScheduler KDPM2DiscreteScheduler heun": Unknown(
         "a step needs two evaluations, the second where the first leads", "dpm++2m", _SAME_ODE
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from runtime.sampling.drafts import DATA, history
 from runtime.sampling.operations import STATE, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Schedule, unit
 
@@ -13,6 +12,7 @@ def sequential(schedule: Schedule, options: Options) -> Operations:
     for i in range(schedule.steps):
         yield Predict((Evaluation(STATE, i, "output"),))
         estimate = schedule.estimate(i, unit("output"), x, x)
-        following = {STATE: schedule.step(i, estimate, unit(DATA), fresh(i))}
-        yield combination(following | history(schedule, i + 1, estimate.data), i + 1)
+        past = schedule.past(i)
+        following = {STATE: schedule.step(i, estimate, past, fresh(i))}
+        yield combination(following | schedule.history(i + 1, schedule.keep(i, estimate, past)), i + 1)
     return ()

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from engines.errors import ParameterError
-from runtime.sampling.operations import STATE, Distance, Evaluation, Operations, Options, Predict, combination, fresh
+from runtime.sampling.operations import (
+    STATE,
+    Combine,
+    Distance,
+    Evaluation,
+    Operations,
+    Options,
+    Predict,
+    combination,
+    fresh,
+)
 from runtime.sampling.schedule import Linear, Schedule, unit, weighted_sum
 from runtime.sampling.sequential import sequential
+
+_Sweep = Iterator[Predict | Combine | Distance]
 
 
 def srds(schedule: Schedule, options: Options) -> Operations:
@@ -22,10 +35,30 @@ def srds(schedule: Schedule, options: Options) -> Operations:
     iterations = min(options.iterations or len(ends), len(ends))
     if max(b - a for a, b in zip([0, *ends], ends, strict=False)) == 1:
         return (yield from sequential(schedule, options))
-    sweep = _srds_pipelined if options.pipelined else _srds_plain
-    accepted = yield from sweep(schedule, [0, *ends], iterations, options.tolerance)
-    yield combination({STATE: unit(STATE)}, schedule.steps)  # the guess is the result
-    return accepted
+    for operation in _sweep(schedule, options.pipelined, tuple(ends), iterations, bool(options.tolerance)):
+        if isinstance(operation, Distance):
+            (change,) = yield operation
+            if change <= options.tolerance:
+                yield _result(schedule.steps)
+                return (change,)
+        else:
+            yield operation
+    yield _result(schedule.steps)
+    return ()
+
+
+@lru_cache(maxsize=16)
+def _sweep(
+    schedule: Schedule, pipelined: bool, ends: tuple[int, ...], iterations: int, asking: bool
+) -> tuple[Predict | Combine | Distance, ...]:
+    """All operations of a setting, made before the first round: only where it stops depends on answers."""
+    return tuple((_srds_pipelined if pipelined else _srds_plain)(schedule, (0, *ends), iterations, asking))
+
+
+@lru_cache(maxsize=64)
+def _result(steps: int) -> Combine:
+    """The last operation: the guess is the result."""
+    return combination({STATE: unit(STATE)}, steps)
 
 
 def srds_blocks(steps: int, blocks: int | None) -> list[int]:
@@ -42,7 +75,7 @@ def srds_blocks(steps: int, blocks: int | None) -> list[int]:
     return [min(size * (b + 1), steps) for b in range(count)]
 
 
-def _srds_plain(schedule: Schedule, ends: Sequence[int], iterations: int, tolerance: float) -> Operations:
+def _srds_plain(schedule: Schedule, ends: Sequence[int], iterations: int, asking: bool) -> _Sweep:
     """One coarse sweep, then per iteration M rounds of all blocks at once and a coarse sweep: B + p(M + B) rounds."""
     blocks = len(ends) - 1
     end = _block_ends(blocks)
@@ -63,14 +96,11 @@ def _srds_plain(schedule: Schedule, ends: Sequence[int], iterations: int, tolera
             if b >= p:
                 made[end[b]] = _corrected(b, unit(f"fine {b}"), skip, p)
             yield combination(made, ends[p] if b == blocks else 0)
-        if tolerance and 0 < p < iterations:
-            (change,) = yield Distance(((end[blocks], "before"),))
-            if change <= tolerance:
-                return (change,)
-    return ()
+        if asking and 0 < p < iterations:
+            yield Distance(((end[blocks], "before"),))
 
 
-def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, tolerance: float) -> Operations:
+def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, asking: bool) -> _Sweep:
     """Every evaluation in the first round that it can run in: p·M + B − p rounds, N when run to the end.
 
     The first fine step of a block is also the evaluation that G needs there, so an iteration starts on a block one
@@ -111,12 +141,9 @@ def _srds_pipelined(schedule: Schedule, ends: Sequence[int], iterations: int, to
             tuple(sorted(evaluations, key=lambda evaluation: evaluations[evaluation]))
         )  # earlier iterations are nearer to the end
         if asked:
-            (change,) = yield Distance(((end[blocks], "before"),))
-            if change <= tolerance:
-                return (change,)
+            yield Distance(((end[blocks], "before"),))
         yield combination(made, finished)
-        asked = bool(tolerance) and finished > 0
-    return ()
+        asked = asking and finished > 0
 
 
 def _block_ends(blocks: int) -> list[str]:
@@ -131,13 +158,13 @@ def _skip(schedule: Schedule, start: int, end: int, slot: str, output: str) -> L
     data = estimate.data
     for n in range(start, end):
         estimate = schedule.assumed(n, data, x) if n > start else estimate
-        x = schedule.step(n, estimate, {}, fresh(n))
+        x = schedule.step(n, estimate, (), fresh(n))
     return x
 
 
 def _fine(schedule: Schedule, n: int, slot: str, output: str) -> Linear:
     """One step of F."""
-    return schedule.step(n, schedule.estimate(n, unit(output), unit(slot), unit(slot)), {}, fresh(n))
+    return schedule.step(n, schedule.estimate(n, unit(output), unit(slot), unit(slot)), (), fresh(n))
 
 
 def _corrected(b: int, solved: Linear, skip: Linear, iteration: int) -> Linear:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +21,7 @@ def ddim(spec: ScheduleSpec) -> Schedule:
         source, target = alphas[t], alphas[t - stride] if t >= stride else final
         fresh = spec.eta * math.sqrt((1 - target) / (1 - source) * (1 - source / target))
         rows.append(_row(t, source, math.sqrt(target), math.sqrt(1 - target - fresh**2), fresh=fresh))
-    return _schedule("ddim", spec, rows)
+    return schedule_of("ddim", spec, rows)
 
 
 def ddpm(spec: ScheduleSpec) -> Schedule:
@@ -37,12 +36,12 @@ def ddpm(spec: ScheduleSpec) -> Schedule:
         variance = beta if spec.config["variance_type"] == "fixed_large" else beta * (1 - target) / (1 - source)
         fresh = math.sqrt(variance) if t > 0 else 0.0
         rows.append(_row(t, source, data, keep * math.sqrt(1 - source), fresh=fresh))
-    return _schedule("ddpm", spec, rows)
+    return schedule_of("ddpm", spec, rows)
 
 
 def euler(spec: ScheduleSpec) -> Schedule:
     """Karras et al. 2022, algorithm 2 without churn; states are divided by √(1 + σ²), which is what the model sees."""
-    sigmas, timesteps = _euler_sigmas(spec)
+    sigmas, timesteps = euler_sigmas(spec)
     spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
     if spread is not None:
         sigmas, timesteps = spread, spec.timestep_of(spread)
@@ -51,91 +50,18 @@ def euler(spec: ScheduleSpec) -> Schedule:
     for t, source, target in zip(timesteps, sigmas, [*sigmas[1:], last], strict=True):
         scale = 1 / math.sqrt(1 + target**2)
         rows.append(_row(t, 1 / (1 + source**2), scale, scale * target))
-    return _schedule("euler", spec, rows, _euler_start(spec, sigmas))
+    return schedule_of("euler", spec, rows, euler_start(spec, sigmas))
 
 
 def euler_ancestral(spec: ScheduleSpec) -> Schedule:
     """Euler to below the next σ, then fresh noise up to it."""
-    sigmas, timesteps = _euler_sigmas(spec)
+    sigmas, timesteps = euler_sigmas(spec)
     rows = []
     for t, source, target in zip(timesteps, sigmas, [*sigmas[1:], 0.0], strict=True):
         up = math.sqrt(target**2 * (source**2 - target**2) / source**2)
         scale = 1 / math.sqrt(1 + target**2)
         rows.append(_row(t, 1 / (1 + source**2), scale, scale * math.sqrt(target**2 - up**2), fresh=scale * up))
-    return _schedule("euler_a", spec, rows, _euler_start(spec, sigmas))
-
-
-def dpmpp_2m(spec: ScheduleSpec) -> Schedule:
-    """DPM-Solver++ (Lu et al. 2022, algorithm 2): second order in x̂_0, first order at the start and the end.
-
-    With `algorithm_type` sde-dpmsolver++ the same for the reverse SDE (there eq. 14 ff.), whose steps add noise.
-    """
-    config, n = spec.config, spec.steps
-    levels, timesteps, last = _dpm_levels(spec)
-    stochastic = config["algorithm_type"] == "sde-dpmsolver++"
-    lower_at_end = (
-        config["final_sigmas_type"] == "zero" or config["euler_at_final"] or (config["lower_order_final"] and n < 15)
-    )
-    rows = []
-    for i, (t, source, target) in enumerate(zip(timesteps, levels, [*levels[1:], last], strict=True)):
-        h = target.lambda_ - source.lambda_
-        data, previous = target.alpha, 0.0  # first order: that of DDIM
-        if config["solver_order"] == 2 and i > spec.first and not (i == n - 1 and lower_at_end):
-            rate = 2 * h if stochastic else h
-            grow = target.alpha * -math.expm1(-rate)
-            curve = grow / 2 if config["solver_type"] == "midpoint" else target.alpha * (math.expm1(-rate) / rate + 1)
-            previous = -curve * h / (source.lambda_ - levels[i - 1].lambda_)
-            data -= previous
-        decay = math.exp(-h) if stochastic else 1.0
-        fresh = target.sigma * math.sqrt(1 - decay**2)
-        rows.append(Step(float(t), source.alpha, source.sigma, data, target.sigma * decay, previous, fresh))
-    return _schedule("dpm++2m_sde" if stochastic else "dpm++2m", spec, rows)
-
-
-@dataclass(frozen=True)
-class Level:
-    """One noise level of x = α·x_0 + σ·ε."""
-
-    alpha: float
-    sigma: float
-
-    @property
-    def lambda_(self) -> float:
-        """ln(α/σ), half the logarithm of the signal-to-noise ratio."""
-        if not self.alpha or not self.sigma:
-            return math.inf if self.alpha else -math.inf
-        return math.log(self.alpha / self.sigma)
-
-    @classmethod
-    def of(cls, ratio: float) -> Level:
-        """Of σ/α where α² + σ² = 1."""
-        return cls(1 / math.sqrt(1 + ratio**2), ratio / math.sqrt(1 + ratio**2))
-
-    @classmethod
-    def of_flow(cls, sigma: float) -> Level:
-        """Of σ where α + σ = 1."""
-        return cls(1 - sigma, sigma)
-
-
-def _dpm_levels(spec: ScheduleSpec) -> tuple[list[Level], Floats, Level]:
-    """The levels of DPM-Solver's steps, what the model is told there (whole timesteps), and the level at the end."""
-    config, n = spec.config, spec.steps
-    last = float(spec.sigmas[0]) if config["final_sigmas_type"] == "sigma_min" else 0.0
-    spread = spec.spread(float(spec.rounded_sigmas[-1]), float(spec.rounded_sigmas[0]))
-    flow = bool(config.get("use_flow_sigmas"))
-    if flow and spread is None:
-        even = 1 - np.linspace(1, 1 / spec.training, n + 1)
-        shift = float(config["flow_shift"])
-        sigmas = (shift * even / (1 + (shift - 1) * even))[::-1][:-1]
-        return [Level.of_flow(float(one)) for one in sigmas], np.floor(sigmas * spec.training), Level.of_flow(last)
-    if flow:
-        raise ParameterError("scheduler", "the scheduler config sets use_flow_sigmas beside another curve of σ")
-    if spread is not None:
-        timesteps = spec.timestep_of(spread)
-        timesteps = timesteps.round() if config.get("use_karras_sigmas") else np.floor(timesteps)
-        return [Level.of(float(one)) for one in spread], timesteps, Level.of(last)
-    timesteps = spec.timesteps(intervals=0 if config["timestep_spacing"] == "trailing" else 1).round()
-    return [Level.of(float(one)) for one in spec.sigmas[timesteps.astype(int)]], timesteps, Level.of(last)
+    return schedule_of("euler_a", spec, rows, euler_start(spec, sigmas))
 
 
 def flow_euler(spec: ScheduleSpec) -> Schedule:
@@ -159,9 +85,10 @@ def flow_euler(spec: ScheduleSpec) -> Schedule:
     spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
     sigmas = sigmas if spread is None else spread
     rows = []
-    for source, target in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    for source, target in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
         noise, fresh = (0.0, target) if config["stochastic_sampling"] else (target, 0.0)
-        rows.append(Step(*map(float, (source * training, 1 - source, source, 1 - target, noise, 0.0, fresh))))
+        row = Step(source * training, 1 - source, source, 1 - target, noise, fresh=fresh)
+        rows.append(row)
     return Schedule("flow_euler", "flow_prediction", tuple(rows))
 
 
@@ -181,30 +108,29 @@ def lcm(spec: ScheduleSpec) -> Schedule:
         data, noise = out + skip * math.sqrt(source), skip * math.sqrt(1 - source)
         scale = math.sqrt(target)
         rows.append(_row(t, source, scale * data, scale * noise, fresh=math.sqrt(1 - target)))
-    return _schedule("lcm", spec, rows, draftable=False)
+    return schedule_of("lcm", spec, rows, draftable=False)
 
 
-def _row(
-    timestep: float, source: float, data: float, noise: float, *, previous: float = 0.0, fresh: float = 0.0
-) -> Step:
+def _row(timestep: float, source: float, data: float, noise: float, *, fresh: float = 0.0) -> Step:
     """A row from a source ᾱ."""
     alpha, sigma = math.sqrt(source), math.sqrt(1 - source)
-    return Step(float(timestep), alpha, sigma, float(data), float(noise), float(previous), float(fresh))
+    return Step(float(timestep), alpha, sigma, float(data), float(noise), fresh=float(fresh))
 
 
-def _schedule(
+def schedule_of(
     name: str, spec: ScheduleSpec, rows: Sequence[Step], init_noise_sigma: float = 1.0, *, draftable: bool = True
 ) -> Schedule:
+    """The schedule of a rule, which has the config's prediction type."""
     return Schedule(name, str(spec.config["prediction_type"]), tuple(rows), init_noise_sigma, draftable)
 
 
-def _euler_sigmas(spec: ScheduleSpec) -> tuple[Floats, Floats]:
+def euler_sigmas(spec: ScheduleSpec) -> tuple[Floats, Floats]:
     """σ and timesteps, interpolated where the spacing falls between timesteps."""
     timesteps = spec.timesteps().astype(np.float32).astype(np.float64)  # as diffusers gives them to the model
     return np.interp(timesteps, np.arange(spec.training), spec.sigmas), timesteps
 
 
-def _euler_start(spec: ScheduleSpec, sigmas: Floats) -> float:
+def euler_start(spec: ScheduleSpec, sigmas: Floats) -> float:
     """Diffusers starts at √(σ² + 1) with leading spacing and at σ with the others; here divided by √(σ² + 1)."""
     return 1.0 if spec.config["timestep_spacing"] == "leading" else float(sigmas[0] / math.sqrt(1 + sigmas[0] ** 2))
 
@@ -214,6 +140,22 @@ def _dynamic_shift(spec: ScheduleSpec) -> float:
     config = spec.config
     if spec.image_seq_len is None:
         raise ParameterError("scheduler", "use_dynamic_shifting needs image_seq_len, the number of latent tokens")
+    if config["shift_by_steps"]:
+        mu = shift_by_steps(spec.image_seq_len, spec.steps)
+        return float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     mu = config["base_shift"] + slope * (spec.image_seq_len - config["base_image_seq_len"])
     return float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
+
+
+def shift_by_steps(tokens: int, steps: int) -> float:
+    """FLUX.2's µ: a line in the number of tokens for 10 steps, another one for 200, and a line in N between them.
+
+    Above 4300 tokens it is that of 200 steps for any N (diffusers' `compute_empirical_mu`).
+    """
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333
+    slope = (many - few) / 190
+    return slope * steps + many - 200 * slope

@@ -20,7 +20,8 @@ class Span:
     """One thing that took time, in seconds since the denoising began; both None where the host does not wait for it.
 
     kind: `call`, a run of the network on a lane; `combine`, which refines a round and makes the next drafts;
-    `distances`, which a sampler measures; `callback`, what the caller does between rounds, such as a preview.
+    `distances` and `inner products`, which a sampler measures; `callback`, what the caller does between rounds,
+    such as a preview.
     round: counted from 1; what happens between two rounds has the number of the first. steps: counted from 0.
     """
 

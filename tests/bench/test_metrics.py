@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from bench import __main__ as command
-from bench.distances import psnr, ssim
 from bench.metrics import CLIPS, Coco, Judges
 from engines.errors import ParameterError
 from engines.store import Bundle
+from runtime.distances import psnr, ssim
 
 pytest.importorskip("torchmetrics")
 SIDE = 32

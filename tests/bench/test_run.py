@@ -17,7 +17,6 @@ import pytest
 
 from bench import __main__ as command
 from bench import kernel
-from bench.distances import drift
 from bench.energy import Meter
 from bench.floor import enqueued, replay
 from bench.models import checkpoint, named_devices, one_lane, prompts, scenes
@@ -33,9 +32,11 @@ from engines.devices import parse_devices
 from engines.errors import EngineError, ParameterError
 from engines.host import FunctionLane, HostBackend
 from engines.manifest import Manifest
+from engines.runtimes import RUNTIMES
 from engines.store import Bundle
 from export.shapes.data import Scene, random_scene
 from export.spec import EMBEDDED, ExportSpec
+from runtime.distances import drift
 from runtime.pipeline import Pipeline
 from runtime.sampling.execute import denoise, execute
 from runtime.sampling.noise import gaussian
@@ -164,8 +165,10 @@ def test_a_short_run_writes_a_result_file(
     monkeypatch.setattr("sys.argv", ["bench", *arguments, "--modes", *modes, "--json", str(target)])
     assert command.main() == 0
     rows = json.loads(target.read_text())["rows"]
-    assert [row["baseline"] for row in rows] == ["one lane", "one session", *[None] * 5]
-    assert [row["asked_mode"] for row in rows[2:]] == modes
+    assert [row["baseline"] for row in rows] == ["one lane", "one session", "openvino", *[None] * 5]
+    assert [row["asked_mode"] for row in rows[3:]] == modes
+    if not RUNTIMES["openvino"].installed:
+        assert "OpenVINO is not installed" in rows.pop(2)["reason"]
     assert rows[2]["drift"]["median"] < 1e-4 and rows[0]["speedups"]["one lane"]["median"] == 1
     for row in rows:
         assert row["images"] == 2 and row["share_of_floor"]["median"] > 0 and set(row["seconds"]) >= {"p20", "p99"}
@@ -239,7 +242,7 @@ def test_kernel_measures_and_says_what(
     monkeypatch.setattr(kernel, "LATENTS", {"shapes": (4, 16, 16)})
     target = tmp_path / "kernel.json"
     monkeypatch.setattr("sys.argv", ["bench", "kernel", "--k", "2", "--repeats", "2", "--json", str(target)])
-    assert command.main() == 0 and "engines.base.combine, cpu, float32" in capsys.readouterr().out
+    assert command.main() == 0 and "HostBackend.combine, cpu, float32" in capsys.readouterr().out
     (row,) = json.loads(target.read_text())["rows"]
     assert (
         row["error"] < 1e-5 and (row["inputs"], row["outputs"]) == (5, 3) and set(row["speedup"]) == {"numpy", "torch"}

@@ -138,10 +138,14 @@ def test_closed_lanes_say_so() -> None:
         backend.predict([[Branch("x", 0, "n0", 0)], [Branch("x", 0, "n1", 1)]])
 
 
+@pytest.mark.parametrize("sides", [(3, 3), (33, 31), (64, 32), (65, 90)])
 @pytest.mark.parametrize("inputs", [1, 2, 5, 33, 67])
-def test_combine_equals_float64_in_place_and_for_any_number_of_slots(inputs: int, rng: np.random.Generator) -> None:
-    backend = host(echo)
-    values = rng.standard_normal((inputs, 1, 4, 3, 3)).astype(np.float32)
+def test_combine_equals_float64_in_place_and_for_any_number_of_slots(
+    inputs: int, sides: tuple[int, int], rng: np.random.Generator
+) -> None:
+    backend = HostBackend([FunctionLane(echo)])
+    backend.bind((1, 4, *sides), [7.0, 3.0], [{}])
+    values = rng.standard_normal((inputs, 1, 4, *sides)).astype(np.float32)
     names = [f"slot {n}" for n in range(inputs)]
     for name, value in zip(names, values, strict=True):
         backend.write(name, value)
@@ -173,4 +177,18 @@ def test_distance_is_the_relative_norm(rng: np.random.Generator) -> None:
     backend.write("b", b)
     found = backend.distances([("a", "b"), ("b", "b")])
     assert found == [pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-5), 0]
+    backend.close()
+
+
+def test_inner_products_are_of_combinations(rng: np.random.Generator) -> None:
+    backend = host(echo)
+    latents = rng.standard_normal((3, 1, 4, 13, 17)).astype(np.float32)
+    backend.bind(latents[0].shape, [0.0], [{}])
+    for name, value in zip("abc", latents, strict=True):
+        backend.write(name, value)
+    rows = rng.standard_normal((2, 2)).astype(np.float32)
+    found = backend.inner_products([(("c", "a"), rows), (("b",), [[1.0], [2.0]])])
+    a, b, c = latents.reshape(3, -1).astype(np.float64)
+    x, y = rows.astype(np.float64) @ np.stack([c, a])
+    assert found == pytest.approx([x @ y, x @ x, y @ y, 2 * b @ b, b @ b, 4 * b @ b], rel=1e-5)
     backend.close()

@@ -19,6 +19,7 @@ from engines.cuda.kernels import (
     MAX_INPUTS,
     MAX_LANES,
     MAX_OUTPUTS,
+    MAX_PRODUCT_INPUTS,
     MAX_TARGETS,
     SOURCE,
     STORAGE,
@@ -27,6 +28,7 @@ from engines.cuda.kernels import (
     combination,
     compile_variant,
     machine_code,
+    product,
     width,
 )
 from engines.cuda.memory import narrow, widen
@@ -173,6 +175,23 @@ def test_distance(dtype: str, rng: np.random.Generator) -> None:
         HostKernel(dtype).distance(memory[0].ctypes.data, memory[1].ctypes.data, count, partial.ctypes.data, 4, 64)
         difference, norm = partial.reshape(2, -1).sum(1, dtype=np.float64)
         assert np.allclose([difference, norm], [((a - b) ** 2).sum(), (b**2).sum()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inner_product(dtype: str, rng: np.random.Generator) -> None:
+    for count, inputs in ((1, 1), (31, MAX_PRODUCT_INPUTS), (16387, 5)):
+        memory = [aligned(count, dtype) for _ in range(inputs)]
+        for raw in memory:
+            raw[:] = narrow(rng.standard_normal(count, np.float32), dtype).view(np.uint8)
+        rows = rng.standard_normal((2, inputs)).astype(np.float32)
+        a, b = rows.astype(np.float64) @ np.stack([widen(raw, dtype).astype(np.float64) for raw in memory])
+        partial = np.full(3 * 4 * 64, np.nan, np.float32)
+        given = product([raw.ctypes.data for raw in memory], rows, count, partial.ctypes.data)
+        HostKernel(dtype).inner_product(given, 4, 64)
+        found, scale = partial.reshape(3, -1).sum(1, dtype=np.float64), (a @ a) * (b @ b)
+        assert np.allclose(found, [a @ b, a @ a, b @ b], rtol=1e-5, atol=1e-6 * scale**0.5)
+    with pytest.raises(DeviceError, match="an inner product over 33 latents"):
+        product(range(MAX_PRODUCT_INPUTS + 1), [(), ()], 1, 0)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 65504.0, 65520.0, 1e-8, 6e-8, np.pi, np.inf, -np.inf, np.nan])

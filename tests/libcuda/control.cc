@@ -59,7 +59,7 @@ CONTROL void imaginary_reset(int devices, unsigned int seed, int eager) {
     machine.eager = eager;
     machine.version = 13000;
     machine.initialized = machine.peer_zeros = false;
-    machine.peers = machine.races = true;
+    machine.peers = machine.races = machine.computes = true;
     machine.calls.fill(0);
     machine.faults.clear();
     machine.violations.clear();
@@ -79,6 +79,7 @@ CONTROL int imaginary_set(const char *name, int number, long value) {
     else if (what == "peers") machine.peers = value;
     else if (what == "peer_zeros") machine.peer_zeros = value;
     else if (what == "races") machine.races = value;
+    else if (what == "computes") machine.computes = value;
     else {
         Device &device = machine.devices.at(number);
         if (what == "free_bytes") device.free_bytes = value;
@@ -115,6 +116,9 @@ CONTROL long imaginary_calls(const char *name) {
     return *name ? -1 : sum;
 }
 
+// That callers spent in driver calls since the process began, waiting for one another included.
+CONTROL uint64_t imaginary_nanoseconds() { return machine.nanoseconds; }
+
 CONTROL long imaginary_work_done(int device) {
     std::lock_guard<std::mutex> guard(machine.lock);
     return machine.devices.at(device).work_done;
@@ -132,6 +136,12 @@ CONTROL int imaginary_chain(int start_again) {
             else if (object->kind == Kind::Executable) static_cast<Executable *>(object.get())->chain = 0;
     }
     return longest;
+}
+
+CONTROL void imaginary_finish() {
+    std::lock_guard<std::mutex> guard(machine.lock);
+    while (advance()) {
+    }
 }
 
 // Runs what is still queued first: what never ran never broke a rule.

@@ -19,6 +19,10 @@ void run_work(const Work &work, const Stamp &when) {
     if (device.lost_after >= 0 && device.work_done > device.lost_after) break_context(work.context, device.lost_status);
     if (work.context->sticky || !work.context->alive) return;
     ++machine.time;
+    if (!machine.computes) {
+        if (work.tells_host) work.run(when);
+        return;
+    }
     std::vector<Access> accesses = work.accesses;
     const auto reachable = [&](size_t first) {
         for (size_t n = first; n < accesses.size(); ++n) {

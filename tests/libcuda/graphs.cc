@@ -24,8 +24,14 @@ CUresult refuse_during_capture(Function function, CUresult status) {
     return refused ? status : CUDA_SUCCESS;
 }
 
+void notice_other_thread(const CapturePointer &capture, const char *function) {
+    if (capture->mode == CU_STREAM_CAPTURE_MODE_RELAXED || capture->thread == std::this_thread::get_id()) return;
+    violate("%s: another thread captures the stream, whose graph takes this in", function);
+}
+
 CUresult capture_node(Stream *stream, WorkPointer work) {
     Capture &capture = *stream->capture;
+    notice_other_thread(stream->capture, work->what);
     if (capture.invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     capture.nodes.push_back({std::move(work), stream->tail, stream->branch});
     stream->tail = {static_cast<int>(capture.nodes.size()) - 1};

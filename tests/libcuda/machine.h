@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -91,6 +93,7 @@ struct Work {
     bool model = false;
     uintptr_t host_source = 0;  // pinned memory that it copies, and how much
     size_t host_size = 0;
+    bool tells_host = false;    // how far a device is
     bool through_host = false;  // a copy that the driver makes without peer access
     std::vector<Access> accesses;
     std::function<void(std::vector<Access> &)> dynamic;
@@ -235,6 +238,7 @@ struct Machine {
     std::vector<Device> devices;
     int eager = 2, version = 13000;
     bool initialized = false, peers = true, peer_zeros = false, races = true;
+    bool computes = true;  // else only what tells the host how far a device is does anything
     std::array<long, FUNCTIONS> calls{};
     std::vector<Fault> faults;
     std::vector<std::string> violations;
@@ -245,6 +249,7 @@ struct Machine {
     Clock ticks, host;  // by track: ticks given out; what the host knows to have ended
     int host_chain = 0, longest_chain = 0, tracks = 0;
     uint64_t time = 0;  // operations that ran
+    std::atomic<uint64_t> nanoseconds{0};  // that its callers spent in driver calls
     int (*ignored)(uintptr_t stream, uintptr_t event) = nullptr;
 };
 extern Machine machine;
@@ -293,6 +298,7 @@ CUresult capture_node(Stream *stream, WorkPointer work);
 CUresult refuse_during_capture(Function function, CUresult status = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
 void invalidate(const CapturePointer &capture, const char *function, const char *why);
 void leave_capture(const CapturePointer &capture);
+void notice_other_thread(const CapturePointer &capture, const char *function);  // that adds to a capture of this one's
 void check_races(const Work &work, const std::vector<Access> &accesses, const Stamp &when);
 bool host_knows(const Record &record);
 
@@ -312,9 +318,21 @@ Signature *kernel(const std::string &dtype, const char *name) {
 enum Needs { NOTHING = 0, DRIVER = 1, CONTEXT = 2, NO_CAPTURE = 4 };
 CUresult begin(Function function, int needs, bool *skip);
 
+class Stopwatch {
+   public:
+    ~Stopwatch() {
+        const auto spent = std::chrono::steady_clock::now() - start_;
+        machine.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
+    }
+
+   private:
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
 // A driver call: counted, failed or skipped on request, checked for what it needs, with some work done meanwhile.
 template <typename Body>
 CUresult call(Function function, int needs, Body body) {
+    const Stopwatch stopwatch;
     if (inside_callback) {
         violate("%s is called from within work on a stream", NAMES[function]);
         return CUDA_ERROR_NOT_PERMITTED;

@@ -25,6 +25,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.imaginary_bytes.restype = ctypes.c_void_p
     library.imaginary_calls.restype = library.imaginary_work_done.restype = ctypes.c_long
+    library.imaginary_nanoseconds.restype = ctypes.c_uint64
     library.imaginary_violations.restype = library.imaginary_live.restype = ctypes.c_size_t
     return library
 
@@ -51,7 +52,8 @@ class Machine:
     # --- faults --------------------------------------------------------------------------------------------------
 
     def set(self, name: str, value: int, device: int = 0) -> None:
-        """Of the machine: version, eager, peers, peer_zeros (copies between GPUs write zeros), races (are looked for).
+        """Of the machine: version, eager, peers, peer_zeros (copies between GPUs write zeros), races (are looked for),
+        computes (or does no work but to count).
 
         Of one device: free_bytes, lost_after (so many more operations), lost_status, gone (does not come back), hangs.
         """
@@ -104,6 +106,10 @@ class Machine:
         arguments = ctypes.c_void_p(int(stream)), callback, None, len(ranges), addresses, sizes, kinds, int(model)
         return lambda: int(self._library.imaginary_model(*arguments))
 
+    def finish(self) -> None:
+        """Runs all that is queued, outside of any driver call."""
+        self._library.imaginary_finish()
+
     def library_call(self, what: str) -> int:
         """What another library does on the current device that may wait for all its streams: the driver's status."""
         return int(self._library.imaginary_library_call(what.encode()))
@@ -115,6 +121,10 @@ class Machine:
         count = self._library.imaginary_calls(function.encode())
         assert count >= 0, f"the imaginary driver has no {function}"
         return int(count)
+
+    def seconds(self) -> float:
+        """What this process spent in driver calls so far."""
+        return int(self._library.imaginary_nanoseconds()) / 1e9
 
     def work_done(self, device: int) -> int:
         """How many operations ran on a device."""

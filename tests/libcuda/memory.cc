@@ -236,6 +236,20 @@ static CUresult release(Function function, uintptr_t address, bool host) {
 
 using namespace imaginary;
 
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+    return call(F_cuPointerGetAttribute, DRIVER, [&] {
+        const Allocation *found = allocation_at(pointer, 1);
+        if (!found) return CUDA_ERROR_INVALID_VALUE;
+        if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+            *static_cast<unsigned int *>(data) = found->device < 0 ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
+            return CUDA_SUCCESS;
+        }
+        if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL) return CUDA_ERROR_NOT_SUPPORTED;
+        *static_cast<int *>(data) = found->device < 0 ? found->context->device : found->device;
+        return CUDA_SUCCESS;
+    });
+}
+
 CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
     return call(F_cuMemGetInfo, CONTEXT, [&] {
         const size_t all = machine.devices[current()->device].free_bytes, used = allocated_bytes(current()->device);

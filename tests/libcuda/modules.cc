@@ -36,6 +36,7 @@ static struct {
 }  // namespace source
 
 using source::Combination;
+using source::Product;
 
 size_t code_size(const void *image) {
     const auto *header = static_cast<const Elf64_Ehdr *>(image);
@@ -155,6 +156,25 @@ static CUresult distance(KernelFunction *function, Work &work, void **parameters
     return CUDA_SUCCESS;
 }
 
+static CUresult inner_product(KernelFunction *function, Work &work, void **parameters, unsigned int grid, unsigned int block) {
+    const std::string &dtype = function->module->variant->dtype;
+    auto given = std::make_shared<Product>();
+    memcpy(given.get(), parameters[0], sizeof(Product));
+    const size_t bytes = given->elements * element_size(dtype), sums = size_t(12) * grid * block;
+    for (unsigned int n = 0; n < given->inputs; ++n)
+        work.accesses.push_back({address(given->input[n]), address(given->input[n]) + bytes, false});
+    work.accesses.push_back({address(given->partial), address(given->partial) + sums, true});
+    const auto run = kernel<void(unsigned, unsigned, const void *)>(dtype, "run_inner_product");
+    if (!run) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    work.run = [given, run, grid, block](const Stamp &) {
+        Product p = *given;
+        for (unsigned int n = 0; n < p.inputs; ++n) p.input[n] = content(p.input[n]);
+        p.partial = content(p.partial);
+        run(grid, block, &p);
+    };
+    return CUDA_SUCCESS;
+}
+
 // The host may read what a kernel writes into its memory at any time, and knows then that what came before has ended.
 static void tells_the_host(const Stamp &when) {
     join(machine.host, when.clock);
@@ -185,6 +205,7 @@ static void tells_the_host(const Stamp &when) {
 static CUresult advance_round(KernelFunction *, Work &work, void **parameters, unsigned int grid, unsigned int block) {
     if (grid != 1 || block != 1) violate("cuLaunchKernel: more than one thread advances the round");
     prepare(source::advance, work, parameters);
+    work.tells_host = true;
     return CUDA_SUCCESS;
 }
 
@@ -256,11 +277,14 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned int grid_x, unsigned int gri
             return CUDA_ERROR_INVALID_VALUE;
         }
         auto work = std::make_shared<Work>();
-        work->what = function->name == "combine_latents" ? "combine_latents" : function->name == "distance" ? "distance" : "advance";
+        static const std::map<std::string, CUresult (*)(KernelFunction *, Work &, void **, unsigned int, unsigned int)> launches = {
+            {"combine_latents", combine}, {"distance", distance}, {"inner_product", inner_product}, {"advance", advance_round}};
+        const auto known = launches.find(function->name);
+        if (known == launches.end()) return CUDA_ERROR_INVALID_HANDLE;
+        work->what = known->first.c_str();
         work->context = stream->context;
         work->module = function->module;
-        const auto launch = function->name == "combine_latents" ? combine : function->name == "distance" ? distance : advance_round;
-        if (const CUresult status = launch(function, *work, parameters, grid_x, block_x)) return status;
+        if (const CUresult status = known->second(function, *work, parameters, grid_x, block_x)) return status;
         return submit(stream, std::move(work));
     });
 }

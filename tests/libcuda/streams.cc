@@ -46,6 +46,7 @@ void host_learns(const Clock &clock, int chain) {
 
 CUresult join_capture(Stream *stream, Event *event) {
     const CapturePointer capture = event->capture;
+    if (capture->active) notice_other_thread(capture, "cuStreamWaitEvent");
     if (!capture->active) {
         violate("cuStreamWaitEvent: the event was last recorded in a capture that has ended");
         if (stream->capture) invalidate(stream->capture, "cuStreamWaitEvent", "waits for an event of an ended capture");
@@ -117,6 +118,7 @@ CUresult cuStreamWaitEvent(CUstream on, CUevent of, unsigned int) {
         if (something && machine.ignored && machine.ignored(stream->handle, event->handle)) return CUDA_SUCCESS;
         if (event->capture) return join_capture(stream, event);
         if (stream->capture) {
+            notice_other_thread(stream->capture, "cuStreamWaitEvent");
             if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
             invalidate(stream->capture, "cuStreamWaitEvent", "waits for an event from outside the capture");
             return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
@@ -162,6 +164,7 @@ CUresult cuEventRecord(CUevent of, CUstream on) {
             return CUDA_ERROR_INVALID_HANDLE;
         }
         if (stream->capture) {
+            notice_other_thread(stream->capture, "cuEventRecord");
             if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
             event->capture = stream->capture;
             event->nodes = stream->tail;

@@ -80,6 +80,22 @@ def test_other_threads_may_unless_the_capture_is_global(cuda: Cuda, made: dict[s
         assert cuda.status("cuStreamEndCapture", made["stream"]) == OK
 
 
+@pytest.mark.parametrize("what", ["cuMemsetD8Async", "cuEventRecord", "cuStreamWaitEvent", "its event"])
+def test_another_thread_may_not_use_a_capturing_stream(cuda: Cuda, made: dict[str, Any], what: str) -> None:
+    """What it asks for becomes part of the graph. Whoever waits for an event of it is drawn in, too."""
+    stream, other, event = made["stream"], made["other"], made["event"]
+    cuda.capture(stream)
+    cuda("cuEventRecord", event, stream)
+    name, arguments = {
+        "cuMemsetD8Async": ("cuMemsetD8Async", (made["memory"], 0, 8, stream)),
+        "cuEventRecord": ("cuEventRecord", (cuda.event(), stream)),
+        "cuStreamWaitEvent": ("cuStreamWaitEvent", (stream, event, 0)),
+        "its event": ("cuStreamWaitEvent", (other, event, 0)),
+    }[what]
+    assert in_thread(lambda: cuda.status(name, *arguments), cuda) == OK
+    assert "another thread captures the stream" in cuda.machine.forgive()[0]
+
+
 def test_relaxed_captures_allow_everything_but_what_they_wait_for(cuda: Cuda, made: dict[str, Any]) -> None:
     cuda.capture(made["stream"], RELAXED)
     cuda.alloc()

@@ -77,6 +77,23 @@ def test_many_images_on_any_lanes_are_what_they_are_alone(count: int, policy: Po
     assert not lanes.running and not lanes.waiting and all(one.runs for one in models)
 
 
+def test_a_request_that_is_cancelled_while_another_is_on_its_lane_touches_no_lane() -> None:
+    """The other one may be capturing its round just then."""
+    lanes, settled = opened([OneAtATime(), OneAtATime()]), []
+    for lane, backend in enumerate(lanes._backends):
+        backend.settle = lambda lane=lane: settled.append(lane)  # type: ignore[method-assign,misc]
+
+    def cancelled() -> None:
+        if lanes.running == 2:
+            raise InterruptedError
+
+    with lanes.lease(USUAL) as first:
+        with pytest.raises(InterruptedError), lanes.lease(USUAL, cancelled):
+            pass
+        assert first.held == (0, 1) and settled == []
+    assert settled == [0]
+
+
 def test_a_lone_image_has_all_lanes_and_gives_half_when_another_comes() -> None:
     models = [OneAtATime(0.002), OneAtATime(0.002)]
     lanes = opened(models)

@@ -267,6 +267,25 @@ def test_the_report_says_what_auto_drafts_were_and_what_was_accepted(pipeline: P
     assert report.rounds < 9 and report.accepted is not None
     assert 0 < report.accepted["median"] <= report.accepted["p90"] <= report.accepted["max"] <= 10
     assert draw(pipeline, mode="adaptive", k=3, num_inference_steps=9).report.rounds == 9
+    report = draw(pipeline, mode="speculative", scheduler="ddpm", k=3, num_inference_steps=50).report
+    assert report.accepted is not None and report.rounds < 45
+    drafts, kept = report.accepted["drafts"], report.accepted["kept"]
+    assert drafts == report.evaluations - report.rounds > kept == 50 - report.rounds
+    assert 0 < report.accepted["median"] <= report.accepted["p90"] <= report.accepted["max"] < 6
+
+
+def test_speculative_images_depend_on_seed_and_k_alone(pipeline: Pipeline) -> None:
+    options: dict[str, Any] = {"mode": "speculative", "scheduler": "ddpm", "k": 3, "num_inference_steps": 30}
+    both = draw(pipeline, seed=4, num_images_per_prompt=2, **options)
+    first = draw(pipeline, seed=4, **options)
+    assert_near(both.latents[:1], first.latents, 1e-4)
+    assert_near(draw(pipeline, seed=4, lanes=1, **options).latents, first.latents, 1e-4)
+    sequential = draw(pipeline, seed=4, **{**options, "mode": "sequential"})
+    assert np.abs(sequential.latents - first.latents).max() > 0.1  # another image of the same law
+    with pytest.raises(ParameterError, match="speculative needs a scheduler that adds noise"):
+        draw(pipeline, mode="speculative")
+    with pytest.raises(ParameterError, match="speculative is exact and has no tolerance"):
+        draw(pipeline, mode="speculative", scheduler="ddpm", tolerance=0.1)
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(pipeline: Pipeline) -> None:

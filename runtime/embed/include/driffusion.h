@@ -57,8 +57,8 @@ typedef struct driffusion_open_info {
     uint32_t abi_version;  /* DRIFFUSION_ABI_VERSION */
     const char *bundle;    /* the folder of the exported model */
     const char *program;   /* the file that `python -m runtime program` wrote */
-    const char *devices;   /* "cpu" (one lane, all cores), "cpu@THREADS", "cpu*LANES"; null: as the program says */
-    const driffusion_option *options; /* threads, spin_us, max_requests, onnxruntime, compiled; see README.md */
+    const char *devices;   /* "cpu" (one lane, all cores), "cpu@THREADS", "cpu*LANES", "cuda:0,cuda:1"; null: as the program says */
+    const driffusion_option *options; /* threads, spin_us, max_requests, lane_timeout, …; see README.md */
     size_t option_count;
     void (*log)(void *log_user, driffusion_log_level level, const char *message); /* may be null; from any thread */
     void *log_user;
@@ -84,8 +84,8 @@ typedef int (*driffusion_preview)(void *user, const uint8_t *rgb, uint32_t width
 #define DRIFFUSION_DEFAULT_GUIDANCE ((double)NAN) /* the program's own */
 
 /* What to make. Start from DRIFFUSION_CALL_INIT. driffusion_start() copies texts, ids, latents and noise; `rgb` and
- * `latents_out` must stay valid until the request is finished. One of prompt and token_ids, one of rgb and latents_out
- * (or both) must be given. */
+ * `latents_out` must stay valid until the request is finished. One of prompt and token_ids, and at least one output, must
+ * be given. `struct_size` may be that of an older header, down to the one that ended with `reserved`. */
 typedef struct driffusion_call {
     uint32_t struct_size; /* sizeof(driffusion_call) */
     uint32_t images;      /* image i of a call draws its noise from (seed, i, step) */
@@ -107,9 +107,16 @@ typedef struct driffusion_call {
     void *user;
     uint32_t preview_every; /* steps between previews; 0: after every block */
     uint32_t reserved;      /* 0 */
+    /* since 1.1: outputs in memory of a GPU, beside or in place of rgb and latents_out; only for lanes on GPUs */
+    uint64_t device_rgb;     /* CUdeviceptr of (images, height, width, 3) bytes, or 0 */
+    size_t device_rgb_bytes;
+    uint64_t device_latents; /* CUdeviceptr of float32, as latents_out, or 0; on the same GPU */
+    size_t device_latents_count;
+    void *stream; /* CUstream on which they are written, behind what it has to do already; CU_STREAM_LEGACY: the default one */
+    void *event;  /* CUevent that is recorded on the stream behind them, or null; see driffusion_wait_enqueued() */
 } driffusion_call;
 #define DRIFFUSION_CALL_INIT \
-    {sizeof(driffusion_call), 1, 0, DRIFFUSION_DEFAULT_GUIDANCE, NULL, NULL, NULL, NULL, 0, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, NULL, NULL, 0, 0}
+    {sizeof(driffusion_call), 1, 0, DRIFFUSION_DEFAULT_GUIDANCE, NULL, NULL, NULL, NULL, 0, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, NULL, NULL}
 
 /* What a request did. Seconds are wall time. */
 typedef struct driffusion_result {
@@ -142,6 +149,10 @@ DRIFFUSION_API driffusion_status driffusion_generate(driffusion_engine engine, c
 DRIFFUSION_API driffusion_status driffusion_start(driffusion_engine engine, const driffusion_call *call, driffusion_request *request);
 /* Waits for so many seconds, for ever if negative; then what the request came to, or TIMEOUT. `result` may be null. */
 DRIFFUSION_API driffusion_status driffusion_wait(driffusion_request request, double seconds, driffusion_result *result);
+/* Waits until the outputs in device memory are in order on the call's stream: what is put on the stream or waits for the
+ * event from then on finds them there. The image may still be under way, and what it came to, NaN included, is what
+ * driffusion_wait() says. TIMEOUT as there; a request that ended with an error before: its status. Since 1.1. */
+DRIFFUSION_API driffusion_status driffusion_wait_enqueued(driffusion_request request, double seconds);
 /* TIMEOUT while it runs, else what it came to; `finished` counts steps and may be null. */
 DRIFFUSION_API driffusion_status driffusion_poll(driffusion_request request, uint32_t *finished);
 /* Ends a request before its next round. Nothing happens to one that is finished. */

@@ -112,7 +112,7 @@ T &needed(T *pointer, const char *name) {
     return *pointer;
 }
 
-// A struct of the caller: of this version's size, or of a later one's.
+// A struct of the caller, of this version's size.
 template <typename T>
 T &versioned(T *pointer, const char *name) {
     T &value = needed(pointer, name);
@@ -120,6 +120,15 @@ T &versioned(T *pointer, const char *name) {
         fail(DRIFFUSION_ERROR_VERSION, std::string(name) + ".struct_size is " + std::to_string(value.struct_size) + ", this library knows " + std::to_string(sizeof(T)) + ": start from its _INIT, and compile with the header of this library");
     }
     return value;
+}
+
+// A call of this header or of the first one, whose missing fields are null.
+driffusion_call call_of(const driffusion_call *call) {
+    constexpr std::size_t FIRST = offsetof(driffusion_call, device_rgb);
+    driffusion_call whole = DRIFFUSION_CALL_INIT;
+    if (needed(call, "call").struct_size != FIRST) return versioned(call, "call");
+    std::memcpy(static_cast<void *>(&whole), call, FIRST);
+    return whole;
 }
 
 void outside_callback(const char *function) {
@@ -132,6 +141,20 @@ driffusion_status outcome(Request &request, driffusion_result *result) {  // of 
         return DRIFFUSION_OK;
     }
     return said(request.status, request.message.c_str());
+}
+
+// Waits for something about a request, whose lock is returned; Error with TIMEOUT.
+template <typename Ready>
+std::unique_lock<std::mutex> wait_for(Request &request, double seconds, const char *function, Ready ready) {
+    if (std::isnan(seconds)) fail(DRIFFUSION_ERROR_ARGUMENT, "seconds must be a number");
+    outside_callback(function);
+    std::unique_lock<std::mutex> lock(request.mutex);
+    if (seconds < 0) {
+        request.changed.wait(lock, ready);
+    } else if (!request.changed.wait_for(lock, std::chrono::duration<double>(std::min(seconds, LONGEST)), ready)) {
+        fail(DRIFFUSION_ERROR_TIMEOUT, "the request is not finished yet");
+    }
+    return lock;
 }
 
 }  // namespace
@@ -209,12 +232,12 @@ driffusion_status driffusion_tokenize(driffusion_engine engine, const char *text
 
 driffusion_status driffusion_generate(driffusion_engine engine, const driffusion_call *call, driffusion_result *result) {
     return guarded([&] {
-        versioned(call, "call");
+        const driffusion_call given = call_of(call);
         if (result) versioned(result, "result");
         outside_callback("driffusion_generate");
         auto opened = engines().find(engine);
         auto request = std::make_shared<Request>();
-        request->call = opened->checked(*call);
+        request->call = opened->checked(given);
         opened->begin(request);
         opened->perform(*request);
         opened->end(request.get());
@@ -225,10 +248,10 @@ driffusion_status driffusion_generate(driffusion_engine engine, const driffusion
 driffusion_status driffusion_start(driffusion_engine engine, const driffusion_call *call, driffusion_request *request) {
     return guarded([&] {
         needed(request, "request") = 0;
-        versioned(call, "call");
+        const driffusion_call given = call_of(call);
         auto opened = engines().find(engine);
         auto made = std::make_shared<Request>();
-        made->call = opened->checked(*call);
+        made->call = opened->checked(given);
         made->engine = opened;
         opened->begin(made);
         std::uint64_t handle = 0;
@@ -252,19 +275,19 @@ driffusion_status driffusion_start(driffusion_engine engine, const driffusion_ca
 
 driffusion_status driffusion_wait(driffusion_request request, double seconds, driffusion_result *result) {
     return guarded([&] {
-        if (std::isnan(seconds)) fail(DRIFFUSION_ERROR_ARGUMENT, "seconds must be a number");
         if (result) versioned(result, "result");
-        outside_callback("driffusion_wait");
         auto waited = requests().find(request);
-        std::unique_lock<std::mutex> lock(waited->mutex);
-        auto done = [&] { return waited->done; };
-        if (seconds < 0) {
-            waited->changed.wait(lock, done);
-        } else {
-            waited->changed.wait_for(lock, std::chrono::duration<double>(std::min(seconds, LONGEST)), done);
-        }
-        if (!waited->done) fail(DRIFFUSION_ERROR_TIMEOUT, "the request is not finished yet");
+        auto lock = wait_for(*waited, seconds, "driffusion_wait", [&] { return waited->done; });
         return outcome(*waited, result);
+    });
+}
+
+driffusion_status driffusion_wait_enqueued(driffusion_request request, double seconds) {
+    return guarded([&] {
+        auto waited = requests().find(request);
+        if (!waited->call.target.gpu) fail(DRIFFUSION_ERROR_ARGUMENT, "the request has no output in device memory");
+        auto lock = wait_for(*waited, seconds, "driffusion_wait_enqueued", [&] { return waited->enqueued || waited->done; });
+        return waited->enqueued ? DRIFFUSION_OK : outcome(*waited, nullptr);
     });
 }
 

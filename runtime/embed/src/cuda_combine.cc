@@ -163,8 +163,8 @@ void Combinations::append(Added &added, const std::vector<CUdeviceptr> &sources,
     added.launches.push_back(one);
 }
 
-u32 Combinations::add(const std::vector<CUdeviceptr> &sources, const std::vector<float> &rows, const std::vector<CUdeviceptr> &targets) {
-    Added added;
+u32 Combinations::add(const std::vector<CUdeviceptr> &sources, const std::vector<float> &rows, const std::vector<CUdeviceptr> &targets, bool watched) {
+    Added added{watched, {}, {}};
     const std::set<CUdeviceptr> read(sources.begin(), sources.end());
     const bool several = targets.size() > MAX_OUTPUTS || sources.size() > MAX_INPUTS;
     for (std::size_t start = 0; start < targets.size(); start += MAX_OUTPUTS) {
@@ -197,21 +197,21 @@ u32 Combinations::add(const std::vector<CUdeviceptr> &sources, const std::vector
     return u32(added_.size()) - 1;
 }
 
-void Combinations::upload(const Stream &stream) {
+void Combinations::upload(const Stream &stream, double seconds) {
     if (table_.empty()) return;
     const Gpu &gpu = kernels_.gpu();
     const std::size_t bytes = table_.size() * sizeof(float);
-    device_table_ = DeviceMemory(gpu, bytes), words_ = DeviceMemory(gpu, 2 * sizeof(u32));
+    device_table_ = DeviceMemory(gpu, bytes), words_ = DeviceMemory(gpu, 3 * sizeof(u32));  // round, a flag that nobody reads, the flag
     staging_ = std::make_unique<PinnedMemory>(gpu, bytes);
     std::copy(table_.begin(), table_.end(), staging_->as<float>());
     Current current(gpu);
-    driver_call(cuMemsetD32Async, words_.get(), 0, 2, stream.get());
+    driver_call(cuMemsetD32Async, words_.get(), 0, 3, stream.get());
     driver_call(cuMemcpyHtoDAsync_v2, device_table_.get(), staging_->as<float>(), bytes, stream.get());
-    stream.wait();
+    stream.wait(seconds, "the upload of coefficients");
     for (Added &added : added_) {
         for (Launch &one : added.launches) {
             one.parameters.data = device_table_.get() + one.rows * sizeof(float);
-            one.parameters.round = words_.get(), one.parameters.not_finite = words_.get() + sizeof(u32);
+            one.parameters.round = words_.get(), one.parameters.not_finite = words_.get() + (added.watched ? 2 : 1) * sizeof(u32);
         }
     }
 }

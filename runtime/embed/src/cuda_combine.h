@@ -54,12 +54,15 @@ class Combinations {
     Combinations(Kernels &kernels, std::size_t elements) : kernels_(kernels), elements_(elements) {}
 
     // rows: of each target one coefficient for each source. Returns the number to launch it by. What does not fit one
-    // launch becomes several, through memory of its own where sources are among the targets.
-    u32 add(const std::vector<CUdeviceptr> &sources, const std::vector<float> &rows, const std::vector<CUdeviceptr> &targets);
-    // Copies the coefficients, in order on the stream, and waits for that. Called once, after all were added.
-    void upload(const Stream &stream);
+    // launch becomes several, through memory of its own where sources are among the targets. watched: NaN and infinity in what
+    // it makes set the flag.
+    u32 add(const std::vector<CUdeviceptr> &sources, const std::vector<float> &rows, const std::vector<CUdeviceptr> &targets, bool watched = false);
+    // Copies the coefficients, in order on the stream, and waits for that, so many seconds at most. Called once, after all were added.
+    void upload(const Stream &stream, double seconds = LANE_TIMEOUT);
     // Enqueues one; the caller has made the GPU's context current.
     void launch(u32 number, const Stream &stream) const;
+    // A word on the device: 1 when a watched combination made NaN or infinity, since it was set to 0.
+    CUdeviceptr flag() const { return words_.get() + 2 * sizeof(u32); }
 
    private:
     struct Launch {
@@ -69,6 +72,7 @@ class Combinations {
         CUfunction function;
     };
     struct Added {
+        bool watched;
         std::vector<Launch> launches;
         std::vector<std::pair<CUdeviceptr, CUdeviceptr>> copies;  // from, to, after the launches
     };

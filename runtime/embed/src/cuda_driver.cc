@@ -2,13 +2,20 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
+#include <cstdio>
 #include <mutex>
+#include <thread>
+
+#include "workers.h"
 
 namespace driffusion::cuda {
 namespace {
 
-constexpr int MINIMUM_DRIVER = 12000;  // the first that loads the machine code of this version's NVRTC
+constexpr int MINIMUM_DRIVER = 13000;  // as engines/cuda/driver.py: the CUDA version that our machine code is of
 constexpr unsigned int NON_BLOCKING = 1, PORTABLE = 1;
+constexpr double SPIN_SECONDS = 0.002;  // before the host sleeps between two questions
+constexpr auto PAUSE = std::chrono::microseconds(50);
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
@@ -37,7 +44,7 @@ Driver::Driver() {
     int version = 0;
     check(functions_.cuDriverGetVersion(&version), "cuDriverGetVersion");
     if (version < MINIMUM_DRIVER) {
-        fail(DRIFFUSION_ERROR_DEVICE, "the NVIDIA driver is for CUDA " + version_text(version) + ", " + version_text(MINIMUM_DRIVER) + " or newer is needed: install a newer one");
+        fail(DRIFFUSION_ERROR_DEVICE, "the NVIDIA driver is for CUDA " + version_text(version) + ", this program needs " + version_text(MINIMUM_DRIVER) + " or newer: install driver 580 or newer, or use \"cpu\"");
     }
 }
 
@@ -50,6 +57,21 @@ void Driver::check(CUresult status, const char *name) const {
     if (status == CUDA_ERROR_OUT_OF_MEMORY) fail(DRIFFUSION_ERROR_MEMORY, message + ": make fewer images at once, or free the GPU's memory");
     if (int(status) >= 700 && int(status) < 800) message += ": the device was lost: start the program again, and look at the system's log for Xid messages";
     fail(DRIFFUSION_ERROR_DEVICE, message);
+}
+
+void wait_until(const std::function<CUresult()> &ask, const char *name, double seconds, const std::string &what) {
+    const double start = now();
+    CUresult status;
+    while ((status = ask()) == CUDA_ERROR_NOT_READY) {
+        const double waited = now() - start;
+        if (waited > seconds) {
+            char limit[32];
+            std::snprintf(limit, sizeof limit, "%g", seconds);
+            throw Hang(what + " did not end within " + limit + " s");
+        }
+        if (waited > SPIN_SECONDS) std::this_thread::sleep_for(PAUSE);
+    }
+    Driver::instance().check(status, name);
 }
 
 Gpu::Gpu(int ordinal) : ordinal_(ordinal) {
@@ -77,6 +99,10 @@ Current::Current(const Gpu &gpu) {
 }
 
 Current::~Current() { Driver::instance().functions().cuCtxSetCurrent(before_); }
+
+void check_context(const Gpu &gpu) {
+    const DeviceMemory asked(gpu, 1);
+}
 
 DeviceMemory::DeviceMemory(const Gpu &gpu, std::size_t bytes) : gpu_(std::make_shared<Gpu>(gpu)) {
     Current current(gpu);
@@ -114,9 +140,9 @@ Stream::~Stream() {
     });
 }
 
-void Stream::wait() const {
+void Stream::wait(double seconds, const std::string &what) const {
     Current current(gpu_);
-    driver_call(cuStreamSynchronize, stream_);
+    wait_until([this] { return Driver::instance().functions().cuStreamQuery(stream_); }, "cuStreamQuery", seconds, what);
 }
 
 }  // namespace driffusion::cuda

@@ -11,11 +11,15 @@
 //                 stream that waits for home's event, copies its inputs (directly between peers that were tested, else
 //                 through pinned memory), runs the network, copies its outputs home and records an event that home's
 //                 stream waits for. The host is one round ahead at most, so that a request can be cancelled.
-// Still to come: networks by TensorRT (set_network_factory is where they come in; text encoder and VAE decoder run on
-// processor cores), shares at home without a copy, output left in device memory behind the caller's event.
+//   cuda_output   the latents and the image in the caller's device memory, on the caller's stream.
+// Still to come: text encoder and VAE decoder on a GPU (they run on processor cores), shares at home without a copy.
+//
+// The host never waits without a limit: `wait_until` asks, and gives up with a Hang that names what did not end. What a
+// hang holds is not freed, as freeing would wait for it.
 //
 // A host may use CUDA itself: primary contexts are shared with it, and `Current` puts its context back.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -31,8 +35,8 @@ namespace driffusion::cuda {
     X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease_v2) X(cuCtxSetCurrent)           \
     X(cuCtxGetCurrent) X(cuMemAlloc_v2) X(cuMemFree_v2) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemcpyHtoDAsync_v2)   \
     X(cuMemcpyDtoHAsync_v2) X(cuMemcpyDtoDAsync_v2) X(cuMemsetD32Async) X(cuStreamCreate) X(cuStreamDestroy_v2)      \
-    X(cuStreamSynchronize) X(cuStreamWaitEvent) X(cuEventCreate) X(cuEventDestroy_v2) X(cuEventRecord)                \
-    X(cuEventSynchronize) X(cuDeviceCanAccessPeer) X(cuCtxEnablePeerAccess) X(cuMemcpyAsync) X(cuMemsetD8Async)      \
+    X(cuStreamSynchronize) X(cuStreamQuery) X(cuStreamWaitEvent) X(cuEventCreate) X(cuEventDestroy_v2) X(cuEventRecord)                \
+    X(cuEventQuery) X(cuPointerGetAttribute) X(cuDeviceCanAccessPeer) X(cuCtxEnablePeerAccess) X(cuMemcpyAsync) X(cuMemsetD8Async)      \
     X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuLaunchKernel)
 
 struct Functions {
@@ -71,6 +75,20 @@ class Gpu {
     std::shared_ptr<CUctx_st> context_;
     std::string arch_;
 };
+
+constexpr double LANE_TIMEOUT = 120;  // seconds, as engines/cuda/driver.py
+
+// Something on a GPU did not end in time.
+class Hang : public Error {
+   public:
+    explicit Hang(std::string message) : Error(DRIFFUSION_ERROR_DEVICE, std::move(message)) {}
+};
+
+// Asks until the status is no longer NOT_READY; what an error says is that of `name`. Hang after so many seconds.
+void wait_until(const std::function<CUresult()> &ask, const char *name, double seconds, const std::string &what);
+
+// Error with DEVICE where the GPU was lost.
+void check_context(const Gpu &gpu);
 
 // Makes a GPU's context current in this thread, and puts back what was.
 class Current {
@@ -135,7 +153,8 @@ class Stream {
     Stream &operator=(const Stream &) = delete;
     CUstream get() const { return stream_; }
     const Gpu &gpu() const { return gpu_; }
-    void wait() const;
+    // Only for a stream that nobody else puts work on.
+    void wait(double seconds = LANE_TIMEOUT, const std::string &what = "work on a GPU") const;
 
    private:
     Gpu gpu_;

@@ -18,6 +18,7 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUuuid_st CUuuid;
 typedef int CUdevice_attribute;
+typedef int CUpointer_attribute;
 typedef int CUstreamCaptureMode;
 typedef int CUstreamCaptureStatus;
 typedef int CUdriverProcAddressQueryResult;
@@ -28,6 +29,10 @@ enum : int {
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
     CU_EVENT_DISABLE_TIMING = 2,
+    CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
+    CU_MEMORYTYPE_HOST = 1,
+    CU_MEMORYTYPE_DEVICE = 2,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
 };
@@ -100,6 +105,8 @@ typedef enum cudaError_enum : int {
     X(cuCtxEnablePeerAccess, cuCtxEnablePeerAccess, (CUcontext peer, unsigned int flags))                            \
     X(cuCtxDisablePeerAccess, cuCtxDisablePeerAccess, (CUcontext peer))                                              \
     X(cuMemGetInfo, cuMemGetInfo_v2, (size_t * free, size_t *total))                                                 \
+    X(cuPointerGetAttribute, cuPointerGetAttribute,                                                                  \
+      (void *data, CUpointer_attribute attribute, CUdeviceptr pointer))                                              \
     X(cuMemAlloc, cuMemAlloc_v2, (CUdeviceptr * pointer, size_t size))                                               \
     X(cuMemFree, cuMemFree_v2, (CUdeviceptr pointer))                                                                \
     X(cuMemHostAlloc, cuMemHostAlloc, (void **pointer, size_t size, unsigned int flags))                             \

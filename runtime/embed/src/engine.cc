@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 
 #include "error.h"
 #include "files.h"
-#include "noise.h"
 
 namespace driffusion {
 namespace {
@@ -14,11 +12,6 @@ namespace {
 constexpr u32 MOST_IMAGES = 1024;
 
 thread_local u32 callbacks = 0;
-
-struct InCallback {
-    InCallback() { ++callbacks; }
-    ~InCallback() { --callbacks; }
-};
 
 void check_text(const char *name, const char *text, std::string &into, bool &given) {
     given = text != nullptr;
@@ -52,13 +45,15 @@ std::string joined(const Program &program, const TokenizerSpec &spec) { return p
 
 }  // namespace
 
+InCallback::InCallback() { ++callbacks; }
+InCallback::~InCallback() { --callbacks; }
 bool inside_callback() { return callbacks > 0; }
 
 Engine::Engine(const Settings &settings)
     : settings_(settings),
       program_(Program::parse(read_file(settings.program, DRIFFUSION_ERROR_PROGRAM, u64(1) << 28))),
       runtime_(Runtime::open(settings.runtime)),
-      lanes_(settings.lanes ? settings.lanes : program_.model.lanes) {
+      lanes_(placed()) {
     const u32 all = cores(), lanes = lanes_.count();
     if (!settings_.threads) settings_.threads = std::max(1u, std::min(program_.model.threads, all));
     for (const TokenizerSpec &spec : program_.tokenizers) {
@@ -79,20 +74,54 @@ Engine::Engine(const Settings &settings)
     for (u32 lane = 0; lane < lanes && !on_gpus; ++lane) denoisers_.push_back(open_session(Role::Denoiser, settings_.threads, lanes == 1));
     decoder_ = open_session(Role::VaeDecoder, threads, false);
     workers_ = std::make_unique<Workers>(on_gpus ? 1 : lanes, settings_.spin_seconds);
-    for (int ordinal : settings_.gpus) {
-        cuda::Gpu gpu(ordinal);
-        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, [&] { return open_session(Role::Denoiser, settings_.threads, false); }), cuda::Stream(gpu)});
-    }
-    if (on_gpus) links_ = std::make_unique<cuda::Pairs>(gpu_lanes_);
-    for (u32 lane = 0; lane < lanes && on_gpus; ++lane) players_.push_back(std::make_unique<cuda::Player>(program_, denoisers_, *workers_, gpu_lanes_, *links_, lane));
+    if (on_gpus) open_gpus();
     for (u32 lane = 0; lane < lanes && !on_gpus; ++lane) players_.push_back(std::make_unique<Player>(program_, denoisers_, *workers_));
     log(DRIFFUSION_LOG_INFO, std::string(program_.string(program_.model.model)) + " is open: " + program_.string(program_.model.mode) + ", " +
                                  std::to_string(program_.model.steps) + " steps, " + std::to_string(lanes) + " lanes of " +
                                  std::to_string(settings_.threads) + " threads, ONNX Runtime " + runtime_->version());
 }
 
+// How many lanes there are, on GPUs where the caller or else the program says so.
+u32 Engine::placed() {
+    const std::string runtime(program_.string(program_.model.runtime));
+    if (!settings_.lanes && runtime.substr(0, 5) == "cuda:") {
+        const u32 threads = settings_.threads;
+        try {
+            settings_.place_on_gpus(runtime);
+            if (threads) settings_.threads = threads;
+        } catch (const Error &error) {
+            fail(DRIFFUSION_ERROR_PROGRAM, "the program's lanes cannot be used: " + std::string(error.what()));
+        }
+    }
+    return settings_.lanes ? settings_.lanes : program_.model.lanes;
+}
+
+void Engine::open_gpus() {
+    hangs_ = std::make_unique<cuda::Hangs>(settings_.lane_timeout);
+    cuda::NetworkSource source{[this] { return open_session(Role::Denoiser, settings_.threads, false); }, settings_.plan, settings_.tensorrt, {}, {}};
+    const Network &network = program_.network(Role::Denoiser);
+    for (u32 n = 0; n < network.inputs + network.outputs; ++n) {
+        const Tensor &tensor = program_.tensors[network.first_tensor + n];
+        source.names.push_back(program_.string(tensor.name)), source.dtypes.push_back(tensor.dtype);
+    }
+    for (int ordinal : settings_.gpus) {
+        cuda::Gpu gpu(ordinal);
+        gpu_lanes_.emplace_back(new cuda::Lane{gpu, cuda::open_network(gpu, source), cuda::Stream(gpu)});
+    }
+    links_ = std::make_unique<cuda::Pairs>(gpu_lanes_);
+    for (u32 lane = 0; lane < lanes_.count(); ++lane) {
+        players_.push_back(std::make_unique<cuda::Player>(program_, denoisers_, *workers_, gpu_lanes_, *links_, *hangs_, lane));
+    }
+}
+
 Engine::~Engine() {
     close();
+    if (hangs_ && hangs_->any()) {  // freeing what is on the GPUs would wait for the lane
+        log(DRIFFUSION_LOG_ERROR, "a lane hangs: what the model has on GPUs stays taken until this process ends");
+        for (auto &one : players_) (void)one.release();
+        for (auto &one : gpu_lanes_) (void)one.release();
+        (void)links_.release(), (void)hangs_.release();
+    }
     workers_.reset();  // first: a lane's thread may still be leaving the last round of a player
 }
 
@@ -158,12 +187,36 @@ Call Engine::checked(const driffusion_call &raw) const {
     call.noise = given("noise", raw.noise, raw.noise_count, sizes.noise_count);
     check_finite("latents", call.latents);
     check_finite("noise", call.noise);
-    if (!raw.rgb && !raw.latents_out) fail(DRIFFUSION_ERROR_ARGUMENT, "give rgb or latents_out, or both: there is nowhere to put the image");
+    check_outputs(raw, sizes, call);
+    call.progress = raw.progress, call.preview = raw.preview, call.user = raw.user, call.preview_every = raw.preview_every;
+    return call;
+}
+
+void Engine::check_outputs(const driffusion_call &raw, const driffusion_sizes_info &sizes, Call &call) const {
+    const bool on_device = raw.device_rgb || raw.device_latents;
+    if (!raw.rgb && !raw.latents_out && !on_device) fail(DRIFFUSION_ERROR_ARGUMENT, "give rgb or latents_out, or both: there is nowhere to put the image");
     if (raw.rgb) need("rgb", raw.rgb_bytes, sizes.rgb_bytes, "bytes");
     if (raw.latents_out) need("latents_out", raw.latents_out_count, sizes.latent_count, "floats");
     call.rgb = raw.rgb, call.latents_out = raw.latents_out;
-    call.progress = raw.progress, call.preview = raw.preview, call.user = raw.user, call.preview_every = raw.preview_every;
-    return call;
+    if (!on_device) {
+        if (raw.stream || raw.event) fail(DRIFFUSION_ERROR_ARGUMENT, "stream and event are for device_rgb and device_latents: give one of them");
+        return;
+    }
+    if (gpu_lanes_.empty()) fail(DRIFFUSION_ERROR_ARGUMENT, "device_rgb and device_latents need lanes on GPUs: open the engine on cuda:0, or use rgb and latents_out");
+    if (!raw.stream) fail(DRIFFUSION_ERROR_ARGUMENT, "stream must not be null: device_rgb and device_latents are written on a stream of the caller");
+    cuda::Target &target = call.target;
+    target.rgb = raw.device_rgb, target.latents = raw.device_latents;
+    target.stream = static_cast<CUstream>(raw.stream), target.event = static_cast<CUevent>(raw.event);
+    if (raw.device_rgb) {
+        need("device_rgb", raw.device_rgb_bytes, sizes.rgb_bytes, "bytes");
+        target.gpu = std::make_unique<cuda::Gpu>(cuda::gpu_of("device_rgb", raw.device_rgb));
+    }
+    if (raw.device_latents) {
+        need("device_latents", raw.device_latents_count, sizes.latent_count, "floats");
+        const cuda::Gpu gpu = cuda::gpu_of("device_latents", raw.device_latents);
+        if (target.gpu && target.gpu->ordinal() != gpu.ordinal()) fail(DRIFFUSION_ERROR_ARGUMENT, "device_rgb and device_latents must be on the same GPU");
+        target.gpu = std::make_unique<cuda::Gpu>(gpu);
+    }
 }
 
 std::vector<i64> Engine::tokenize(std::string_view text, u32 *truncated) const { return ids_of(text, truncated); }
@@ -281,142 +334,6 @@ Seconds Engine::seconds(u32 images, u32 branches) const {
         found.push_back(total);
     }
     return found;
-}
-
-void Engine::notify(Request &request, Player &player, u32 finished, u32 *previewed) const {
-    const Call &call = request.call;
-    const u32 steps = program_.model.steps;
-    request.finished.store(finished);
-    int stop = 0;
-    try {
-        if (call.progress) {
-            InCallback inside;
-            stop = call.progress(call.user, finished, steps);
-        }
-        if (!stop && call.preview && finished < steps && finished - *previewed >= std::max(1u, call.preview_every)) {
-            *previewed = finished;
-            std::vector<std::uint8_t> rgb(std::size_t(program_.model.width) * program_.model.height * 3);
-            player.download();
-            decode(player.slot(0), 1, rgb.data());
-            InCallback inside;
-            stop = call.preview(call.user, rgb.data(), program_.model.width, program_.model.height, finished);
-        }
-    } catch (const Error &) {
-        throw;
-    } catch (const std::bad_alloc &) {
-        throw;
-    } catch (...) {
-        fail(DRIFFUSION_ERROR_CANCELLED, "a callback threw an exception");
-    }
-    if (stop) fail(DRIFFUSION_ERROR_CANCELLED, "cancelled by a callback after " + std::to_string(finished) + " steps");
-}
-
-driffusion_result Engine::make(Request &request) {
-    const Call &call = request.call;
-    const std::size_t elements = program_.latent_elements();
-    auto check = [&] {
-        if (request.cancelled.load()) fail(DRIFFUSION_ERROR_CANCELLED, "cancelled after " + std::to_string(request.finished.load()) + " steps");
-    };
-    driffusion_result result = DRIFFUSION_RESULT_INIT;
-    const double started = now();
-    check();
-    Encoded encoded = encode(call);
-    const double written = now();
-    u32 branches = program_.model.guidance_kind == CLASSIFIER_FREE && call.guidance > 1 ? 2 : 1;
-    std::vector<float> latents(elements * call.images);
-    double leased, denoised;
-    {
-        Lease lease(lanes_, seconds(call.images, branches), check);
-        leased = now();
-        Player &player = *players_[lease.own()];
-        player.bind(call.images, call.guidance, std::move(encoded.branches));
-        const float scale = float(program_.model.start_scale);
-        u32 noise = 0;
-        for (u32 slot = 0; slot < program_.slots.size(); ++slot) {
-            const Slot &one = program_.slots[slot];
-            if (one.kind != SlotKind::State && one.kind != SlotKind::Noise) continue;
-            float *to = player.slot(slot);
-            const bool state = one.kind == SlotKind::State;
-            const std::vector<float> &own = state ? call.latents : call.noise;
-            if (!own.empty()) {
-                const float *from = own.data() + (state ? 0 : latents.size() * noise);
-                std::copy(from, from + latents.size(), to);
-            } else {
-                for (u32 image = 0; image < call.images; ++image) gaussian(call.seed, image, one.number, to + image * elements, elements);
-            }
-            if (state) {
-                for (std::size_t n = 0; n < latents.size(); ++n) to[n] *= scale;
-            } else {
-                ++noise;
-            }
-        }
-        player.upload();
-        u32 previewed = 0;
-        Counts counts = player.play(lease, check, [&](u32 finished) { notify(request, player, finished, &previewed); });
-        player.download();
-        std::copy(player.slot(0), player.slot(0) + latents.size(), latents.begin());
-        result.rounds = counts.rounds, result.evaluations = counts.evaluations, result.calls = counts.calls;
-        result.lanes_per_round = double(counts.lane_rounds) / std::max(1u, counts.rounds);
-        result.critical_seconds = counts.critical_seconds;
-        denoised = now();
-    }
-    if (!std::all_of(latents.begin(), latents.end(), [](float value) { return std::isfinite(value); })) {
-        fail(DRIFFUSION_ERROR_NONFINITE, "the denoised latents hold NaN or infinity: no image can be made of them");
-    }
-    if (call.rgb) decode(latents.data(), call.images, call.rgb);
-    if (call.latents_out) std::copy(latents.begin(), latents.end(), call.latents_out);
-    const double ended = now();
-    result.truncated = encoded.truncated;
-    result.text_seconds = written - started, result.wait_seconds = leased - written, result.denoise_seconds = denoised - leased;
-    result.decode_seconds = ended - denoised, result.total_seconds = ended - started;
-    return result;
-}
-
-void Engine::perform(Request &request) noexcept {
-    driffusion_status status = DRIFFUSION_OK;
-    driffusion_result result = DRIFFUSION_RESULT_INIT;
-    std::string message;
-    try {
-        result = make(request);
-    } catch (const Error &error) {
-        status = error.status();
-        message = error.what();
-    } catch (const std::bad_alloc &) {
-        status = DRIFFUSION_ERROR_MEMORY;  // no message: there may be no memory for one
-    } catch (...) {
-        status = DRIFFUSION_ERROR_INTERNAL;
-    }
-    std::lock_guard<std::mutex> lock(request.mutex);
-    request.done = true;
-    request.status = status;
-    request.message = std::move(message);
-    request.result = result;
-    request.changed.notify_all();
-}
-
-void Engine::begin(const std::shared_ptr<Request> &request) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (closing_) fail(DRIFFUSION_ERROR_HANDLE, "the engine is being closed");
-    if (running_.size() >= settings_.max_requests) {
-        fail(DRIFFUSION_ERROR_BUSY, std::to_string(running_.size()) + " requests are running or waiting already (option max_requests)");
-    }
-    running_.push_back(request);
-}
-
-void Engine::end(const Request *request) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    running_.erase(std::find_if(running_.begin(), running_.end(), [request](auto &one) { return one.get() == request; }));
-    idle_.notify_all();
-}
-
-bool Engine::close() {
-    if (inside_callback()) return false;
-    std::unique_lock<std::mutex> lock(mutex_);
-    closing_ = true;
-    for (auto &request : running_) request->cancelled.store(true);
-    lanes_.wake();
-    idle_.wait(lock, [this] { return running_.empty(); });
-    return true;
 }
 
 void Engine::log(driffusion_log_level level, const std::string &message) const noexcept {

@@ -21,16 +21,19 @@
 namespace driffusion {
 
 struct Settings {
-    std::string bundle, program, runtime;
+    std::string bundle, program, runtime, plan, tensorrt = "libnvinfer.so.11";
     u32 lanes = 0, threads = 0;  // 0: as the program says
     std::vector<int> gpus;       // by lane; empty: lanes on processor cores
     double spin_seconds = 0;
     u32 max_requests = 256;
     bool compiled = true;
+    double lane_timeout = cuda::LANE_TIMEOUT;
     void (*log)(void *, driffusion_log_level, const char *) = nullptr;
     void *log_user = nullptr;
 
     static Settings of(const driffusion_open_info &info);
+    // One lane on each of these GPUs: cuda:0,cuda:1 or cuda:0*LANES.
+    void place_on_gpus(const std::string &text);
 };
 
 // A checked call. It owns what a caller may free after driffusion_start().
@@ -44,6 +47,7 @@ struct Call {
     std::vector<float> latents, noise;
     std::uint8_t *rgb = nullptr;
     float *latents_out = nullptr;
+    cuda::Target target;
     driffusion_progress progress = nullptr;
     driffusion_preview preview = nullptr;
     void *user = nullptr;
@@ -56,7 +60,8 @@ struct Request {
     std::atomic<u32> finished{0};
     std::mutex mutex;
     std::condition_variable changed;
-    bool done = false;  // these four under the mutex
+    bool done = false;  // these five under the mutex
+    bool enqueued = false;
     driffusion_status status = DRIFFUSION_ERROR_TIMEOUT;
     std::string message;
     driffusion_result result = DRIFFUSION_RESULT_INIT;
@@ -95,6 +100,11 @@ class Engine {
     Encoded encode(const Call &call) const;
     void decode(const float *latents, u32 images, std::uint8_t *rgb) const;
     Seconds seconds(u32 images, u32 branches) const;
+    u32 placed();
+    void open_gpus();
+    void denoise(Request &request, Lease &lease, Player &player, driffusion_result &result, const Check &check);
+    void enqueued(Request &request, cuda::Output &output) const;
+    void check_outputs(const driffusion_call &raw, const driffusion_sizes_info &sizes, Call &call) const;
     void notify(Request &request, Player &player, u32 finished, u32 *previewed) const;
 
     Settings settings_;
@@ -108,6 +118,7 @@ class Engine {
     std::unique_ptr<Workers> workers_;
     std::vector<std::unique_ptr<cuda::Lane>> gpu_lanes_;
     std::unique_ptr<cuda::Pairs> links_;
+    std::unique_ptr<cuda::Hangs> hangs_;
     std::vector<std::unique_ptr<Player>> players_;  // by owned lane
     std::mutex mutex_;
     std::condition_variable idle_;
@@ -115,6 +126,10 @@ class Engine {
     bool closing_ = false;
 };
 
+struct InCallback {
+    InCallback();
+    ~InCallback();
+};
 // Whether this thread is inside a callback of the engine.
 bool inside_callback();
 

@@ -38,6 +38,8 @@ class Player {
     std::size_t slot_elements() const { return elements_; }
     // `check` is called before every round and may throw; `finished(steps)` when more steps are done.
     virtual Counts play(Lease &lease, const Check &check, const std::function<void(u32)> &finished);
+    // Waits for what `play` may have left under way.
+    virtual void finish() {}
 
    protected:
     struct Branch {

@@ -1,5 +1,7 @@
 // What driffusion_open() is told, read and checked.
 #include <algorithm>
+#include <charconv>
+#include <system_error>
 
 #include "engine.h"
 #include "error.h"
@@ -24,19 +26,13 @@ u32 number(const std::string &key, const std::string &text, u32 low, u32 high) {
     return u32(value);
 }
 
-// cuda:0,cuda:1 and cuda:0*LANES: one number for each lane.
-void parse_gpus(const std::string &text, Settings &settings) {
-    for (std::size_t start = 0; start <= text.size();) {
-        const std::size_t end = std::min(text.find(',', start), text.size());
-        std::string one = text.substr(start, end - start);
-        if (one.substr(0, 5) != "cuda:") fail(DRIFFUSION_ERROR_ARGUMENT, "use GPUs like cuda:0,cuda:1 or cuda:0*LANES");
-        const std::size_t star = std::min(one.find('*'), one.size());
-        const u32 lanes = star < one.size() ? number("lanes", one.substr(star + 1), 1, MOST_LANES) : 1;
-        settings.gpus.insert(settings.gpus.end(), lanes, int(number("the GPU", one.substr(5, star - 5), 0, 1023)));
-        start = end + 1;
+double seconds(const std::string &key, const std::string &text) {
+    double value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error != std::errc() || end != text.data() + text.size() || !(value > 0 && value <= 1e6)) {
+        fail(DRIFFUSION_ERROR_ARGUMENT, key + " must be a number of seconds above 0, such as 0.5 or 120, not '" + text + "'");
     }
-    if (settings.gpus.size() > MOST_LANES) fail(DRIFFUSION_ERROR_ARGUMENT, "there are at most " + std::to_string(MOST_LANES) + " lanes");
-    settings.lanes = u32(settings.gpus.size()), settings.threads = cores();
+    return value;
 }
 
 // cpu, cpu@THREADS, cpu*LANES: what `engines.devices` knows of processor cores.
@@ -46,7 +42,7 @@ void parse_devices(const std::string &text, Settings &settings) {
     std::string rest = text.substr(0, 3) == "cpu" ? text.substr(3) : "?";
     try {
         if (text.substr(0, 4) == "cuda") {
-            parse_gpus(text, settings);
+            settings.place_on_gpus(text);
         } else if (rest.empty()) {
             settings.lanes = 1, settings.threads = all;
         } else if (rest[0] == '@') {
@@ -65,6 +61,20 @@ void parse_devices(const std::string &text, Settings &settings) {
 
 }  // namespace
 
+void Settings::place_on_gpus(const std::string &text) {
+    for (std::size_t start = 0; start <= text.size();) {
+        const std::size_t end = std::min(text.find(',', start), text.size());
+        std::string one = text.substr(start, end - start);
+        if (one.substr(0, 5) != "cuda:") fail(DRIFFUSION_ERROR_ARGUMENT, "use GPUs like cuda:0,cuda:1 or cuda:0*LANES");
+        const std::size_t star = std::min(one.find('*'), one.size());
+        const u32 each = star < one.size() ? number("lanes", one.substr(star + 1), 1, MOST_LANES) : 1;
+        gpus.insert(gpus.end(), each, int(number("the GPU", one.substr(5, star - 5), 0, 1023)));
+        start = end + 1;
+    }
+    if (gpus.size() > MOST_LANES) fail(DRIFFUSION_ERROR_ARGUMENT, "there are at most " + std::to_string(MOST_LANES) + " lanes");
+    lanes = u32(gpus.size()), threads = cores();
+}
+
 Settings Settings::of(const driffusion_open_info &info) {
     Settings settings;
     settings.bundle = info.bundle, settings.program = info.program;
@@ -81,13 +91,17 @@ Settings Settings::of(const driffusion_open_info &info) {
             settings.spin_seconds = number(key, value, 0, 100000) * 1e-6;
         } else if (key == "max_requests") {
             settings.max_requests = number(key, value, 1, 100000);
+        } else if (key == "lane_timeout") {
+            settings.lane_timeout = seconds(key, value);
+        } else if (key == "plan" || key == "tensorrt") {
+            (key == "plan" ? settings.plan : settings.tensorrt) = value;
         } else if (key == "onnxruntime") {
             settings.runtime = value;
         } else if (key == "compiled") {
             if (value != "auto" && value != "no") fail(DRIFFUSION_ERROR_ARGUMENT, "compiled must be auto or no, not '" + value + "'");
             settings.compiled = value == "auto";
         } else {
-            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, onnxruntime or compiled");
+            fail(DRIFFUSION_ERROR_ARGUMENT, "unknown option '" + key + "': use threads, spin_us, max_requests, lane_timeout, plan, tensorrt, onnxruntime or compiled");
         }
     }
     return settings;

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 
 from runtime.pipeline import Result
+from runtime.report import Report
 from runtime.serve.openai.errors import error_response, to_api_error
 from runtime.serve.openai.schema import Body
 from runtime.serve.request import CancelledError, Request
@@ -25,18 +26,22 @@ USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0,
 
 def encode_answer(body: Body, result: Result) -> bytes:
     """The JSON of a whole answer."""
+    data = [body.datum(image, result.report, n) for n, image in enumerate(result.images)]
     content = {
-        "created": int(time.time()), "data": [body.datum(image) for image in result.images],
+        "created": int(time.time()), "data": data,
         **body.facts(result.images[0]), "usage": USAGE, "report": result.report.to_dict(),
     }  # fmt: skip
     return json.dumps(content).encode()
 
 
-def encode_event(body: Body, kind: str, image: Image.Image, created: int, **more: Any) -> bytes:
+def encode_event(
+    body: Body, kind: str, image: Image.Image, created: int, report: Report | None = None, **more: Any
+) -> bytes:
     """A server-sent event with an image: `partial_image` or `completed`."""
+    more |= {} if report is None else {"report": report.to_dict()}
     content = {
-        "type": f"{body.event}.{kind}", "b64_json": body.encode(image), "created_at": created, **body.facts(image),
-        **more,
+        "type": f"{body.event}.{kind}", "b64_json": body.encode(image, report), "created_at": created,
+        **body.facts(image), **more,
     }  # fmt: skip
     return f"event: {content['type']}\ndata: {json.dumps(content)}\n\n".encode()
 
@@ -85,8 +90,7 @@ async def stream(service: Service, body: Body, http: HttpRequest) -> StreamingRe
         send(encode_event(body, "partial_image", image, created, partial_image_index=index))
 
     def finish(result: Result) -> None:
-        report = result.report.to_dict()
-        send(encode_event(body, "completed", result.images[0], created, usage=USAGE, report=report))
+        send(encode_event(body, "completed", result.images[0], created, result.report, usage=USAGE))
 
     request = service.submit(
         body.call(), finish, Previews(body.partial_images, preview),

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from runtime.call import OPTIONS, Call, meant
 from runtime.input_image import to_srgb
 from runtime.option import Option
+from runtime.png_text import png_info
+from runtime.report import Report
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
 
@@ -56,6 +58,7 @@ class Body(BaseModel):
     style: Literal["vivid", "natural"] | None = Field(None, description="ignored")
     background: Literal["auto", "opaque"] = "auto"
     stream: bool = Field(False, description="server-sent events: previews, then the finished image")
+    metadata: bool = Field(True, description="whether a PNG says in text chunks how it was made, the prompt included")
     partial_images: int = Field(0, ge=0, le=3, description="previews of a stream")
     moderation: Literal["auto", "low"] = Field("auto", description="ignored: there is none")
     user: Name | None = None
@@ -88,16 +91,18 @@ class Body(BaseModel):
         plain = (None, "auto", "standard")
         return tuple(f"{name} {value!r} is ignored: {why}" for name, value, why in given if value not in plain)
 
-    def encode(self, image: Image.Image) -> str:
-        """An image in `output_format`, as base64."""
+    def encode(self, image: Image.Image, report: Report | None = None, number: int = 0) -> str:
+        """An image in `output_format`, as base64; a PNG with what `report` says of the image of that number."""
         buffer = io.BytesIO()
-        options = {} if self.output_format == "png" else {"quality": self.output_compression}
+        options: dict[str, Any] = {} if self.output_format == "png" else {"quality": self.output_compression}
+        if report is not None and self.metadata and self.output_format == "png":
+            options["pnginfo"] = png_info(report, number)
         image.save(buffer, self.output_format.upper(), **options)
         return base64.b64encode(buffer.getvalue()).decode()
 
-    def datum(self, image: Image.Image) -> dict[str, str]:
+    def datum(self, image: Image.Image, report: Report, number: int) -> dict[str, str]:
         """An image as an entry of `data`."""
-        encoded = self.encode(image)
+        encoded = self.encode(image, report, number)
         if self.response_format == "url":
             return {"url": f"data:image/{self.output_format};base64,{encoded}"}
         return {"b64_json": encoded}

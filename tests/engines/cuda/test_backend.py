@@ -17,7 +17,7 @@ from engines.errors import DeviceError, NonFiniteError
 from engines.host import FunctionLane, HostBackend
 from runtime.sampling.execute import denoise
 from runtime.sampling.operations import STATE, Options
-from runtime.sampling.place import place
+from runtime.sampling.place import Play, place
 from runtime.sampling.program import GuidedCombine, Round, program
 from runtime.sampling.schedule import Schedule
 from runtime.sampling.schedulers import schedule_from_config
@@ -47,12 +47,15 @@ def run(
     schedule: Schedule,
     guidance: float = 3.0,
     shape: Sequence[int] = (1, 2, 3, 3),
+    play: Play | None = None,
 ) -> Array:
     rng = np.random.default_rng(5)
     noise = rng.standard_normal(shape, np.float32)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((shape[0], 3, 2), np.float32)} for _ in range(2)]
     state = noise * np.float32(schedule.init_noise_sigma)
-    return denoise(backend, state, conditioning, schedule, mode, options, guidance, 7, lambda step: None)[0]
+    return denoise(
+        backend, state, conditioning, schedule, mode, options, guidance, 7, lambda step: None, play=play
+    )[0]  # fmt: skip
 
 
 def schedule(steps: int, name: str = "ddim") -> Schedule:
@@ -93,6 +96,7 @@ CASES: list[tuple[str, Options, int, str]] = [
     ("srds", Options(k=2), 9, "euler"),
     ("adaptive", Options(k=3, tolerance=0.05, drafts="corrected"), 8, "ddim"),
     ("conservative", Options(k=4), 6, "dpm++2m"),
+    ("speculative", Options(k=4, drafts="corrected"), 9, "ddpm"),
 ]
 PLACES: list[tuple[int, ...]] = [(0,), (0, 0), (0, 1), (0, 1, 2), (0, 0, 1, 1), (1, 0)]
 

@@ -3,15 +3,20 @@
 # covers: engines/cuda/backend.py
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from engines.base import Branch, LaneCall
 from engines.cuda.backend import CudaBackend
 from engines.cuda.driver import Driver
+from engines.cuda.rounds import RoundGraph
 from engines.errors import DeviceError, NonFiniteError
 from runtime.sampling.operations import Options
+from runtime.sampling.place import place
 from tests.engines.cuda.test_backend import distance, left, model, reference, run, schedule
 from tests.libcuda.lanes import FunctionNetwork
 from tests.libcuda.machine import KERNELS, Machine
@@ -92,6 +97,51 @@ def test_lanes_overlap(devices: tuple[int, ...], peers: bool, graphs: bool) -> N
         played = rounds(backend)
         image(backend)
         assert machine.chain() == played()
+
+
+@pytest.mark.parametrize("images", [0, 3], ids=["its first wait", "an image"])
+@pytest.mark.parametrize("peers", [True, False], ids=["peers", "no peers"])
+def test_a_capture_is_left_alone_by_images_on_other_lanes(
+    images: int, peers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is captured on lanes 0 and 2 for as long as another thread works on lanes 1 and 3 of the same GPUs."""
+    machine = Machine(2, seed=1, peers=peers)
+    networks = [FunctionNetwork(machine, device, model) for device in (0, 1, 0, 1)]
+    first = CudaBackend(Driver(), networks, "float32", KERNELS)
+    second = CudaBackend(first._driver, networks, "float32", KERNELS, home=1, sibling_of=first)
+    capturing, finished = threading.Event(), threading.Event()
+    enqueue = first._rounds.enqueue
+
+    def slowly(one: RoundGraph) -> None:
+        enqueue(one)
+        if int(first._driver("cuStreamIsCapturing", first._main)):
+            capturing.set()
+            assert finished.wait(30), "the other image waits for the capture"
+
+    def play(backend: CudaBackend, held: tuple[int, ...]) -> float:
+        def on_held(branches: Sequence[Branch]) -> Sequence[LaneCall]:
+            calls = place(tuple(branches), held, len(networks))
+            backend.predict(calls)
+            return calls
+
+        got = run(backend, "aggressive", AGGRESSIVE, schedule(9), play=on_held)
+        return distance(got, reference("aggressive", AGGRESSIVE, schedule(9)))
+
+    play(first, (0, 2))  # rounds that come again are captured
+    for _ in range(images):  # what comes again needs neither memory nor captures, for which threads take turns
+        play(second, (1, 3))
+    monkeypatch.setattr(first._rounds, "enqueue", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        captured = pool.submit(play, first, (0, 2))
+        try:
+            assert capturing.wait(10) or captured.result()
+            assert not images or play(second, (1, 3)) < 1e-5
+            second.settle()
+        finally:
+            finished.set()
+        assert captured.result() < 1e-5
+    for backend in (second, first):
+        backend.close()
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "streams"])

@@ -48,7 +48,8 @@ class Call(ctypes.Structure):
         ("latents", c_void_p), ("latent_count", c_size_t), ("noise", c_void_p), ("noise_count", c_size_t),
         ("rgb", c_void_p), ("rgb_bytes", c_size_t), ("latents_out", c_void_p), ("latents_out_count", c_size_t),
         ("progress", Progress), ("preview", Preview), ("user", c_void_p), ("preview_every", c_uint32),
-        ("reserved", c_uint32),
+        ("reserved", c_uint32), ("device_rgb", c_uint64), ("device_rgb_bytes", c_size_t), ("device_latents", c_uint64),
+        ("device_latents_count", c_size_t), ("stream", c_void_p), ("event", c_void_p),
     ]  # fmt: skip
 
 
@@ -81,7 +82,8 @@ class Library:
         for name, types in {
             "open": [c_void_p, c_void_p], "close": [engine], "sizes": [engine, c_uint32, c_void_p],
             "tokenize": [engine, c_char_p, c_void_p, c_size_t, c_void_p], "generate": [engine, c_void_p, c_void_p],
-            "start": [engine, c_void_p, c_void_p], "wait": [request, c_double, c_void_p], "poll": [request, c_void_p],
+            "start": [engine, c_void_p, c_void_p], "wait": [request, c_double, c_void_p],
+            "wait_enqueued": [request, c_double], "poll": [request, c_void_p],
             "cancel": [request], "release": [request], "request_error": [request, c_void_p, c_size_t, c_void_p],
         }.items():  # fmt: skip
             getattr(self.c, f"driffusion_{name}").argtypes = types
@@ -114,6 +116,7 @@ class Engine:
 
     def __init__(self, library: Library, handle: int, log: Any) -> None:
         self.library, self.handle, self._log = library, handle, log
+        self._started: list[Prepared] = []  # whose buffers are written to
 
     def sizes(self, images: int = 1) -> Sizes:
         sizes = Sizes(ctypes.sizeof(Sizes))
@@ -139,8 +142,9 @@ class Engine:
         progress: Callable[[int, int], int] | None = None,
         preview: Callable[[NDArray[np.uint8], int], int] | None = None,
         preview_every: int = 0,
+        **raw: int,
     ) -> Prepared:
-        """A call with its buffers."""
+        """A call with its buffers; `raw` are further fields of the struct."""
         return Prepared(self, locals())
 
     def generate(self, *arguments: Any, **options: Any) -> Prepared:
@@ -148,6 +152,13 @@ class Engine:
         made = self.call(*arguments, **options)
         self.library("generate", self.handle, byref(made.raw), byref(made.result))
         return made
+
+    def start(self, made: Prepared) -> int:
+        """Makes images in a thread of the library; the request."""
+        request = c_uint64()
+        self._started.append(made)
+        self.library("start", self.handle, byref(made.raw), byref(request))
+        return request.value
 
     def close(self) -> None:
         self.library("close", self.handle)
@@ -188,6 +199,8 @@ class Prepared:
 
             raw.preview = Preview(seen)
         raw.preview_every = given["preview_every"]
+        for name, value in given["raw"].items():
+            setattr(raw, name, value)
 
     def _array(self, value: Any, dtype: Any) -> int:
         array = np.ascontiguousarray(value, dtype)

@@ -106,7 +106,9 @@ def test_what_a_program_says(shapes: Bundle) -> None:
     assert len(compiled) == 3
 
 
-@pytest.mark.parametrize("options", [{"mode": "adaptive"}, {"mode": "srds", "tolerance": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "adaptive"}, {"mode": "srds", "tolerance": 0.1}, {"mode": "speculative", "scheduler": "ddpm"}]
+)
 def test_what_measures_is_refused_by_name(shapes: Bundle, options: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=f"{options['mode']} decides by what it measures"):
         program(shapes, **options)
@@ -134,7 +136,7 @@ def test_a_model_for_gpus_alone_is_refused(shapes: Bundle) -> None:
     halves = tuple(one.model_copy(update={"dtype": "float16"}) for one in networks["denoiser"].inputs)
     networks["denoiser"] = networks["denoiser"].model_copy(update={"inputs": halves})
     half = dataclasses.replace(shapes, manifest=shapes.manifest.model_copy(update={"networks": networks}))
-    with pytest.raises(BundleError, match="programs are for processor cores"):
+    with pytest.raises(BundleError, match="programs are played in float32"):
         program(half)
 
 

@@ -116,12 +116,12 @@ EXPORT int gpu_rounds(u32 lanes, const int *devices, std::size_t elements, float
             for (u32 n = 0; n < lanes; ++n) all[n]->there.send(main, sources[n], bytes);
             for (u32 n = 0; n < lanes; ++n) {
                 Lane &lane = *all[n];
-                lane.there.receive(lane.stream, lane.sample.get(), sources[n], bytes);
+                lane.there.receive(lane.stream.get(), lane.sample.get(), sources[n], bytes);
                 Current there(lane.gpu);
                 Driver::instance().check(static_cast<CUresult>(model(n, lane.stream.get(), lane.sample.get(), lane.output.get())), "a model call");
                 lane.back.send(lane.stream, lane.output.get(), bytes);
             }
-            for (u32 n = 0; n < lanes; ++n) all[n]->back.receive(main, sources[lanes + n], all[n]->output.get(), bytes);
+            for (u32 n = 0; n < lanes; ++n) all[n]->back.receive(main.get(), sources[lanes + n], all[n]->output.get(), bytes);
             combinations.launch(number, main);
         }
         driver_call(cuMemcpyDtoHAsync_v2, staging.as<float>(), slots.get(), lanes * bytes, main.get());

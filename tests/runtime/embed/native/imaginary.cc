@@ -66,5 +66,5 @@ class ImaginaryNetwork : public DeviceNetwork {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void imaginary_install() {
-    set_network_factory([](const Gpu &, const OpenSession &open) { return std::make_unique<ImaginaryNetwork>(open()); });
+    set_network_factory([](const Gpu &, const NetworkSource &source) { return std::make_unique<ImaginaryNetwork>(source.session()); });
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from typing import Any
 
 import httpx
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from tests.client import (
     GENERATE,
@@ -62,3 +66,18 @@ def test_the_openai_client(client: httpx.Client) -> None:
 def test_streams_that_cannot_be(client: httpx.Client, body: dict[str, Any], param: str) -> None:
     response = client.post(GENERATE, json={"prompt": PROMPT, **body})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_png_files_say_how_they_were_made_unless_told_not_to(client: httpx.Client) -> None:
+    def chunks(**more: Any) -> list[dict[str, Any]]:
+        body = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5, "mode": "sequential", **more}
+        answer = client.post(GENERATE, json=body).json()
+        images = [Image.open(io.BytesIO(base64.b64decode(one["b64_json"]))) for one in answer["data"]]
+        return [{str(name): value for name, value in image.info.items()} for image in images]
+
+    first, second = chunks(n=2)
+    wanted = f"{PROMPT}\nSteps: 3, Sampler: DDIM, CFG scale: 4, Seed: 5, Size: 64x64, Model hash: "
+    assert first["parameters"].startswith(wanted)
+    assert "Batch pos: 1" in second["parameters"] and json.loads(second["driffusion"])["image"] == 1
+    assert not {"parameters", "driffusion"} & set(chunks(metadata=False)[0])
+    assert not {"parameters", "driffusion"} & set(chunks(output_format="jpeg")[0])

@@ -92,7 +92,7 @@ def test_models(client: httpx.Client, pipeline: Pipeline) -> None:
     assert answer["object"] == "list"
     (model,) = answer["data"]
     assert (model["id"], model["object"]) == (pipeline.manifest.model, "model")
-    assert model["modes"] == ["auto", "sequential", "conservative", "aggressive", "srds", "adaptive"]
+    assert model["modes"] == ["auto", "sequential", "conservative", "aggressive", "srds", "adaptive", "speculative"]
     assert (model["devices"], model["lanes"]) == (["cpu/0", "cpu/1"], 2)
     assert model["limits"]["n"] == 10 and model["limits"]["body_bytes"] == Limits.body
     own = {"num_inference_steps": 50, "guidance_scale": 4.0, "scheduler": None}
