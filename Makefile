@@ -34,24 +34,24 @@ help: ## this list
 .venv/.export: pyproject.toml
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv"
-	@$(PIP) --editable '.[cpu,export]'
+	@$(PIP) --editable '.[cpu,export,kserve]'
 	@touch $@
 
 .venv/.dev: .venv/.export
-	@$(PIP) --editable '.[cpu,openvino,export,train,bench,metrics,dev,cuda,rtx]'
+	@$(PIP) --editable '.[cpu,openvino,export,kserve,train,bench,metrics,dev,cuda,rtx]'
 	@touch $@
 
 .venv/.openvino: .venv/.export
-	@$(PIP) --editable '.[cpu,openvino,export]'
+	@$(PIP) --editable '.[cpu,openvino,export,kserve]'
 	@touch $@
 
 .venv/.trt .venv/.rtx: .venv/.export
-	@$(PIP) --editable '.[cpu,export,cuda,$(patsubst .venv/.%,%,$@)]'
+	@$(PIP) --editable '.[cpu,export,kserve,cuda,$(patsubst .venv/.%,%,$@)]'
 	@touch $@
 
 .venv/.gpu: .venv/.export
 	@$(RUN) -m pip uninstall --quiet --yes onnxruntime # both builds install the same files
-	@$(PIP) --editable '.[export,cuda,gpu]'
+	@$(PIP) --editable '.[export,kserve,cuda,gpu]'
 	@touch $@
 
 engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVICES; a second run does nothing
@@ -60,7 +60,7 @@ engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVIC
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
 
 .venv/.embed: .venv/.export
-	@$(PIP) --editable '.[cpu,export,embed]'
+	@$(PIP) --editable '.[cpu,export,kserve,embed]'
 	@touch $@
 
 embed: .venv/.embed ## the C library and its examples into build/embed/install; `runtime/embed/README.md` has the rest

@@ -27,6 +27,7 @@ COMMANDS = (
     "speculative",
     "kernel",
     "serve",
+    "kserve",
     "embed",
     "export",
     "gpu",

@@ -13,14 +13,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from bench.models import model_arguments
-from bench.quality import Case, Gallery
+from bench.models import model_arguments, scenes
+from bench.quality import Case, Gallery, compare, read_back
 from engines.base import Backend, Rows
 from engines.errors import ParameterError
 from runtime.pipeline import Pipeline
@@ -31,7 +32,8 @@ from runtime.sampling.speculative import Speculation
 
 CELLS = ((50, 4.0), (50, 1.0), (100, 4.0), (200, 4.0))  # steps, guidance
 KS = (2, 4, 8)
-OTHERS = ("euler_a", "dpm++2m_sde")
+SCHEDULERS = ("ddpm", "euler_a", "dpm++2m_sde")
+STEPS = tuple(dict.fromkeys(steps for steps, _ in CELLS))
 LATENTS = {"SD 1.5, 512²": 4 * 64 * 64, "SDXL, 1024²": 4 * 128 * 128}
 CHAINS = 400
 Shifts = Mapping[tuple[int, int], list[float]]  # ‖Δ‖ by step and place in the round
@@ -69,12 +71,18 @@ def simulated_rounds(shifts: Shifts, schedule: Schedule, k: int, scale: float) -
     chance = {
         key: [math.erfc(scale * shift / math.sqrt(8)) for shift in found] for key, found in shifts.items()
     }  # 2Φ(−‖Δ‖/2)
+
+    @cache
+    def nearest(step: int, place: int) -> list[float]:
+        """Of the step that was measured at this place and lies nearest: no image may have begun a round before it."""
+        return chance[min((abs(key[0] - step), key) for key in chance if key[1] == place)[1]]
+
     played = 0
     for _ in range(CHAINS):
         i = 0
         while i < schedule.steps:
             taken, ahead = 1, rounds.position(i).ahead
-            while taken <= ahead and generator.random() < generator.choice(chance[i + taken - 1, taken - 1]):
+            while taken <= ahead and generator.random() < generator.choice(nearest(i + taken - 1, taken - 1)):
                 taken += 1
             i, played = i + taken, played + 1
     return played / CHAINS
@@ -85,17 +93,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--images", type=int, default=16, help="captions per row")
     parser.add_argument("--seed", type=int, default=0, help="which captions")
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, default=STEPS, help="of the scheduler")
+    parser.add_argument(
+        "--schedulers", nargs="+", choices=SCHEDULERS, default=SCHEDULERS, help="all but ddpm: 50 steps"
+    )
 
 
-def measure(model: str, build: Path, devices: str, images: int, seed: int) -> list[dict[str, Any]]:
+def measure(
+    model: str, build: Path, devices: str, images: int, seed: int, steps: Sequence[int] = STEPS,
+    schedulers: Sequence[str] = SCHEDULERS,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row per cell, k and kind of drafts; the sequential one of each cell first."""
     if images < 1:
         raise ParameterError("images", f"images must be at least 1, not {images}")
     gallery = Gallery(build, model, devices, seed)
     wanted = [
         (scheduler, *cell, k, drafts)
-        for scheduler, cells in (("ddpm", CELLS), *((name, CELLS[:1]) for name in OTHERS))
-        for cell in cells
+        for scheduler in schedulers
+        for cell in (CELLS if scheduler == SCHEDULERS[0] else CELLS[:1])
+        if cell[0] in steps
         for k, drafts in [(1, ""), *((k, "corrected") for k in KS), *([(4, "frozen")] if cell == CELLS[0] else [])]
     ]
     try:
@@ -115,10 +131,12 @@ def _row(
         gallery.pipelines[gallery.devices] = Pipeline.load(gallery.model, gallery.devices, gallery.build)
     pipeline = gallery.pipelines[gallery.devices]
     schedule = make_schedule(pipeline.manifest, scheduler, steps)
-    with Recorder(pipeline.backend, schedule) as recorder:
-        row = gallery.row(case)
+    reference = gallery.reference(case)
+    with Recorder(pipeline.backend, schedule) as recorder:  # drawn now: a row from the work folder measures nothing
+        drawn = gallery.draw(case) if drafts else reference
+    row = compare(case, drawn, reference, gallery.seed) | read_back(drawn.images, scenes(1, images, gallery.seed))
     keep = ("name", "model", "mode", "scheduler", "steps", "k", "drafts", "guidance_scale", "rounds", "evaluations",
-            "images", "seed", "caption_accuracy", "devices")  # fmt: skip
+            "images", "seed", "caption_accuracy", "devices", "drift")  # fmt: skip
     found = {key: row[key] for key in keep}
     found["speedup_in_rounds"] = round(steps / row["rounds"], 3)
     if drafts and recorder.shifts:

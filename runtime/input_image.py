@@ -5,9 +5,26 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from engines.errors import ParameterError
+
+
+def read_image(content: bytes, side: int) -> Image.Image:
+    """A PNG, JPEG or WebP file as RGB; ParameterError when it is none, or larger than `side` pixels.
+
+    Its size is looked at before its pixels are decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as opened:
+            if max(opened.size) > side:
+                message = f"image: width and height end at {side} pixels here, this has {opened.size}"
+                raise ParameterError("image", message)
+            return to_srgb(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
+        # Pillow's message for files that it does not know holds the address of a buffer
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise ParameterError("image", f"image: this is no readable PNG, JPEG or WebP file{why}") from None
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.errors import ParameterError
+from engines.errors import DeviceError, ParameterError
 
 Range = tuple[float | None, float | None]
 
@@ -64,13 +64,21 @@ class Option:
         return self._number(value, high or self.high) if self.kind in (int, float) else value
 
     def _array(self, value: Any) -> np.ndarray:
-        """An array of another library through DLPack, without a copy where it lies in this computer's memory."""
+        """An array of another library through DLPack, without a copy where it lies in this computer's memory.
+
+        One on a GPU is copied, after what its library has under way there.
+        """
+        from engines.cuda.arrays import on_gpu, to_host  # late: few calls bring an array
+
         if hasattr(value, "detach"):  # PyTorch's, which does not export what needs a gradient
             value = value.detach()
         try:
-            found = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            message = f"{self.name} cannot be read as an array ({error}): give float32 in this computer's memory"
+            if on_gpu(value):
+                found = to_host(value)
+            else:
+                found = np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+        except (BufferError, DeviceError, RuntimeError, TypeError, ValueError) as error:
+            message = f"{self.name} cannot be read as an array ({error}): give contiguous float32"
             raise ParameterError(self.name, message) from error
         if found.dtype.kind not in "fiu":
             raise ParameterError(self.name, f"{self.name} must be an array of numbers, not of {found.dtype}")

@@ -24,6 +24,7 @@ from PIL import Image
 from engines.store import Bundle
 from runtime.pipeline import Pipeline
 from runtime.serve.access import Access
+from runtime.serve.kserve.server import KServe
 from runtime.serve.limits import Limits
 from runtime.serve.openai.server import Server
 from runtime.serve.service import Service
@@ -37,7 +38,9 @@ PROMPT = "a large red star at the left on blue background"
 @contextmanager
 def serving(pipeline: Any, limits: Limits | None = None, access: Access | None = None) -> Iterator[httpx.Client]:
     """Speaks to the application on a real socket, served by a thread of this process."""
-    with running(Server(Service(pipeline, limits or Limits()), access)) as port, connect(port) as connected:
+    service = Service(pipeline, limits or Limits())
+    server = Server(service, access, [KServe(service, access)])
+    with running(server) as port, connect(port) as connected:
         yield connected
 
 

@@ -52,7 +52,7 @@ WEB = ("fastapi", "starlette", "uvicorn")
 PROTOCOLS = ("runtime/serve/openai", "runtime/serve/kserve", "runtime/serve/ray")
 # library → the files and folders that may import it at all
 ROOMS = {
-    **dict.fromkeys(WEB, PROTOCOLS),
+    **dict.fromkeys(WEB, ("runtime/serve/http", *PROTOCOLS)),
     "cuda": ("engines/cuda",),
     "tensorrt": ("engines/tensorrt",),
     "tensorrt_rtx": ("engines/tensorrt",),

@@ -35,6 +35,7 @@ from runtime.serve.__main__ import arguments as serve_arguments
 from runtime.serve.health import RETRIES
 from runtime.serve.openai import schema
 from tests import ROOT
+from tests.client import process, wait_for
 from tests.runtime.embed.building import built
 from tests.runtime.embed.building import command as compile_command
 
@@ -51,6 +52,8 @@ RUN = (
     "/v1/images/generations",
     "/v1/images/edits",
     "from openai",
+    "import tritonclient.http",
+    "import tritonclient.grpc",
     '-m runtime "a large red star',
     'pipe.generate("a small green ring',
     'mode="conservative",\n    k=4',
@@ -186,6 +189,20 @@ def test_the_openai_example_streams(server: int, tmp_path: Path) -> None:
     run = python(here(find("from openai"), server), tmp_path)
     kinds = [line.split()[0] for line in run.stdout.splitlines()]
     assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"], run.stderr
+
+
+def test_tritons_client_makes_an_image(server: int, tmp_path: Path) -> None:
+    run = python(here(find("import tritonclient.http"), server), tmp_path)
+    assert run.stdout == "(1, 64, 64, 3) (1, 4, 16, 16)\n", run.stderr
+
+
+def test_tritons_client_finds_an_image_in_its_shared_memory(shapes: Bundle, tmp_path: Path) -> None:
+    log, options = tmp_path / "log", ("--grpc-port", "0", "--shared-memory")
+    with process(shapes, log, *options) as (running, _):
+        port = wait_for(r"gRPC on port (\d+)", log, running)[1]
+        code = find("import tritonclient.grpc").replace(":8001", f":{port}").replace("/pixels", f"/pixels-{port}")
+        run = python(code, tmp_path)
+    assert run.stdout == "(1, 64, 64, 3)\n", run.stderr
 
 
 def test_the_page_is_served(server: int) -> None:

@@ -27,8 +27,10 @@ _HEAD = re.compile(r"^(##+) (.+)$", re.MULTILINE)
 # result files that have a heading, a paragraph and a table
 _SECTIONS = {
     "drafts": ("Kinds of drafts", words.DRAFTS),
+    "speculative": ("Exact sampling by speculation", words.SPECULATIVE),
     "scenario": ("MLPerf-style scenarios (unofficial)", words.SCENARIO),
     "serve": ("The server under load", words.SERVE),
+    "kserve": ("What a protocol adds to a call", words.KSERVE),
     "kernel": ("The fused kernel beside separate operations", words.KERNEL),
     "export": ("Full-size models", words.EXPORT),
     "embed": ("The C library beside Python", words.EMBED),

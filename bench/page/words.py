@@ -82,6 +82,13 @@ keeps the last noise prediction for a whole block and uses the model's predictio
 default, mostly carries over the image predicted at a draft rather than its noise, at the same cost. The captions are
 not those that the correction was tuned on."""
 
+SPECULATIVE = """Mode `speculative` samples exactly the distribution of the sequential sampler; a kept draft saves a
+round. A draft is kept with the chance 2Φ(−‖Δ‖/2), ‖Δ‖ being how far its mean is off in units of the step's noise;
+*kept, by place in the round* is the mean of that chance. Latents of d numbers with the same error in each have ‖Δ‖ in
+proportion to √d: the last columns simulate the rounds with what was measured here, scaled so. No coupling keeps more
+drafts of the same means, neither a whitened one nor one per channel: 2Φ(−‖Δ‖/2) is 1 minus the total variation of the
+two laws."""
+
 SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), with random arrivals
 (*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared
@@ -92,6 +99,11 @@ the rounds of all running requests over the lanes, in calls that they share; *el
 and concurrent requests fewer each; the others give every image all lanes, or one lane. The policies take turns within
 one server. *× the better* is the throughput, median latency and 95th percentile of the first policy, each divided by
 that of the best of the others."""
+
+KSERVE = """A client in a process of its own asks for 512² pixels of a model of which nothing is computed, in turns with
+calls in the server's process. *Added* is the time of a request over the median of these calls: KServe v2 with the
+pixels in system shared memory, as binary data over HTTP and as raw contents over gRPC, beside a PNG in OpenAI's JSON,
+which is decoded. The other client asks for images of 20 steps, one after the other, from a third process."""
 
 EXPORT = """Architectures of published checkpoints with random weights, because weights could not be downloaded. Each
 network is exported to ONNX by itself and compared with PyTorch, as in every export. *Difference to torch* is the

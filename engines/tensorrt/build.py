@@ -80,15 +80,23 @@ def make_logger(trt: Any, messages: list[str]) -> Any:
     return Logger()
 
 
+def _names(trt: Any, gpu: Gpu) -> bool:
+    """Whether the package can build for a kind of GPU wherever it runs, as tensorrt_rtx can for those that it names."""
+    return hasattr(getattr(trt, "ComputeCapability", None), f"SM{gpu.capability[0]}{gpu.capability[1]}")
+
+
 def _target(trt: Any, config: Any, gpu: Gpu) -> None:
-    """Which GPU to build for, where the package can build for others than the one that is here."""
+    """Which GPU to build for. Of one that tensorrt_rtx does not name it may know enough where it finds one itself."""
     if not hasattr(trt, "ComputeCapability"):
         return
-    capability = getattr(trt.ComputeCapability, f"SM{gpu.capability[0]}{gpu.capability[1]}", None)
-    if capability is None:
-        raise DeviceError(f"{runtime_name(trt)} builds no plans for {gpu}: install tensorrt instead of tensorrt_rtx")
+    if not _names(trt, gpu) and gpu not in visible_gpus():
+        raise DeviceError(
+            f"{runtime_name(trt)} builds no plans for {gpu} on another machine: build on one that has it, "
+            "or install tensorrt instead of tensorrt_rtx"
+        )
+    name = f"SM{gpu.capability[0]}{gpu.capability[1]}" if _names(trt, gpu) else "CURRENT"
     config.num_compute_capabilities = 1
-    config.set_compute_capability(capability, 0)
+    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
 def _profile(builder: Any, manifest: Manifest, network: str) -> Any:
@@ -137,7 +145,7 @@ def build_missing(
     opened: list[Driver] = []
     with locked(bundle.folder):
         for gpu in gpus_of(lanes):
-            if not hasattr(package(runtime), "ComputeCapability"):  # it builds for the GPU that is current
+            if not _names(package(runtime), gpu):  # it builds for the GPU that is current
                 opened.append(Driver())
                 opened[-1]("cuCtxSetCurrent", opened[-1].device(there.index(gpu)).context)
             for network in bundle.manifest.networks:

@@ -1,7 +1,7 @@
-"""`python -m runtime.serve`: OpenAI's image API and a page to try it, in front of one pipeline.
+"""`python -m runtime.serve`: OpenAI's image API, the Open Inference Protocol and a page, in front of one pipeline.
 
 The event loop never waits for the engine: images are made on threads that share the lanes, started in the order of
-the requests, and cancelled between two rounds when their clients disconnect. Every error is answered in OpenAI's shape.
+the requests, and cancelled between two rounds when their clients disconnect. Errors have the shape of their protocol.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ from runtime.serve.logs import Formatter
 from runtime.serve.service import Service
 
 log = logging.getLogger("runtime.serve")
-PROTOCOL = "runtime.serve.openai.server"
+PROTOCOLS = ("runtime.serve.openai.server", "runtime.serve.kserve.server")
 KEYS_VARIABLE = "DRIFFUSION_API_KEYS"
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
     """The port, taken before seconds are spent on loading; clients that connect meanwhile wait in the backlog."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise EngineError(f"cannot listen on {host}:{port}: {error}: choose another with --port") from error
+        raise EngineError(f"cannot listen on {host}:{port}: {error}: choose another with {option}") from error
     # connections inherit it; without, the end of every answer waits up to 40 ms for the client's delayed ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def serve(
-    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access
+    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access,
+    grpc_port: int | None = None, shared_memory: bool = False,
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
+    if grpc_port is not None:
+        check_grpc_port(host, grpc_port)
     with listen(host, port) as listener:
         # 0.2 s of imports, while the runtime reads the model outside the interpreter's lock;
         # not as a daemon: a process that fails to load must not end in the middle of an import
-        threading.Thread(target=import_module, args=(PROTOCOL,)).start()
+        threading.Thread(target=lambda: [import_module(one) for one in PROTOCOLS]).start()
         pipeline = Pipeline.load(model, devices, build, limits.lane_seconds)
         usual = max(pipeline.manifest.sizes.width, pipeline.manifest.sizes.height)
         if usual > limits.side:
@@ -66,10 +69,12 @@ def serve(
         log.info("%s on %s", pipeline.manifest.model, ", ".join(map(str, pipeline.devices)))
         address = f"[{host}]" if ":" in host else host
         log.info("http://%s:%d (Ctrl-C stops)", address, listener.getsockname()[1])
+        from runtime.serve.kserve.server import KServe
         from runtime.serve.openai.server import LATE_SECONDS, Server
 
         service = Service(pipeline, limits, scheduler)
-        server = Server(service, access)
+        grpc = None if grpc_port is None else f"{address}:{grpc_port}"
+        server = Server(service, access, [KServe(service, access, grpc, shared_memory=shared_memory)])
         server.run([listener])
         closing = threading.Thread(target=pipeline.close, daemon=True)
         if not server.force_exit and not service.queue.depth:
@@ -77,6 +82,14 @@ def serve(
             closing.join(LATE_SECONDS)
         if closing.ident is None or closing.is_alive():
             os._exit(1)  # a thread of the engine may be in a long round, or in one that never ends
+
+
+def check_grpc_port(host: str, port: int) -> None:
+    """EngineError, before seconds are spent on loading, where gRPC is not installed or the port is taken."""
+    from runtime.serve.kserve.server import check_grpc
+
+    check_grpc()
+    listen(host, port, "--grpc-port").close()
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
@@ -99,6 +112,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--devices", default="auto", help="auto, cpu, cpu*LANES, cuda:0,cuda:1, cuda:0*LANES")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
+    parser.add_argument(
+        "--grpc-port", type=int, help="the Open Inference Protocol over gRPC, too; 0 takes any free port"
+    )
+    parser.add_argument(
+        "--shared-memory", action="store_true",
+        help="let clients of the Open Inference Protocol register system shared memory of this machine",
+    )  # fmt: skip
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")
@@ -122,6 +142,7 @@ def arguments() -> argparse.ArgumentParser:
         ),
         ("--max-body", "body", "bytes of a request"),
         ("--max-upload", "upload", "bytes of a request with an image"),
+        ("--max-answer", "answer", "bytes of an answer of the Open Inference Protocol"),
         ("--max-prompt", "prompt", "characters of a prompt"),
         ("--max-side", "side", "pixels of width and of height"),
         ("--max-steps", "steps", "num_inference_steps"),

@@ -17,6 +17,7 @@ class Limits:
     lane_seconds: float = 20.0  # of one round, after which a lane counts as hanging
     body: int = 1 << 20  # bytes of a request
     upload: int = 32 << 20  # bytes of a request with an image
+    answer: int = 256 << 20  # bytes of an answer that is sent whole; 2048² pixels are 12 MiB
     prompt: int = 32_000  # characters
     side: int = 4096  # pixels of width and of height
     steps: int = 1000
@@ -26,6 +27,6 @@ class Limits:
         """What clients are told."""
         return {
             "queue": self.queue, "connections": self.connections, "seconds": self.seconds, "body_bytes": self.body,
-            "upload_bytes": self.upload, "prompt_characters": self.prompt,
-            "side_pixels": self.side, "num_inference_steps": self.steps, "n": self.n,
+            "upload_bytes": self.upload, "answer_bytes": self.answer,
+            "prompt_characters": self.prompt, "side_pixels": self.side, "num_inference_steps": self.steps, "n": self.n,
         }  # fmt: skip

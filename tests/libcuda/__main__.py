@@ -29,18 +29,19 @@ def run(module: str, arguments: list[str], gpus: int, computes: bool) -> None:
 
 def main() -> None:
     """Starts itself again with the driver in the library path, which must be there before a process starts."""
+    own, module = sys.argv[1:], []
+    if "-m" in own:
+        own, module = own[: own.index("-m")], own[own.index("-m") + 1 :]
     parser = argparse.ArgumentParser(prog="python -m tests.libcuda", description=__doc__)
-    parser.add_argument("-m", dest="module", help="module to run; the arguments behind it are its own")
     parser.add_argument("--gpus", type=int, default=8, help="how many GPUs the machine has")
     parser.add_argument("--idle", action="store_true", help="kernels, copies and models do nothing")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args()
-    if options.module is None:
+    options = parser.parse_args(own)
+    if not module:
         for name, value in environment().items():
             if os.environ.get(name) != value:
                 print(f"export {name}='{value}'")
     elif INSIDE in os.environ:
-        run(options.module, options.arguments, options.gpus, not options.idle)
+        run(module[0], module[1:], options.gpus, not options.idle)
     else:
         os.execve(sys.executable, [sys.executable, "-m", "tests.libcuda", *sys.argv[1:]], environment())
 

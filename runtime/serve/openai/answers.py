@@ -14,9 +14,10 @@ from PIL import Image
 
 from runtime.pipeline import Result
 from runtime.report import Report
+from runtime.serve.http.wait import wait_or_cancel
 from runtime.serve.openai.errors import error_response, to_api_error
 from runtime.serve.openai.schema import Body
-from runtime.serve.request import CancelledError, Request
+from runtime.serve.request import Request
 from runtime.serve.service import Previews, Service
 
 # clients expect it; nothing is sold here
@@ -54,29 +55,6 @@ async def whole(service: Service, body: Body, http: HttpRequest) -> bytes:
     )  # fmt: skip
     content: bytes = await wait_or_cancel(asyncio.wrap_future(request.future), request, http)
     return content
-
-
-async def wait_or_cancel(wanted: asyncio.Future[Any], request: Request, http: HttpRequest) -> Any:
-    """The result of `wanted`. The request is cancelled when the client disconnects or the deadline passes before.
-
-    Nobody waits for the round that it may be in then.
-    """
-    wanted.add_done_callback(lambda one: one.cancelled() or one.exception())  # retrieved, also when nobody waits
-    gone = asyncio.ensure_future(http.receive())  # the body has been read: the next message is the disconnection
-    try:
-        await asyncio.wait(
-            {wanted, gone}, timeout=max(request.seconds_left, 0), return_when=asyncio.FIRST_COMPLETED
-        )  # fmt: skip
-        if not wanted.done():
-            reason = CancelledError("the client went away") if gone.done() else request.deadline_error()
-            request.cancel(reason)
-            raise reason
-        return await wanted
-    except asyncio.CancelledError:  # the server is going down
-        request.cancel()
-        raise
-    finally:
-        gone.cancel()
 
 
 async def stream(service: Service, body: Body, http: HttpRequest) -> StreamingResponse:

@@ -15,8 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 from engines.errors import EngineError
 from runtime.call import MODES
 from runtime.serve.access import Access
+from runtime.serve.http.body import Bodies, BodyError
 from runtime.serve.openai.answers import stream, whole
-from runtime.serve.openai.body import Bodies, read_form, read_json
+from runtime.serve.openai.body import read_form, read_json
 from runtime.serve.openai.document import described, operation
 from runtime.serve.openai.errors import ApiError, answer_error, to_api_error
 from runtime.serve.openai.middleware import AccessMiddleware
@@ -37,7 +38,8 @@ def make_app(service: Service, access: Access) -> FastAPI:
     """The application around a loaded pipeline. It never redirects, so that no answer repeats a Host header."""
     # FastAPI's own pages for the document would load scripts from a CDN
     app = FastAPI(title="DRiffusion engine", docs_url=None, redoc_url=None, redirect_slashes=False)
-    for kind in (HTTPException, EngineError):  # others end in `AccessMiddleware`
+    app.state.bodies = Bodies(service.limits)  # of all protocols together
+    for kind in (HTTPException, EngineError, BodyError):  # others end in `AccessMiddleware`
         app.add_exception_handler(kind, answer_error)
     count = service.metrics.requests
     app.add_middleware(AccessMiddleware, access=access, count=lambda outcome: count.labels(outcome).inc())
@@ -66,7 +68,7 @@ def readable(app: FastAPI, path: str, **options: Any) -> Callable[[Handler], Han
 
 def add_images(app: FastAPI, service: Service, access: Access, body: type[Body], edit: type[Edit]) -> None:
     """Generations and edits."""
-    bodies = Bodies(service.limits)
+    bodies = app.state.bodies
 
     async def images(parsed: Body, http: HttpRequest) -> Response:
         check_model(service, parsed.model)

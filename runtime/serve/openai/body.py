@@ -1,4 +1,4 @@
-"""Reads the bodies of requests within their limits: JSON, and forms with a file."""
+"""Bodies of OpenAI's requests: JSON, and forms with a file."""
 
 from __future__ import annotations
 
@@ -8,46 +8,12 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
 
 from runtime.serve.access import Access
+from runtime.serve.http.body import Bodies
 from runtime.serve.limits import Limits
 from runtime.serve.openai.errors import ApiError
 from runtime.serve.openai.schema import Body, Edit, checked
-
-LARGEST_AT_ONCE = 8  # bodies of the largest size, whose bytes may be arriving at the same time
-
-
-class Bodies:
-    """Reads bodies in time, each up to its limit, and all at once up to so many of the largest."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._free = LARGEST_AT_ONCE * max(limits.body, limits.upload)
-
-    async def read(self, http: HttpRequest, most: int) -> bytes:
-        """One body of up to so many bytes. A longer Content-Length is refused before the body has come."""
-        too_large = ApiError(413, f"the body is larger than {most} bytes", None, "request_too_large")
-        if int(http.headers.get("content-length", 0)) > most:
-            raise too_large
-        body, seconds = bytearray(), self.limits.seconds
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in http.stream():
-                    body += chunk
-                    self._free -= len(chunk)
-                    if len(body) > most:
-                        raise too_large
-                    if self._free < 0:
-                        message = "too many large bodies arrive at once: try again"
-                        raise ApiError(429, message, None, "too_many_uploads", {"Retry-After": "1"})
-        except ClientDisconnect:
-            raise ApiError(400, "the client went away before its request was complete") from None
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {seconds:g} s", None, "request_timeout") from None
-        finally:
-            self._free += len(body)
-        return bytes(body)
 
 
 class StrictParser(MultiPartParser):

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from engines.errors import EngineError, ParameterError
 from runtime.call import OPTIONS
+from runtime.serve.http.body import BodyError
 from runtime.serve.request import CancelledError, DeadlineError, DrainingError, QueueFullError
 
 log = logging.getLogger(__name__)
@@ -54,23 +55,32 @@ RETRY_SECONDS = 10  # a supervisor needs about that long to start another proces
 
 
 def to_api_error(error: Exception) -> Exception:
-    """The errors of `runtime.serve.request` as HTTP statuses; others as they are."""
+    """The errors of `runtime.serve.request` and of bodies as HTTP statuses; others as they are."""
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), None, "queue_full", {"Retry-After": str(error.retry_after)})
     if isinstance(error, DrainingError):
         return ApiError(503, str(error), None, "shutting_down", {"Retry-After": str(RETRY_SECONDS)})
     if isinstance(error, DeadlineError):
         return ApiError(504, str(error), None, "deadline_exceeded")
+    if isinstance(error, BodyError):
+        retry = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return ApiError(error.status, str(error), None, error.code, retry)
     if isinstance(error, CancelledError):
         return ApiError(499, "the client went away", None, "cancelled")
     return error
 
 
+def shaped(path: str, content: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object, or below /v2 that of the Open Inference Protocol: {"error": MESSAGE}."""
+    return {"error": content["error"]["message"]} if path == "/v2" or path.startswith("/v2/") else content
+
+
 async def answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
     """Any exception as {"error": {"message", "type", "param", "code"}}."""
+    error = to_api_error(error)
     headers = getattr(error, "headers", None)
     if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # the router's own
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", None, code)
     status, content = error_response(error)
-    return JSONResponse(content, status, headers)
+    return JSONResponse(shaped(request.url.path, content), status, headers)

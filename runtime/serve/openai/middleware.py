@@ -15,9 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.serve.access import Access, host_name
 from runtime.serve.logs import REQUEST_ID
-from runtime.serve.openai.errors import answer_error, error_body
+from runtime.serve.openai.errors import answer_error, error_body, shaped
 
 log = logging.getLogger(__name__)
+
+
+def needs_key(path: str) -> bool:
+    """Whether a path is of an API; health, metrics and the page are open."""
+    return path == "/v2" or (path.startswith(("/v1/", "/v2/")) and not path.startswith("/v2/health/"))
 
 
 class AccessMiddleware:
@@ -57,10 +62,10 @@ class AccessMiddleware:
                 raise
             await (await answer_error(HttpRequest(scope), error))(scope, receive, labelled)
         finally:
-            if path.startswith("/v1/"):
+            if needs_key(path):
                 facts = (scope["method"], path, state["outcome"], time.monotonic() - start)
                 log.info("method=%s path=%s status=%d seconds=%.3f", *facts)
-            if path.startswith("/v1/images/"):
+            if path.startswith("/v1/images/") or (path.startswith("/v2/") and path.endswith("/infer")):
                 self._count(str(state["outcome"]))
 
     def _refusal(self, headers: Headers, path: str, *, crowded: bool) -> JSONResponse | None:
@@ -68,17 +73,19 @@ class AccessMiddleware:
         if "transfer-encoding" in headers and "content-length" in headers:
             # a proxy in front may have read the other one, and would take the rest for another request
             message = "send Content-Length or Transfer-Encoding, not both"
-            return JSONResponse(error_body(400, message, None, "invalid_framing"), 400, {"Connection": "close"})
+            return JSONResponse(
+                shaped(path, error_body(400, message, None, "invalid_framing")), 400, {"Connection": "close"}
+            )
         host = headers.get("host")
         if not self._access.has_host(host):
             message = f"this server does not answer to {host!r}: start it with --allowed-hosts {host_name(host or '')}"
-            return JSONResponse(error_body(403, message, None, "host_not_allowed"), 403)
-        if crowded and not path.startswith("/health/"):
+            return JSONResponse(shaped(path, error_body(403, message, None, "host_not_allowed")), 403)
+        if crowded and not path.startswith(("/health/", "/v2/health/")):
             more = {"Retry-After": "1", "Connection": "close"}
             message = "there are too many connections: try again"
-            return JSONResponse(error_body(503, message, None, "too_many_connections"), 503, more)
-        if path.startswith("/v1/") and not self._access.has_key(headers.get("authorization", "")):
+            return JSONResponse(shaped(path, error_body(503, message, None, "too_many_connections")), 503, more)
+        if needs_key(path) and not self._access.has_key(headers.get("authorization", "")):
             message = "send one of this server's keys as Authorization: Bearer KEY"
-            body = error_body(401, message, None, "invalid_api_key")
+            body = shaped(path, error_body(401, message, None, "invalid_api_key"))
             return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
         return None

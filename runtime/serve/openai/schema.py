@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
 from runtime.call import OPTIONS, Call, meant
-from runtime.input_image import to_srgb
+from runtime.input_image import read_image
 from runtime.option import Option
 from runtime.png_text import png_info
 from runtime.report import Report
@@ -121,18 +121,8 @@ class Edit(Body):
     _decoded: Image.Image
 
     def open(self, side: int) -> None:
-        """Decodes the image; ApiError when it is none, or larger than `side` pixels, which is looked at first."""
-        try:
-            with Image.open(io.BytesIO(self.image), formats=("PNG", "JPEG", "WEBP")) as opened:
-                if max(opened.size) > side:
-                    message = f"image: width and height end at {side} pixels here, this has {opened.size}"
-                    raise ApiError(400, message, "image", "invalid_value")
-                self._decoded = to_srgb(opened)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's readers raise
-            # Pillow's message for files that it does not know holds the address of a buffer
-            why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-            message = f"image: this is no readable PNG, JPEG or WebP file{why}"
-            raise ApiError(400, message, "image", "invalid_value") from None
+        """Decodes the image; ParameterError when it is none, or larger than `side` pixels, which is looked at first."""
+        self._decoded = read_image(self.image, side)
 
     def options(self) -> dict[str, Any]:
         """See Body."""

@@ -46,7 +46,7 @@ RTX_MEMBERS = {
     "IRuntimeCache": "serialize deserialize",
     "DynamicShapesKernelSpecializationStrategy": "EAGER",
     "IExecutionContext": "is_stream_capturable",
-    "ComputeCapability": "SM75 SM80 SM86 SM89 SM120",
+    "ComputeCapability": "CURRENT SM75 SM80 SM86 SM89 SM120",
 }
 
 
@@ -63,8 +63,25 @@ def test_real_plans_are_built_without_a_gpu(fp16_bundle: Bundle, network: str, c
 
 
 def test_a_card_that_the_package_does_not_build_for(fp16_bundle: Bundle) -> None:
-    with pytest.raises(DeviceError, match=r"builds no plans for NVIDIA H200 \(9\.0\): install tensorrt instead"):
+    message = (
+        r"builds no plans for NVIDIA H200 \(9\.0\) on another machine: build on one that has it, or install tensorrt"
+    )
+    with pytest.raises(DeviceError, match=message):
         build.build(fp16_bundle, "denoiser", H200, "tensorrt_rtx")
+
+
+@pytest.mark.parametrize(("gpu", "target"), [(H200, "CURRENT"), (RTX, "SM89")], ids=str)
+def test_a_card_that_is_here_is_built_for_by_the_package(
+    gpu: Gpu, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the package has no name for its kind: then whatever it finds in this machine."""
+    import tensorrt_rtx as trt
+
+    monkeypatch.setattr(build, "visible_gpus", lambda: [gpu])
+    builder = trt.Builder(trt.Logger())
+    config = builder.create_builder_config()
+    build._target(trt, config, gpu)
+    assert config.get_compute_capability(0) == getattr(trt.ComputeCapability, target)
 
 
 def test_too_little_memory_says_how_much(fp16_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from runtime.pipeline import Pipeline
+from runtime.serve.http.body import LARGEST_AT_ONCE
 from runtime.serve.limits import Limits
-from runtime.serve.openai.body import LARGEST_AT_ONCE
 from tests.client import PROMPT, events, received, refused, same, serving, until
 
 EDIT = "/v1/images/edits"
