@@ -1,8 +1,8 @@
-"""`python -m bench serve`: the server under load: elastic lanes against fixed policies.
+"""`python -m bench serve`: the server under load: shared model calls against divided lanes.
 
-Closed-loop HTTP clients: each sends its next request when it has the last image. The policies (elastic, all lanes per
-image, one lane per image) take turns within one server, so that other load affects them alike. Also measured: the
-latency that HTTP adds to a call in the same process.
+Closed-loop HTTP clients: each sends its next request, of another mode and number of steps, when it has the last image.
+The policies (batched: calls shared by requests; elastic, all lanes per image, one lane per image) take turns within one
+server, so that other load affects them alike. Also measured: the latency that HTTP adds to a call in the same process.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from bench.models import model_arguments
 from bench.statistics import bootstrap, ratio
 from bench.statistics import interval as ratio_of
 from engines.errors import EngineError, ParameterError
-from runtime.lane_policy import ALL_LANES, ELASTIC, ONE_LANE
+from runtime.lane_policy import ALL_LANES, BATCHED, ELASTIC, ONE_LANE
 from runtime.pipeline import Pipeline
 from runtime.provenance import load_average
 from runtime.serve.__main__ import listen
 from runtime.serve.limits import Limits
 from runtime.serve.service import Service
 
-POLICIES = {"elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
+OURS = "batched"
+POLICIES = {OURS: BATCHED, "elastic": ELASTIC, "all lanes": ALL_LANES, "one lane": ONE_LANE}
 MODES = ("sequential", "conservative", "aggressive")
+STEPS = (0.5, 1.0, 1.5, 1.0)  # of the usual number, in turns
 
 
 @dataclass
@@ -107,7 +109,7 @@ def turn(port: int, clients: int, seconds: float, prompts: Sequence[str], steps:
             start = time.perf_counter()
             report = ask(
                 connection, prompt=prompts[asked % len(prompts)], seed=asked, mode=MODES[asked % len(MODES)],
-                num_inference_steps=steps,
+                num_inference_steps=max(1, round(steps * STEPS[asked % len(STEPS)])),
             )  # fmt: skip
             end = time.perf_counter()
             ends.append(end)
@@ -149,26 +151,26 @@ def overhead(pipeline: Pipeline, port: int, pairs: int, steps: int = 4) -> dict[
 
 
 def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
-    """Elastic beside the better of the other two at this load, turn by turn."""
-    elastic, others = loads["elastic"], [name for name in loads if name != "elastic"]
+    """Shared calls beside the best of the other policies at this load, turn by turn."""
+    ours, others = loads[OURS], [name for name in loads if name != OURS]
     faster = max(others, key=lambda name: float(np.median(loads[name].throughput)))
     sooner = min(others, key=lambda name: float(np.median(loads[name].medians)))
     steadier = min(others, key=lambda name: float(np.median(loads[name].tails)))
     return {
-        "name": "elastic against the better", "clients": clients, "better_throughput": faster,
-        "throughput": ratio(elastic.throughput, loads[faster].throughput), "better_latency": sooner,
-        "latency_p50": ratio(elastic.medians, loads[sooner].medians), "better_latency_p95": steadier,
-        "latency_p95": ratio(elastic.tails, loads[steadier].tails),
+        "name": f"{OURS} against the better", "clients": clients, "better_throughput": faster,
+        "throughput": ratio(ours.throughput, loads[faster].throughput), "better_latency": sooner,
+        "latency_p50": ratio(ours.medians, loads[sooner].medians), "better_latency_p95": steadier,
+        "latency_p95": ratio(ours.tails, loads[steadier].tails),
     }  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     model_arguments(parser)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="that wait for images at once")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="that wait for images at once")
     parser.add_argument("--turns", type=int, default=8, help="of every policy under every load")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; images then begun are finished")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="on average")
     parser.add_argument("--pairs", type=int, default=60, help="of calls with and without HTTP")
 
 
@@ -204,12 +206,14 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown: the loads, and what HTTP adds."""
-    head = "| clients | | images per second | seconds p50 | seconds p95 | lanes per round | elastic × the better |"
+    # of results of earlier commits, elastic was ours
+    ours = next(row["name"].partition(" against")[0] for row in rows if "against the better" in row["name"])
+    head = f"| clients | | images per second | seconds p50 | seconds p95 | lanes per round | {ours} × the better |"
     lines = [head, "|---|---|---|---|---|---|---|"]
-    against = {row["clients"]: row for row in rows if row["name"] == "elastic against the better"}
+    against = {row["clients"]: row for row in rows if row["name"] == f"{ours} against the better"}
     for row in (row for row in rows if row["name"] == "load"):
         rate, latency, told = row["images_per_second"], row["latency_seconds"], ""
-        if row["policy"] == "elastic":
+        if row["policy"] == ours:
             beside = against[row["clients"]]
             names = {"throughput": "throughput", "p50": "latency_p50", "p95": "latency_p95"}
             # results of earlier commits have no p95

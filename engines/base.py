@@ -6,7 +6,7 @@ guidance it has two *branches* (unconditional and conditional). A *call* is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -28,6 +28,38 @@ class Branch(NamedTuple):
 
 
 LaneCall = Sequence[Branch]  # what one lane runs as one batch
+
+
+class Entry(NamedTuple):
+    """A branch as it goes into a call with branches of other images: one row of each array per image.
+
+    `output` is written. `conditioning` is not changed while anybody holds it: a call knows it again by its identity.
+    """
+
+    sample: Array
+    timestep: float
+    conditioning: Mapping[str, Array]
+    output: Array
+
+
+Finished = Callable[[tuple[float, float], Exception | None], None]  # began and ended, by `time.perf_counter`
+
+
+class Sharing(Protocol):
+    """What a backend needs so that rounds of several images, each on a sibling, may share model calls."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Of the image that is bound: those of one kind have the same shapes of latents and model inputs."""
+
+    def entries(self, branches: Sequence[Branch]) -> list[Entry]:
+        """The branches of a round; valid until the round ends. DeviceError when the model is closed."""
+
+    def start(self, lane: int, entries: Sequence[Entry], finished: Finished) -> None:
+        """Runs entries of one kind as one call on an idle lane, which calls `finished` from its thread."""
+
+    def note(self, calls: Sequence[LaneCall], spans: Mapping[int, tuple[float, float]]) -> None:
+        """A round has ended: what ran on which lanes, and when each of them began and ended it."""
 
 
 @dataclass
@@ -96,6 +128,10 @@ class Backend(Protocol):
 
     def settle(self) -> None:
         """Waits until nothing runs any more of what was asked for: then another backend may use the lanes."""
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """How its rounds share calls with those of siblings; None where every call is of one image."""
 
     def dead(self) -> list[int]:
         """The lanes that stopped working; asked after a DeviceError."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Protocol
 
 import numpy as np
 
-from engines.base import Array, LaneCall, Measurements, Rows, combine
+from engines.base import Array, Branch, Entry, Finished, LaneCall, Measurements, Rows, combine
+from engines.batches import Lane, Run, SharedCalls, work
 from engines.errors import DeviceError, ParameterError
 from engines.process import Owner
 
@@ -21,14 +21,6 @@ COMBINED = 4096  # elements of all slots at a time: 33 slots of them are half a 
 CLOSED = "the model is closed: load it again"
 STRETCH = 256  # elements that are added up in float32
 Model = Callable[[Array, Array, Mapping[str, Array]], Array]
-Run = Callable[[], None]
-
-
-class Lane(Protocol):
-    """One compiled model."""
-
-    def bind(self, inputs: Mapping[str, Array], output: Array) -> Run:
-        """What runs the network once, in place, on `sample`, `timestep` and the conditioning by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,8 @@ class HostBackend:
 
     The calling thread works as lane 0, so that a round costs one hand-over per further lane. Networks read drafts from
     their slots and write into slots, without a copy where the slots of a call are neighbours.
-    `sibling` is for another image at the same time, on the same lanes and threads: the two must not share a round.
+    `sibling` is for another image at the same time, on the same lanes and threads. Two of them never use a lane at the
+    same time: they take turns, or share calls (`sharing`), for which every lane has a thread and lane 0 gets one, too.
     `played` lists the rounds of the image.
     `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
@@ -59,12 +52,15 @@ class HostBackend:
         self._number = 0  # of the round: results of a round that was interrupted are told apart by it
         self._closed = False
         self._owner = Owner()
-        self._dead: set[int] = set()
+        self._dead: set[int] = sibling_of._dead if sibling_of else set()
+        self._shared: SharedCalls = sibling_of._shared if sibling_of else SharedCalls(self._lanes, self._todo)
+        self._lender = sibling_of is None
         self._critical, self._spans = 0.0, list[tuple[float, float]]()
-        self.measurements = Measurements(self._timed, self._critical, self._spans)
+        counts = self._shared.counts if self._lender else {}
+        self.measurements = Measurements(self._timed, self._critical, self._spans, counts=counts)
         self.mark: Callable[[str], None] = lambda part: None
         own = [] if sibling_of else self._todo
-        self._threads = [threading.Thread(target=_work, args=(q,), daemon=True) for q in own]
+        self._threads = [threading.Thread(target=work, args=(q,), daemon=True) for q in own]
         for thread in self._threads:
             thread.start()
         self._shape: tuple[int, ...] = ()
@@ -209,6 +205,49 @@ class HostBackend:
         """See Backend.dead: lanes whose runtime raised."""
         return sorted(self._dead)
 
+    @property
+    def sharing(self) -> HostBackend:
+        """See Backend.sharing."""
+        return self
+
+    @property
+    def kind(self) -> Hashable:
+        """See Sharing.kind."""
+        first = self._conditioning[0] if self._conditioning else {}
+        return self._shape[1:], tuple((name, value.shape[1:], value.dtype.str) for name, value in first.items())
+
+    def entries(self, branches: Sequence[Branch]) -> list[Entry]:
+        """See Sharing.entries: views of slots."""
+        self._owner.check()
+        if self._closed:
+            raise DeviceError(CLOSED)
+        outputs = [self._row(branch.output) for branch in branches]  # first: it may replace the array
+        return [
+            Entry(
+                self._slots[self._index[branch.latent]].reshape(self._shape), self._timesteps[branch.step],
+                self._conditioning[branch.conditioning], self._slots[output].reshape(self._shape),
+            )
+            for branch, output in zip(branches, outputs, strict=True)
+        ]  # fmt: skip
+
+    def start(self, lane: int, entries: Sequence[Entry], finished: Finished) -> None:
+        """See Sharing.start."""
+
+        def ended(span: tuple[float, float], error: Exception | None) -> None:
+            if isinstance(error, DeviceError):
+                self._dead.add(lane)
+            finished(span, error)
+
+        self._shared.start(lane, entries, ended)
+
+    def note(self, calls: Sequence[LaneCall], spans: Mapping[int, tuple[float, float]]) -> None:
+        """See Sharing.note. The critical path is that of the lane that took longest."""
+        for lane, span in spans.items():
+            self._spans[lane] = span
+        self._critical += max(end - start for start, end in spans.values())
+        self.measurements.critical_path_seconds = self._critical
+        self.played.append(calls)
+
     def sibling(self) -> HostBackend:
         """Another backend on the same lanes and threads, to be closed before this one."""
         return HostBackend(self._lanes, self)
@@ -224,6 +263,8 @@ class HostBackend:
         for todo, thread in zip(self._todo, self._threads, strict=False):  # none of those that are another backend's
             todo.put(None)
             thread.join()
+        if self._lender:
+            self._shared.close()
 
     def _row(self, slot: str) -> int:
         row = self._index.setdefault(slot, len(self._index))
@@ -301,11 +342,6 @@ class HostBackend:
 def _total(values: Array) -> float:
     """The sum: of stretches in float32, of those in float64."""
     return float(np.add.reduceat(values, np.arange(0, values.size, STRETCH)).sum(dtype=np.float64))
-
-
-def _work(todo: SimpleQueue[Run | None]) -> None:
-    while (job := todo.get()) is not None:
-        job()
 
 
 def _selection(rows: list[int]) -> slice | list[int]:

@@ -140,6 +140,10 @@ class NullBackend:
     def settle(self) -> None:
         """Nothing runs."""
 
+    @property
+    def sharing(self) -> None:
+        """See Backend.sharing."""
+
     def dead(self) -> list[int]:
         """None: nothing here can break."""
         return []

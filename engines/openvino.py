@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.base import Array, Progress
+from engines.batches import Run
 from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
-from engines.host import CLOSED, HostBackend, Run
+from engines.host import CLOSED, HostBackend
 from engines.manifest import DENOISER, Manifest, Network, Parity, TensorSpec
 from engines.memory import give_back
 from engines.process import Owner

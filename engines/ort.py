@@ -11,9 +11,10 @@ import numpy as np
 import onnxruntime
 
 from engines.base import Array, Progress
+from engines.batches import Run
 from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
-from engines.host import CLOSED, HostBackend, Run
+from engines.host import CLOSED, HostBackend
 from engines.manifest import DENOISER
 from engines.memory import give_back
 from engines.process import Owner

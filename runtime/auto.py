@@ -155,6 +155,15 @@ def seconds_by_lanes(
     )
 
 
+def rows_per_round(
+    mode: str, options: Options, schedule: Schedule, guidance_scale: float, images: int
+) -> float:  # fmt: skip
+    """How many rows, one per branch and image, the rounds of a sampler have on average."""
+    sizes = round_sizes(mode, options, schedule, guidance_scale)
+    mean = sum(branches * rounds for branches, rounds in sizes) / sum(rounds for _, rounds in sizes)
+    return mean if measures(mode, options) else mean * images
+
+
 @lru_cache(maxsize=64)
 def round_sizes(
     mode: str, options: Options, schedule: Schedule, guidance_scale: float

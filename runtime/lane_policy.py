@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 Seconds = Sequence[float]  # how long a request takes on 1, 2, … lanes, by its model calls; no faster on more
 WAIT_FACTOR = 1.1  # lanes of one image wait for each other after every round, which the times of calls do not show
+
+MOST_ROWS = 16  # in a call of several requests: the largest that calibration measures
+AS_GOOD = 1.03  # seconds per row, times those of the best batch, that count as equal
+REQUESTS_PER_LANE = 8  # that run at once, at most, where they share calls
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many rows, one per branch and image, a call of several requests should have.
+
+    fills: the fewest that cost hardly more per row than the best batch does; requests are admitted until lanes have so
+    many. largest: the most of which that is true.
+    """
+
+    fills: int = 1
+    largest: int = MOST_ROWS
+
+
+ANY_SIZES = BatchSizes()  # where nothing is known
+
+
+@lru_cache(maxsize=8)
+def batch_sizes(seconds: Callable[[int], float]) -> BatchSizes:
+    """What suits a model of which a call of n rows takes `seconds(n)`."""
+    per_row = {rows: seconds(rows) / rows for rows in range(1, MOST_ROWS + 1)}
+    good = [rows for rows, one in per_row.items() if one <= AS_GOOD * min(per_row.values())]
+    return BatchSizes(good[0], good[-1])
 
 
 def at_once(requests: Sequence[Seconds], lanes: int) -> int:
@@ -39,12 +67,17 @@ def divide(lanes: int, owned: Sequence[int]) -> dict[int, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Policy:
-    """How many requests at once, and which lanes each of them has."""
+    """How many requests at once, and which lanes each of them has; `batches`: they share calls where lanes can."""
 
     at_once: Callable[[Sequence[Seconds], int], int]
     divide: Callable[[int, Sequence[int]], dict[int, tuple[int, ...]]]
+    batches: bool = False
 
 
+BATCHED = Policy(at_once, divide, batches=True)
+
+
+# for lanes that cannot share calls
 ELASTIC = Policy(at_once, divide)
 
 

@@ -1,10 +1,14 @@
-"""Several requests at once on disjoint lanes: who waits, who has which lanes, and where the calls of a round run.
+"""Several requests at once: who waits, who has which lanes, and where the calls of a round run.
 
-A request holds lanes by a `Lease`, from the queue to its report. When it is admitted it owns one lane until it is
-finished, and borrows lanes that nobody owns. Before each of its rounds it gives back what others own by now and takes
-what has become free: so a lone request has all lanes, and a new one never waits for a whole image while the rule in
-`runtime.lane_policy` wants it admitted. A sampler's operations do not depend on any of this, only where a round's
-calls run.
+Where lanes can run rounds of several requests in one call, requests are admitted until calls are full, and
+`runtime.batching` deals their rounds over all lanes.
+
+Elsewhere lanes are divided. A request holds lanes by a `Lease`, from the queue to its report. When it is admitted it
+owns one lane until it is finished, and borrows lanes that nobody owns. Before each of its rounds it gives back what
+others own by now and takes what has become free: so a lone request has all lanes, and a new one never waits for a whole
+image while the rule in `runtime.lane_policy` wants it admitted.
+
+A sampler's operations do not depend on any of this, only where a round's calls run.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count as numbers
 
 from engines.base import Backend, Branch, LaneCall
 from engines.errors import DeviceError
-from runtime.lane_policy import ELASTIC, Seconds
+from runtime.batching import Batcher, Player
+from runtime.lane_policy import ANY_SIZES, BATCHED, REQUESTS_PER_LANE, BatchSizes, Seconds
 from runtime.sampling.place import place
 
 POLL = 0.05  # seconds after which a waiting request asks whether it is still wanted
@@ -32,14 +38,20 @@ class Lease:
     generation: of the lanes when it was admitted; they are replaced when one is lost.
     rounds, lane_rounds: how many rounds it played, and the sum of the lanes that it held in them.
     used: all lanes that it held in any of its rounds.
+    rows, sizes: of its calls, where they are shared; `player` is its part in that. Then it owns no lane, `own` is a
+    number that no other has, and the lanes that it held in a round are those that its branches ran on.
     """
 
     own: int
     backend: Backend
 
-    def __init__(self, lanes: Lanes, seconds: Seconds, before_round: Check, most: int) -> None:
+    def __init__(
+        self, lanes: Lanes, seconds: Seconds, before_round: Check, most: int, rows: float, sizes: BatchSizes
+    ) -> None:
         self._lanes = lanes
         self.seconds, self.before_round, self.most = seconds, before_round, most
+        self.rows, self.sizes = rows, sizes
+        self.player: Player | None = None
         self.held: tuple[int, ...] = ()
         self.version = -1  # of the division that `held` is of
         self.since: float | None = None  # when the round began that is being played
@@ -56,6 +68,13 @@ class Lease:
         """Plays a round on the lanes that it may have now and returns the calls by lane; may raise to cancel."""
         self.before_round()
         lanes = self._lanes
+        if self.player is not None:
+            calls = lanes.batcher.play(self.player, branches)
+            on = [lane for lane, call in enumerate(calls) if call]
+            self.used.update(on)
+            self.rounds += 1
+            self.lane_rounds += len(on)
+            return calls
         if self.version != lanes.version:
             lanes.update(self)
         held = self.held
@@ -75,37 +94,44 @@ class Lease:
 
 
 class Lanes:
-    """The lanes of a model and the queue in front of them. `backend(lane)` opens the backend of a lane's owner."""
+    """The lanes of a model and the queue in front of them.
+
+    `backend(n)` opens the backend of lane n's owner, and a further one on the same lanes for n beyond the last lane.
+    """
 
     def __init__(self, count: int, backend: Callable[[int], Backend]) -> None:
         self._changed = threading.Condition()
         self._queue: deque[Lease] = deque()
-        self._leases: dict[int, Lease] = {}  # by the lane that they own
+        self._leases: dict[int, Lease] = {}  # by the lane that they own, or the number of their backend
         self._alone = False
         self._wanting_alone = self._closing = self._visitors = 0
-        self.policy = ELASTIC
+        self.policy = BATCHED
         self.version = 0  # of the division of lanes among leases
         self.generation = 0
         self._open(count, backend)
 
     def _open(self, count: int, backend: Callable[[int], Backend]) -> None:
-        self.count, self._backends = count, [backend(lane) for lane in range(count)]
+        self.count, self._backends, self._backend = count, [backend(lane) for lane in range(count)], backend
         self.held_seconds = [0.0] * count
         self.busy_seconds = [0.0] * count
+        self.batcher = Batcher(count, self._count_shared)
         self._taken: dict[int, tuple[Lease, float]] = {}  # by lane: by whom, and since when
 
     @contextmanager
     def lease(
-        self, seconds: Seconds, before_round: Check = lambda: None, *, first: bool = False, most: int | None = None
-    ) -> Iterator[Lease]:
+        self, seconds: Seconds, before_round: Check = lambda: None, *, first: bool = False, most: int | None = None,
+        rows: float = 1.0, sizes: BatchSizes = ANY_SIZES,
+    ) -> Iterator[Lease]:  # fmt: skip
         """Lanes for one request that takes `seconds[n - 1]` on n lanes, at most `most`; waits in the queue for them.
 
         `before_round` is called also while it waits, and may raise to cancel. `first` puts it in front of the queue.
+        `rows` is how many its rounds have on average, one per branch and image; `sizes` are those that suit the model.
         """
-        lease = Lease(self, seconds, before_round, most or self.count)
+        lease = Lease(self, seconds, before_round, most or self.count, rows, sizes)
         self._admit(lease, first=first)
         try:
-            self._wait_for_own_lane(lease)
+            if lease.player is None:
+                self._wait_for_own_lane(lease)
             yield lease
             lease.backend.settle()
         except BaseException:
@@ -181,7 +207,8 @@ class Lanes:
                 for one in self._leases.values()
                 if (one.since is not None and now - one.since > seconds) or one.backend.measurements.stalled() > seconds
             ]
-            return tuple(sorted(lane for lease in late for lane in lease.held))
+            held = {lane for lease in late for lane in lease.held}
+        return tuple(sorted(held | self.batcher.overdue(seconds)))
 
     def count_busy(self, backend: Backend, calls: Sequence[LaneCall]) -> None:
         """Adds up how long the lanes of the last round were busy."""
@@ -211,6 +238,20 @@ class Lanes:
             total.update(backend.measurements.counts)
         return dict(total)
 
+    def shared(self) -> dict[str, int]:
+        """Calls for several requests, and their rows: one per branch and image."""
+        return {"calls": self.batcher.calls, "rows": self.batcher.rows}
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests share calls."""
+        return self.policy.batches and self._backends[0].sharing is not None
+
+    @property
+    def most_running(self) -> int:
+        """Requests that have lanes at the same time, at most."""
+        return self.count * (REQUESTS_PER_LANE if self.shares else 1)
+
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
@@ -229,11 +270,15 @@ class Lanes:
             else:
                 self._queue.append(lease)
             try:
-                while self._wanting_alone or self._queue[0] is not lease or len(self._leases) >= self._wanted():
+                while self._wanting_alone or self._queue[0] is not lease or not self._room(lease):
                     self._changed.wait(POLL)
                     lease.before_round()
-                own = next(lane for lane in range(self.count) if lane not in self._leases)
+                own = next(n for n in numbers() if n not in self._leases)
+                if own == len(self._backends):
+                    self._backends.append(self._backend(own))
                 lease.admit(own, self._backends[own], self.generation)
+                if self.shares:
+                    lease.player = self.batcher.join(lease.backend, lease.most, lease.sizes, lease.rows)
                 self._leases[own] = lease
                 self.version += 1
             finally:
@@ -250,11 +295,26 @@ class Lanes:
                 self._take(lease)
 
     def _release(self, lease: Lease) -> None:
+        if lease.player is not None:
+            self.batcher.leave(lease.player)
         with self._changed:
             del self._leases[lease.own]
             self.version += 1
             self._give_back(lease, lease.held)
             self._changed.notify_all()
+
+    def _room(self, lease: Lease) -> bool:
+        """Whether the lease may have lanes now: beside those that share calls, until calls are full."""
+        running = self._leases.values()
+        if any((one.player is not None) != self.shares for one in running):  # of another policy
+            return False
+        if len(running) < self._wanted():
+            return True
+        full = self.count * lease.sizes.fills
+        return self.shares and len(running) < self.most_running and sum(one.rows for one in running) < full
+
+    def _count_shared(self, lane: int, seconds: float) -> None:
+        self.busy_seconds[lane] += seconds
 
     def _wanted(self) -> int:
         """How many requests the policy wants to have lanes; it looks at a few of the queue."""

@@ -21,7 +21,7 @@ from engines.errors import DeviceError, EngineError, NonFiniteError
 from engines.load import Runner, load
 from engines.manifest import DENOISER, Manifest
 from engines.store import Bundle
-from runtime.lane_policy import Seconds
+from runtime.lane_policy import ANY_SIZES, BatchSizes, Seconds
 from runtime.lanes import Lanes, Lease
 from runtime.sampling.noise import gaussian
 from runtime.sampling.operations import STATE
@@ -52,7 +52,7 @@ class Machine:
         self.prober: Backend | None = None
 
     def _backend_of(self, lane: int) -> Backend:
-        return self.engines.sibling(lane) if lane else self.engines.backend
+        return self.engines.sibling(lane % len(self.devices)) if lane else self.engines.backend
 
     @property
     def runners(self) -> Mapping[str, Runner]:
@@ -73,16 +73,16 @@ class Machine:
 
     def on_lanes(
         self, work: Callable[[Lease], Made], seconds: Seconds, before_round: Callable[[], None], most: int,
-        warnings: list[str],
+        warnings: list[str], rows: float = 1.0, sizes: BatchSizes = ANY_SIZES,
     ) -> Made:  # fmt: skip
         """Runs work on at most so many lanes, when it is its turn; again, and first in the queue, if a lane is lost.
 
-        `seconds` and `before_round` are those of `Lanes.lease`. A loss is added to the warnings.
+        `seconds`, `before_round`, `rows` and `sizes` are those of `Lanes.lease`. A loss is added to the warnings.
         """
         again = False
         while True:
             try:
-                with self.lanes.lease(seconds, before_round, first=again, most=most) as lease:
+                with self.lanes.lease(seconds, before_round, first=again, most=most, rows=rows, sizes=sizes) as lease:
                     return work(lease)
             except DeviceError as error:
                 again = True

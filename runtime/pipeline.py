@@ -22,11 +22,21 @@ from engines.devices import LaneSpec, parse_devices, precision
 from engines.errors import NonFiniteError, ParameterError
 from engines.load import check as check_lanes
 from engines.store import BUILD, Bundle
-from runtime.auto import Calibration, Candidate, Choice, Setting, call_seconds, choose, seconds_by_lanes
+from runtime.auto import (
+    Calibration,
+    Candidate,
+    Choice,
+    Setting,
+    call_seconds,
+    choose,
+    rows_per_round,
+    seconds_by_lanes,
+)  # fmt: skip
 from runtime.call import Arguments, Call, Callbacks, CheckedCall, read_arguments
 from runtime.certificate import certificate, model_sha256
 from runtime.conditioning import Conditioner, Conditioning
 from runtime.initial_state import InitialState, initial_noise
+from runtime.lane_policy import batch_sizes
 from runtime.lanes import Lanes, Lease
 from runtime.machine import Machine
 from runtime.report import Report, quantiles
@@ -345,7 +355,11 @@ class Pipeline:
             devices = tuple(str(self.devices[lane]) for lane in sorted(lease.used))
             return Denoised(latents, counts, lease, devices, began, critical, timeline)
 
-        return self.machine.on_lanes(on_lanes, seconds, callbacks.before_round, task.call.lanes, task.warnings)
+        rows = rows_per_round(task.mode, task.options, task.schedule, task.sampler_guidance, task.call.images)
+        return self.machine.on_lanes(
+            on_lanes, seconds, callbacks.before_round, task.call.lanes, task.warnings, rows,
+            batch_sizes(self._call_seconds),
+        )  # fmt: skip
 
     def _notifier(self, callbacks: Callbacks, schedule: Schedule) -> Callable[[int], None]:
         def notify(finished: int) -> None:
@@ -383,7 +397,8 @@ class Pipeline:
             guidance_split=len(denoised.devices) > 1 and task.sampler_guidance > 1,
             images=call.images, width=task.size[0], height=task.size[1],
             rounds=counts.rounds, evaluations=counts.evaluations, calls=counts.calls,
-            lanes_per_round=round(lease.lane_rounds / lease.rounds, 3), seconds=seconds, critical_seconds=critical,
+            lanes_per_round=round(lease.lane_rounds / lease.rounds, 3),
+            shared_rounds=lease.player.shared_rounds if lease.player else 0, seconds=seconds, critical_seconds=critical,
             overhead_us_per_round=beside, accepted=_accepted(task.mode, counts),
             staged=tuple(f"cuda:{of}→cuda:{to}" for of, to in lease.backend.measurements.staged),
             auto=task.choice.model_dump(mode="json") if task.choice else None,

@@ -23,7 +23,8 @@ class Report:
     how many were evaluated, and `kept`, how many of these.
     `steps` counts the rows of the schedule, as `len(scheduler.timesteps)` of diffusers does.
     `lanes` and `devices` are the lanes that it had in any of its rounds, `lanes_per_round` is how many on average:
-    other requests may have had the rest. Of the seconds, `wait` is for lanes.
+    other requests may have had the rest. `shared_rounds` were played while other requests ran, in calls that may hold
+    branches of theirs: an image without any has the same bytes for the same lanes. Of the seconds, `wait` is for lanes.
     `auto` is what mode auto chose and expected. `staged` names pairs of GPUs whose latents go through host memory,
     because direct copies between them failed their test. `timeline`, if asked for, is what each lane did when; on GPUs
     its spans have no times. `request_id` is that of the server, where the call came by one. `certificate`: see
@@ -54,6 +55,7 @@ class Report:
     auto: dict[str, Any] | None = None
     first_blocks: tuple[int, ...] = ()
     lanes_per_round: float = 0.0
+    shared_rounds: int = 0
     staged: tuple[str, ...] = ()
     timeline: tuple[Span, ...] | None = None
     warnings: tuple[str, ...] = field(default=())

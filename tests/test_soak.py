@@ -279,3 +279,54 @@ def _until(true: Callable[[], bool]) -> None:
             pass
         time.sleep(0.1)
     raise AssertionError("it never was")
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("usual_costs")
+def test_two_thousand_images_in_shared_calls(pipeline: Pipeline) -> None:
+    """Random modes, steps, schedulers, guidance, numbers of images and lanes; a tenth is cancelled, a tenth has
+    a callback that fails. Every image is within 2 of 255 of the one that its request gives alone.
+    """
+
+    class LeftError(Exception):
+        pass
+
+    def leave(*_: object) -> None:
+        raise LeftError
+
+    def options(number: int) -> dict[str, Any]:
+        rng = np.random.default_rng(number)
+        mode = str(rng.choice(MODES))
+        schedulers = ["ddim", "euler"] if mode == "srds" else ["ddim", "euler", "dpm++2m"]
+        return {
+            "mode": mode, "num_inference_steps": int(rng.integers(3, 12)), "guidance_scale": float(rng.uniform(1, 6)),
+            "scheduler": str(rng.choice(schedulers)), "seed": number, "lanes": int(rng.integers(1, 3)),
+            "num_images_per_prompt": int(rng.integers(1, 4)),
+        }  # fmt: skip
+
+    different = 60
+    alone = [pipeline.generate(PROMPT, **options(number)) for number in range(different)]
+    images, shared, left, before = 0, 0, 0, pipeline.lanes.shared()
+    random = np.random.default_rng()
+
+    def one(fate: float) -> tuple[int, int, int]:
+        number = int(fate * 1e9) % different
+        way: dict[str, Any] = {}
+        if fate < 0.2:
+            way = {"before_round": leave} if fate < 0.1 else {"callback_on_step_end": leave}
+        try:
+            made = pipeline.generate(PROMPT, **options(number), **way)
+        except LeftError:
+            return 0, 0, 1
+        for a, b in zip(made.images, alone[number].images, strict=True):
+            assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 2, options(number)
+        return len(made.images), made.report.shared_rounds, 0
+
+    with ThreadPoolExecutor(12) as pool:
+        while images < 2000:
+            for found in pool.map(one, random.uniform(size=60).tolist()):
+                images, shared, left = images + found[0], shared + found[1], left + found[2]
+    calls, rows = (pipeline.lanes.shared()[kind] - before[kind] for kind in ("calls", "rows"))
+    print(f"{images} images, {left} left early, {shared} shared rounds, {rows / calls:.2f} rows per shared call")
+    assert left > 0 and shared > 0 and rows > 2 * calls
+    assert (pipeline.lanes.running, pipeline.lanes.waiting) == (0, 0)

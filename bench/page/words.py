@@ -94,10 +94,11 @@ SCENARIO = """Requests for images from fixed latents: one after another (*Single
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared
 with sequential images of the same latents."""
 
-SERVE = """Closed-loop clients over HTTP: each sends its next request when it has the last image. *Elastic* gives a lone
-request all lanes and concurrent requests fewer each; the baselines give every image all lanes, or one lane. The three
-policies take turns within one server. *× the better* is elastic's throughput, median latency and 95th percentile, each
-divided by that of the better baseline."""
+SERVE = """Closed-loop clients over HTTP: each sends its next request when it has the last image. *Batched* deals
+the rounds of all running requests over the lanes, in calls that they share; *elastic* gives a lone request all lanes
+and concurrent requests fewer each; the others give every image all lanes, or one lane. The policies take turns within
+one server. *× the better* is the throughput, median latency and 95th percentile of the first policy, each divided by
+that of the best of the others."""
 
 KSERVE = """A client in a process of its own asks for 512² pixels of a model of which nothing is computed, in turns with
 calls in the server's process. *Added* is the time of a request over the median of these calls: KServe v2 with the

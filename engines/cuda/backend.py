@@ -196,6 +196,10 @@ class CudaBackend:
         """See Backend.settle."""
         self._settle()
 
+    @property
+    def sharing(self) -> None:
+        """See Backend.sharing: a round's addresses and coefficients are those of one image."""
+
     def dead(self) -> list[int]:
         """See Backend.dead: lanes of devices that were lost, and lanes that hang."""
         lost = {device.ordinal for device in self._devices if self._failed(device)}

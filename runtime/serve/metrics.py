@@ -92,10 +92,18 @@ class LaneCollector(Collector):
         for kind, number in lanes.copied().items():
             copies.add_metric([kind], number)
         yield copies
-        kept = GaugeMetricFamily("driffusion_kept", "What GPU lanes keep for rounds that come again.", labels=["kind"])
+        kept = GaugeMetricFamily("driffusion_kept", "What lanes keep for rounds that come again.", labels=["kind"])
         for kind, number in lanes.counts().items():
             kept.add_metric([kind], number)
         yield kept
+        shared = CounterMetricFamily(
+            "driffusion_shared",
+            "Model calls while several requests run, and rows in them.",
+            labels=["kind"],
+        )
+        for kind, number in lanes.shared().items():
+            shared.add_metric([kind], number)
+        yield shared
         yield GaugeMetricFamily("driffusion_requests_running", "Requests that have lanes.", lanes.running)
 
 

@@ -15,12 +15,14 @@ from runtime.serve.request import DrainingError, QueueFullError, Request
 class RequestQueue:
     """At most `limit` requests wait beside the `lanes` that may be running.
 
-    There are two threads more than lanes, so that texts are encoded and images decoded while all lanes denoise.
+    There are two threads more than requests that may have lanes, `running`, so that texts are encoded and images
+    decoded while all lanes denoise. `running` is the number of lanes, or more where requests share calls.
     """
 
-    def __init__(self, limit: int, lanes: int = 1) -> None:
+    def __init__(self, limit: int, lanes: int = 1, running: int | None = None) -> None:
         self._limit, self._lanes = limit, lanes
-        self._workers = lanes + 2 if lanes > 1 else 1
+        running = running or lanes
+        self._workers = running + 2 if running > 1 else 1
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="engine")
         self._changed = threading.Condition()
         self._open = True

@@ -50,7 +50,7 @@ class Service:
             "guidance_scale": model.guidance_scale,
             "scheduler": scheduler,
         }
-        self.queue = RequestQueue(limits.queue, len(pipeline.devices))
+        self.queue = RequestQueue(limits.queue, len(pipeline.devices), pipeline.lanes.most_running)
         self.metrics = Metrics(
             lambda: self.queue.depth,
             lambda: len(pipeline.lost),

@@ -342,21 +342,24 @@ def test_serving_is_measured_with_every_policy(
     assert command.main() == 0
     rows = json.loads(target.read_text())["rows"]
     loads = {(row["clients"], row["policy"]): row for row in rows if row["name"] == "load"}
-    assert set(loads) == {(clients, policy) for clients in (1, 3) for policy in ("elastic", "all lanes", "one lane")}
+    assert set(loads) == {
+        (clients, policy) for clients in (1, 3) for policy in ("batched", "elastic", "all lanes", "one lane")
+    }
     assert loads[1, "elastic"]["lanes_per_round"] == loads[3, "all lanes"]["lanes_per_round"] == 2
     assert loads[1, "one lane"]["lanes_per_round"] == 1 <= loads[3, "elastic"]["lanes_per_round"] < 2
-    assert [row["clients"] for row in rows if row["name"] == "elastic against the better"] == [1, 3]
+    assert loads[1, "batched"]["lanes_per_round"] == 2
+    assert [row["clients"] for row in rows if row["name"] == "batched against the better"] == [1, 3]
     assert "HTTP adds" in capsys.readouterr().out
 
 
-def test_elastic_is_compared_with_the_better_policy_in_throughput_p50_and_p95() -> None:
+def test_shared_calls_are_compared_with_the_better_policy_in_throughput_p50_and_p95() -> None:
     def load(*latencies: float) -> Load:
         made = Load()
         for _ in range(3):
             made.add(np.cumsum(latencies).tolist(), latencies, [2.0] * len(latencies))
         return made
 
-    loads = {"elastic": load(1, 1, 2), "all lanes": load(1, 1, 9), "one lane": load(2, 2, 2)}
+    loads = {"batched": load(1, 1, 2), "all lanes": load(1, 1, 9), "one lane": load(2, 2, 2)}
     row = compared(1, loads)
     assert (row["better_throughput"], row["better_latency"], row["better_latency_p95"]) == (
         "one lane", "all lanes", "one lane"

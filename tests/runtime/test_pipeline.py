@@ -17,6 +17,7 @@ from engines.host import HostBackend
 from engines.store import Bundle
 from export.spec import EMBEDDED
 from runtime import Pipeline, Result
+from runtime.lane_policy import ELASTIC
 from runtime.sampling.drafts import DRAFTS, resolve
 from runtime.sampling.noise import gaussian
 
@@ -135,8 +136,9 @@ def test_fewer_lanes_change_nothing_but_rounding(mode: str, pipeline: Pipeline) 
     assert one.report.timeline and {span.lane for span in one.report.timeline} == {None, 0}
 
 
-def test_the_report_names_the_lanes_that_were_used(pipeline: Pipeline) -> None:
-    """One lane of two is the second where another request owns the first."""
+def test_the_report_names_the_lanes_that_were_used(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane of two is the second where lanes are divided and another request owns the first."""
+    monkeypatch.setattr(pipeline.lanes, "policy", ELASTIC)
     with pipeline.lanes.lease((1.0, 1.0)) as other, ThreadPoolExecutor(1) as pool:
         limited = pool.submit(draw, pipeline, lanes=1, timeline=True)
         while not limited.done():

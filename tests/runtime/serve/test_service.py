@@ -18,6 +18,7 @@ from PIL import Image
 
 from engines.errors import ParameterError
 from runtime.call import Call, Callbacks
+from runtime.lane_policy import ELASTIC
 from runtime.pipeline import Pipeline, Result
 from runtime.serve.limits import Limits
 from runtime.serve.request import CancelledError, DeadlineError, DrainingError
@@ -89,7 +90,8 @@ def test_a_service_needs_no_protocol(pipeline: Pipeline) -> None:
 
 
 def test_who_leaves_the_queue_makes_room_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While every thread of the engine is in something long."""
+    """While every thread of the engine is in something long; there are two more than lanes where lanes are divided."""
+    monkeypatch.setattr(pipeline.lanes, "policy", ELASTIC)
     made, held = pipeline.run, threading.Event()
     monkeypatch.setattr(pipeline, "run", lambda call, callbacks: (held.wait(20), made(call, callbacks))[1])
     with serving(pipeline, Limits(queue=5)) as client, ThreadPoolExecutor(8) as pool:
@@ -228,7 +230,8 @@ def test_a_client_that_leaves_after_a_preview(pipeline: Pipeline) -> None:
         assert 'driffusion_stage_seconds_count{stage="decode"} 4.0' in text, "it was not finished for nobody"
 
 
-def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline) -> None:
+def test_a_client_that_leaves_while_it_waits_for_lanes(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.lanes, "policy", ELASTIC)  # the lanes are divided, so that it waits
     with serving(pipeline) as client:
         wanted = [files(ask(client, seed=14, lanes=lanes)) for lanes in (1, 2)]
         with posted(client, LONG), posted(client, LONG):
@@ -256,9 +259,9 @@ def test_every_request_gets_its_own_image_under_load(client: httpx.Client) -> No
     for seed, answer in zip(seeds, made, strict=True):
         a, b = (decoded(one["data"][0]["b64_json"]) for one in (answer, alone[seed, 2]))
         assert np.abs(a - b).max() <= 2
-        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2):
+        if (lanes := answer["report"]["lanes_per_round"]) in (1, 2) and not answer["report"]["shared_rounds"]:
             assert files(answer) == files(alone[seed, lanes]), "equal bytes for equal placement"
-    assert 1 in {answer["report"]["lanes_per_round"] for answer in made}, "under load images share the lanes"
+    assert any(answer["report"]["shared_rounds"] for answer in made), "under load images share the lanes"
 
 
 def test_requests_in_flight_do_not_mix(client: httpx.Client, pipeline: Pipeline) -> None:
