@@ -20,11 +20,13 @@ from runtime.serve.openai.schema import EditBody
 
 PROMPT = "a small green ring at the top"
 # of the command line: what a run loads and where it writes, which says nothing about the image
-OWN_FLAGS = {"--help", "--version", "--model", "--devices", "--save-latents", "--out", "--report", "--build", "--quiet"}
+OWN_FLAGS = {"--help", "--version", "--model", "--devices", "--save-latents", "--out", "--report", "--build", "--quiet",
+    "--no-metadata",
+}  # fmt: skip
 # of OpenAI's API: the model, how images are sent, and what is accepted without effect
 OWN_FIELDS = {
     "model", "response_format", "output_format", "output_compression", "quality", "background", "stream",
-    "partial_images", "moderation", "user", "safety_identifier", "style",
+    "partial_images", "moderation", "user", "safety_identifier", "style", "metadata",
 }  # fmt: skip
 
 
