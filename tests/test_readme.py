@@ -26,7 +26,6 @@ from bench.page.options import TABLES as OPTION_TABLES
 from bench.page.tables import RESULTS, block, load, readmes, rebuilt
 from engines.cuda.progress import AHEAD_SECONDS
 from engines.errors import ParameterError
-from engines.openvino import LARGE
 from engines.store import Bundle
 from runtime.__main__ import arguments as runtime_arguments
 from runtime.auto import SAME_PSNR
@@ -319,7 +318,6 @@ QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
         row["evaluation"] >= 0.05 for row in load("simulate")["rows"] if row.get("name") == "SD 1.5 on V100"
     ),
     ("bench/README.md", "99 %"): lambda: "CONFIDENCE = 0.99" in (ROOT / "bench" / "formats.py").read_text(),
-    ("engines/README.md", "1 GiB"): lambda: LARGE == 2**30,
     ("engines/README.md", "8 µs"): lambda: all(
         row["us"] <= 8 for row in load("host")["rows"] if row["when"] == "now" and "us" in row
     ),
