@@ -71,17 +71,18 @@ def arguments(call: Call) -> tuple[dict[str, Any], dict[str, str]]:
 
 def certificate(
     call: CheckedCall, model: str, precision: str, plan: str, placement: str, mode: str, options: Options, lanes: int,
-    latents: Array, measured: Mapping[str, float] | None,
+    latents: Array, measured: Mapping[str, float] | None, size: tuple[int, int],
 ) -> dict[str, Any]:  # fmt: skip
     """As JSON. `model`: its `model_sha256`. `plan`: key of the compiled denoiser. `placement`: the lanes that were
-    loaded, and their threads. `lanes`: how many of them were used.
+    loaded, and their threads. `lanes`: how many of them were used. `size`: width and height in pixels.
 
     `inputs` has the hashes of what a report cannot hold: latents, images and embeddings that were given.
     """
     given, inputs = arguments(call)
     given |= {"mode": mode, "k": options.k, "drafts": options.drafts, "seed": call.seed}
-    for name in ("timeline", "lanes"):
-        given.pop(name, None)
+    given |= dict(zip(("width", "height"), size, strict=True))
+    # in one order, so that a size that is the default makes the same file whether it was named or not
+    given = {name: given[name] for name in OPTIONS if name in given and name not in ("timeline", "lanes")}
     return {
         "sameness": sameness(mode, options, lanes), "measured": dict(measured) if measured else None,
         "model_sha256": model, "plan": plan, "precision": precision, "placement": placement,

@@ -406,6 +406,7 @@ class Pipeline:
             certificate=certificate(
                 call, self._model_sha256, self.manifest.precision, self.machine.plan_folder.name, self.calibration_key,
                 task.mode, task.options, len(denoised.devices), denoised.latents, self._known_drift(task, counts),
+                task.size,
             ),
         )  # fmt: skip
 

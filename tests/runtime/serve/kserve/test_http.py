@@ -7,6 +7,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -160,12 +161,15 @@ def test_compressed_both_ways(client: Any, plain: httpx.Client, name: str) -> No
     assert "content-encoding" not in listed.headers
 
 
+zipped = partial(gzip.compress, mtime=0)  # without the time, which would be part of the test's name
+
+
 @pytest.mark.parametrize(
     ("content", "encoding", "status"),
     [
-        (gzip.compress(bytes(64 << 20)), "gzip", 413), (zlib.compress(bytes(64 << 20)), "deflate", 413),
-        (b"no gzip", "gzip", 400), (gzip.compress(b"{}")[:-4], "gzip", 400), (gzip.compress(b"{}") + b"x", "gzip", 400),
-        (b"{}", "br", 400), (gzip.compress(gzip.compress(b"{}")), "gzip, gzip", 400),
+        (zipped(bytes(64 << 20)), "gzip", 413), (zlib.compress(bytes(64 << 20)), "deflate", 413),
+        (b"no gzip", "gzip", 400), (zipped(b"{}")[:-4], "gzip", 400), (zipped(b"{}") + b"x", "gzip", 400),
+        (b"{}", "br", 400), (zipped(zipped(b"{}")), "gzip, gzip", 400),
     ],
 )  # fmt: skip
 def test_bombs_and_damaged_compression(plain: httpx.Client, content: bytes, encoding: str, status: int) -> None:
