@@ -39,7 +39,8 @@ class Lease:
     rounds, lane_rounds: how many rounds it played, and the sum of the lanes that it held in them.
     used: all lanes that it held in any of its rounds.
     rows, sizes: of its calls, where they are shared; `player` is its part in that. Then it owns no lane, `own` is a
-    number that no other has, and the lanes that it held in a round are those that its branches ran on.
+    number that no other has, and the lanes that it held in a round are those that its branches ran on; all of them
+    while it is alone.
     """
 
     own: int
@@ -73,7 +74,7 @@ class Lease:
             on = [lane for lane, call in enumerate(calls) if call]
             self.used.update(on)
             self.rounds += 1
-            self.lane_rounds += len(on)
+            self.lane_rounds += len(on) if lanes.running > 1 else min(lanes.count, self.most)
             return calls
         if self.version != lanes.version:
             lanes.update(self)

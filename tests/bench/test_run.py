@@ -263,7 +263,7 @@ def test_alone_it_lists_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("sys.argv", ["bench"])
     assert command.main() == 0
     shown = capsys.readouterr().out
-    assert all(re.search(rf"^    {name} ", shown, re.MULTILINE) for name in command.COMMANDS)
+    assert all(re.search(rf"^    {name}\s", shown, re.MULTILINE) for name in command.COMMANDS)
 
 
 def test_auto_is_what_it_stands_for_and_has_a_first_lane(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,12 @@ def test_networks_are_freed_when_they_are_closed(shapes: Bundle) -> None:
     threads = len(list(TASKS.iterdir()))
     engines: Any = pipeline.machine.engines
     sessions = [weakref.ref(one._session) for one in (*engines.runners.values(), *engines._sessions)]
-    assert len(sessions) == 5 and all(session() is not None for session in sessions)
+    # lanes of one thread share a session; those of several have one each
+    assert len(sessions) in (4, 5) and all(session() is not None for session in sessions)
     gc.disable()
     try:
         pipeline.close()
-        assert [session() for session in sessions] == [None] * 5
+        assert [session() for session in sessions] == [None] * len(sessions)
         assert len(list(TASKS.iterdir())) < threads
     finally:
         gc.enable()

@@ -43,6 +43,7 @@ def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
     code = kernels.machine_code(kernels.Variant("float32"), "90", KERNELS)
     modules = [cuda("cuModuleLoadData", code) for _ in range(2)]
     attribute = cuda.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    kind = cuda.api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
     copies = {
         "cuMemcpyAsync": (device, host),
         "cuMemcpyHtoDAsync": (device, host),
@@ -65,7 +66,8 @@ def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
         "cuEventSynchronize": (event,), "cuEventElapsedTime": tuple(timed), "cuGraphInstantiate": (graphs[0], 0),
         "cuGraphLaunch": (executables[0], stream), "cuGraphDestroy": (graphs[1],),
         "cuGraphExecDestroy": (executables[1],), "cuModuleLoadData": (code,), "cuModuleUnload": (modules[0],),
-        "cuModuleGetFunction": (modules[1], b"advance"), "cuMemcpyPeerAsync": (device, there, device, there, 8, stream),
+        "cuModuleGetFunction": (modules[1], b"advance"), "cuPointerGetAttribute": (kind, device),
+        "cuMemcpyPeerAsync": (device, there, device, there, 8, stream),
         **{name: (*two, 8, stream) for name, two in copies.items()},
     }  # fmt: skip
 

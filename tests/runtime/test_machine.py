@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,14 @@ class Broken:
         raise DeviceError("burnt out")
 
 
+def break_lane(pipeline: Pipeline, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane alone, also where lanes share a session."""
+    lane = pipeline.machine.engines.backend._lanes[number]  # type: ignore[attr-defined]
+    session = lane._session
+    broken = SimpleNamespace(session=Broken(session.session), spec=session.spec, network=session.network)
+    monkeypatch.setattr(lane, "_session", broken)
+
+
 @pytest.mark.usefixtures("usual_costs")
 def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(shapes, "cpu*3")
@@ -67,8 +76,7 @@ def test_lanes_that_die_under_load_cost_no_image(shapes: Bundle, monkeypatch: py
         while pipeline.lanes.running < 2:
             time.sleep(0.001)
 
-        session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "_session", Broken(session.session))
+        break_lane(pipeline, 1, monkeypatch)
         results = [one.result() for one in made]
     assert pipeline.lost == ("cpu/1",) and pipeline.lanes.count == 2
     for a, b in zip(alone, results, strict=True):
@@ -83,8 +91,7 @@ def test_a_lost_lane_comes_back(shapes: Bundle, monkeypatch: pytest.MonkeyPatch)
     options: dict[str, Any] = {"mode": "aggressive", "num_inference_steps": 6, "seed": 4}
     assert pipeline.revive(), "nothing is lost"
     before = pipeline.generate(PROMPT, **options)
-    session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-    monkeypatch.setattr(session, "_session", Broken(session.session))
+    break_lane(pipeline, 1, monkeypatch)
     pipeline.generate(PROMPT, **options)
     assert pipeline.lost == ("cpu/1",)
     with monkeypatch.context() as patch:

@@ -90,6 +90,10 @@ def test_every_sampler_plays_every_kind_of_drafts(mode: str, drafts: str, manife
         with pytest.raises(ParameterError, match="no anchors"):
             sample(mixture, noise, schedule, mode=mode, k=3, drafts=drafts)
         return
+    if mode == "speculative" and drafts not in ("auto", "frozen", "corrected"):
+        with pytest.raises(ParameterError, match="use frozen or corrected"):
+            sample(mixture, noise, schedule, mode=mode, k=3, drafts=drafts)
+        return
     result, counts = sample(mixture, noise, schedule, mode=mode, k=3, drafts=drafts)
     assert np.isfinite(result).all() and counts.rounds <= 13 * (2 if mode == "adaptive" else 1)
 

@@ -19,7 +19,7 @@ from runtime.pipeline import Pipeline
 from runtime.serve.health import Health
 from runtime.serve.limits import Limits
 from tests.client import GENERATE, PROMPT, ask, serving, until, values
-from tests.runtime.test_machine import Broken
+from tests.runtime.test_machine import break_lane
 
 
 def test_ready_plays_a_round_when_lanes_are_free_and_never_waits_for_images(pipeline: Pipeline) -> None:
@@ -78,8 +78,7 @@ def test_lost_lanes_are_tried_again_and_given_up_at_last(
     monkeypatch.setattr("runtime.machine.load", reopened)
     with serving(pipeline) as client:
         before = ask(client, seed=3)
-        session = pipeline.machine.engines._sessions[1]  # type: ignore[attr-defined]
-        monkeypatch.setattr(session, "_session", Broken(session.session))
+        break_lane(pipeline, 1, monkeypatch)
         assert "burnt out" in ask(client)["report"]["warnings"][0]
         found = [client.get("/health/ready") for _ in range(3)]
         assert all((one.status_code, one.json()["lost"]) == (503, ["cpu/1"]) for one in found)
@@ -188,6 +187,7 @@ def test_a_server_that_lost_a_lane_is_not_ready() -> None:
     class Degraded:
         lost, devices = ("cuda:1/0",), ("cuda:0/0",)
         manifest = SimpleNamespace(model="none", defaults=SimpleNamespace(num_inference_steps=1, guidance_scale=1.0))
+        lanes = SimpleNamespace(most_running=1)
 
     with serving(Degraded()) as client:
         response = client.get("/health/ready")
