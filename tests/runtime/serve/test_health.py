@@ -186,7 +186,9 @@ def test_a_lane_that_hangs_makes_it_unready_and_its_client_hears(
 def test_a_server_that_lost_a_lane_is_not_ready() -> None:
     class Degraded:
         lost, devices = ("cuda:1/0",), ("cuda:0/0",)
-        manifest = SimpleNamespace(model="none", defaults=SimpleNamespace(num_inference_steps=1, guidance_scale=1.0))
+        manifest = SimpleNamespace(
+            model="none", defaults=SimpleNamespace(num_inference_steps=1, guidance_scale=1.0), image_to_image=False
+        )
         lanes = SimpleNamespace(most_running=1)
 
     with serving(Degraded()) as client:
