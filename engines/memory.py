@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engines.errors import DeviceError
 
 _FACTS = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
+_THREADS = 64 << 20  # stacks, heaps and thread-local data of a runtime's threads
 
 
 def free() -> int | None:
@@ -34,6 +36,17 @@ def require(needed: int, what: str, otherwise: str) -> None:
             f"{what} needs about {needed / 1e9:.1f} GB of memory and {there / 1e9:.1f} GB are free: "
             f"close other programs, or {otherwise}"
         )
+
+
+def have_room(needed: int, what: str) -> None:
+    """MemoryError when there is no address space (`ulimit -v`) for that many bytes and the threads that work on them.
+
+    A thread that finds none for its own data is ended by the C library together with the process.
+    """
+    try:
+        mmap.mmap(-1, needed + _THREADS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
+    except OSError as error:
+        raise MemoryError(f"{what} cannot be loaded") from error
 
 
 def give_back() -> None:

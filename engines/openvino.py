@@ -28,7 +28,7 @@ from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend
 from engines.manifest import DENOISER, Manifest, Network, Parity, TensorSpec
-from engines.memory import give_back
+from engines.memory import give_back, have_room
 from engines.process import Owner
 from engines.runtimes import RUNTIMES
 from engines.store import Bundle, Plan, locked, plan_key
@@ -227,6 +227,7 @@ class Compiled:
                 raise DeviceError(CLOSED)
             if shape not in self._open:
                 pages = np.memmap(self._bundle.plan_file(self._plans[shape]), np.uint8, "c")
+                have_room(pages.nbytes, self.network)
                 try:
                     self._open[shape] = _imported(pages, self._options)
                 except Exception as error:  # the library raises many types of its own

@@ -16,7 +16,7 @@ from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend
 from engines.manifest import DENOISER
-from engines.memory import give_back
+from engines.memory import give_back, have_room
 from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
 
@@ -104,6 +104,7 @@ class Session:
         self.network = network
         self.spec = bundle.manifest.networks[network]
         self._session: onnxruntime.InferenceSession | None
+        have_room(len(content), network)
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many types of its own

@@ -197,6 +197,10 @@ class ProgramFile:
         """The text at an offset."""
         return self.text[offset : self.text.index(0, offset)].decode()
 
+    def has_text(self, *offsets: int) -> bool:
+        """Whether a text begins at each offset: one within a text may be within a character."""
+        return all(offset < len(self.text) and not any(self.text[:offset][-1:]) for offset in offsets)
+
     def pack(self) -> bytes:
         """The file."""
         flat = [(*tensor[:6], *tensor.dims) for tensor in self.tensors]
@@ -282,8 +286,8 @@ def _parsed(raw: dict[str, bytes]) -> ProgramFile:
 
 
 def _check_model(program: ProgramFile) -> None:
-    model, texts = program.model, len(program.text)
-    _expect(all(offset < texts for offset in model[:6]), "a text of the model is outside")
+    model = program.model
+    _expect(program.has_text(*model[:6]), "a text of the model is outside")
     _expect(1 <= model.steps == len(program.steps) <= 100_000, "the number of steps differs")
     _expect(
         1 <= model.k <= 1000 and model.guidance_kind <= EMBEDDED and model.flags <= ZERO_NEGATIVE,
@@ -301,7 +305,7 @@ def _check_model(program: ProgramFile) -> None:
 
 
 def _check_networks(program: ProgramFile) -> None:
-    texts, tensors, files = len(program.text), program.tensors, program.files
+    tensors, files = program.tensors, program.files
     networks = program.networks
     _expect(
         [n.role for n in networks] == [TEXT_ENCODER, DENOISER, VAE_DECODER],
@@ -314,7 +318,7 @@ def _check_networks(program: ProgramFile) -> None:
             1 <= network.inputs <= 64 and 1 <= network.outputs <= 64 and 1 <= network.files <= 64,
             "a network without tensors or files",
         )
-        _expect(network.name < texts, "the name of a network is outside")
+        _expect(program.has_text(network.name), "the name of a network is outside")
         tensor, file = tensor + network.inputs + network.outputs, file + network.files
         _expect(tensor <= len(tensors) and file <= len(files), "tensors or files are missing")
         kinds = [one.kind for one in files[network.first_file : file]]
@@ -325,10 +329,13 @@ def _check_networks(program: ProgramFile) -> None:
         _expect(COMPILED in kinds or COMPILED_WEIGHTS not in kinds, "compiled weights without a compiled network")
     _expect(tensor == len(tensors) and file + len(program.tokenizers) == len(files), "tensors or files are left over")
     for number, one in enumerate(files):
-        _expect(max(one.name, one.machine, one.runtime) < texts, "the text of a file is outside")
+        _expect(program.has_text(one.name, one.machine, one.runtime), "the text of a file is outside")
         name = program.string(one.name)
         parts = name.split("/")
-        _expect(0 < len(name) <= 1024 and not {"", ".", ".."} & set(parts) and "\\" not in name, "the name of a file")
+        _expect(
+            0 < len(name.encode()) <= 1024 and not {"", ".", ".."} & set(parts) and "\\" not in name,
+            "the name of a file",
+        )
         _expect(1 <= one.kind <= TOKENIZER and (one.kind == TOKENIZER) == (number >= file), "the kind of a file")
         _expect(one.size < 1 << 48, "the size of a file")
     for number, spec in enumerate(program.tokenizers):
@@ -350,7 +357,7 @@ def _check_tensors(program: ProgramFile, network: Network) -> None:
     }
     latent = (-1, model.channels, model.latent_height, model.latent_width)
     for tensor in (*inputs, *outputs):
-        _expect(0 < tensor.name < len(program.text) and not tensor.reserved, "the name of a tensor")
+        _expect(tensor.name > 0 and program.has_text(tensor.name) and not tensor.reserved, "the name of a tensor")
         _expect(1 <= tensor.rank <= DIMS and tensor.dims[0] == -1, "a tensor without a batch")
         _expect(all(1 <= size <= 1 << 24 for size in tensor.dims[1 : tensor.rank]), "a dimension is out of range")
         _expect(
@@ -387,7 +394,7 @@ def _check_operations(program: ProgramFile) -> None:
         "slots",
     )
     for slot in slots:
-        _expect(slot.name < len(program.text) and slot.kind <= NOISE_SLOT and not slot.reserved, "a slot")
+        _expect(program.has_text(slot.name) and slot.kind <= NOISE_SLOT and not slot.reserved, "a slot")
         _expect((slot.number > 0) == (slot.kind == NOISE_SLOT), "the number of a slot")
     written = {number for number, slot in enumerate(slots) if slot.kind in (STATE_SLOT, NOISE_SLOT)}
     evaluation = reference = coefficient = finished = 0

@@ -140,6 +140,11 @@ Program Program::parse(std::string_view content) {
     return program;
 }
 
+// a text begins there: an offset within a text may be within a character
+bool Program::has_text(u32 offset) const {
+    return offset < text.size() && (!offset || !text[offset - 1]);
+}
+
 u32 Program::noise_slots() const {
     return u32(std::count_if(slots.begin(), slots.end(), [](const Slot &slot) { return slot.kind == SlotKind::Noise; }));
 }
@@ -150,7 +155,7 @@ u32 Program::rounds() const {
 
 void Program::check_model() const {
     for (u32 offset : {model.model, model.source, model.scheduler, model.mode, model.drafts, model.runtime}) {
-        expect(offset < text.size(), "a text of the model is outside");
+        expect(has_text(offset), "a text of the model is outside");
     }
     expect(model.steps >= 1 && model.steps == steps.size() && model.steps <= 100000, "the number of steps differs");
     expect(model.k >= 1 && model.k <= 1000 && model.guidance_kind <= EMBEDDED && model.flags <= ZERO_NEGATIVE, "k, guidance or flags");
@@ -181,7 +186,7 @@ void Program::check_networks() const {
         expect(one.role == Role(number + 1), "text encoder, denoiser, VAE decoder are needed");
         expect(one.first_tensor == tensor && one.first_file == file && !one.reserved, "networks overlap");
         for (u32 count : {one.inputs, one.outputs, one.files}) expect(count >= 1 && count <= 64, "a network without tensors or files");
-        expect(one.name < text.size(), "the name of a network is outside");
+        expect(has_text(one.name), "the name of a network is outside");
         tensor += one.inputs + one.outputs, file += one.files;
         expect(tensor <= tensors.size() && file <= files.size(), "tensors or files are missing");
         u32 kinds[6] = {};
@@ -201,7 +206,7 @@ void Program::check_networks() const {
 void Program::check_files(u32 of_networks) const {
     for (u32 number = 0; number < files.size(); ++number) {
         const File &one = files[number];
-        expect(std::max({one.name, one.machine, one.runtime}) < text.size(), "the text of a file is outside");
+        for (u32 offset : {one.name, one.machine, one.runtime}) expect(has_text(offset), "the text of a file is outside");
         expect(good_path(string(one.name)), "the name of a file");
         expect(number < of_networks || one.kind == FileKind::Tokenizer, "the kind of a file");
         expect(one.size < u64(1) << 48, "the size of a file");
@@ -223,7 +228,7 @@ void Program::check_tensors(const Network &network) const {
     std::set<std::pair<Source, u32>> sources;
     for (u32 n = 0; n < network.inputs + network.outputs; ++n) {
         const Tensor &tensor = tensors[network.first_tensor + n];
-        expect(tensor.name > 0 && tensor.name < text.size() && !tensor.reserved, "the name of a tensor");
+        expect(tensor.name > 0 && has_text(tensor.name) && !tensor.reserved, "the name of a tensor");
         expect(tensor.rank >= 1 && tensor.rank <= 6 && tensor.dims[0] == -1, "a tensor without a batch");
         u64 elements = 1;
         for (u32 axis = 1; axis < 6; ++axis) {
@@ -270,7 +275,7 @@ void Program::check_operations() const {
     std::vector<bool> written(slots.size());
     for (u32 number = 0; number < slots.size(); ++number) {
         const Slot &slot = slots[number];
-        expect(slot.name < text.size() && u32(slot.kind) <= u32(SlotKind::Noise) && !slot.reserved, "a slot");
+        expect(has_text(slot.name) && u32(slot.kind) <= u32(SlotKind::Noise) && !slot.reserved, "a slot");
         expect((slot.number > 0) == (slot.kind == SlotKind::Noise), "the number of a slot");
         expect((slot.kind == SlotKind::State) == (number == 0), "slots");
         written[number] = slot.kind == SlotKind::State || slot.kind == SlotKind::Noise;

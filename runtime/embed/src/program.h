@@ -98,6 +98,7 @@ class Program {
     std::vector<Cost> costs;
 
    private:
+    bool has_text(u32 offset) const;
     void check_model() const;
     void check_networks() const;
     void check_files(u32 of_networks) const;

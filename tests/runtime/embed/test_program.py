@@ -194,6 +194,23 @@ def test_every_cut_and_every_flipped_byte_is_rejected(shapes: Bundle) -> None:
     assert verdict(later) == "VERSION" and verdicts([later]) == ["VERSION"]
 
 
+def test_a_text_is_named_by_its_first_byte(shapes: Bundle) -> None:
+    """An offset within a text may be within a character, and a path of 1,024 bytes has fewer characters."""
+    whole = program(shapes, num_inference_steps=2)
+    start = whole.slots[1].name
+    text = whole.text[:start] + "é".encode() + whole.text[start + 2 :]
+    for name, code in [(start, "OK"), (start + 1, "PROGRAM"), (start + 2, "PROGRAM")]:
+        slots = [whole.slots[0], whole.slots[1]._replace(name=name), *whole.slots[2:]]
+        content = dataclasses.replace(whole, text=text, slots=slots).pack()
+        assert (verdict(content), verdicts([content])) == (code, [code])
+    for count, code in [(512, "OK"), (513, "PROGRAM")]:
+        named = dataclasses.replace(whole, text=whole.text + "é".encode() * count + b"\0")
+        content = dataclasses.replace(
+            named, files=[whole.files[0]._replace(name=len(whole.text)), *whole.files[1:]]
+        ).pack()
+        assert (verdict(content), verdicts([content])) == (code, [code])
+
+
 def compare(shapes: Bundle, rng: np.random.Generator, count: int, variant: str) -> None:
     content = program(shapes, num_inference_steps=3, scheduler="euler_a").pack()
     damaged = list(mutations(content, rng, count))
