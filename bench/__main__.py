@@ -25,6 +25,7 @@ COMMANDS = (
     "quality",
     "drafts",
     "speculative",
+    "robustness",
     "kernel",
     "serve",
     "kserve",

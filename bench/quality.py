@@ -207,7 +207,7 @@ class Gallery:
             *map(str, self.judges.coco.images if self.judges.coco else ()),
         ]
         asked = hashlib.sha256("\n".join([*self.captions(case), *judged]).encode()).hexdigest()
-        identity = f"{manifest.source} {self.devices} {_code()} {asked}"
+        identity = f"{manifest.source} {self.devices} {code_hash()} {asked}"
         path = WORK / f"quality-{case.key(identity, self.seed)}.json"
         if path.is_file():
             row: dict[str, Any] = json.loads(path.read_text())
@@ -254,7 +254,7 @@ class Gallery:
 
 
 @cache
-def _code() -> str:
+def code_hash() -> str:
     """A hash of the code that a drawn row depends on."""
     root = Path(__file__).parent.parent
     return sha256_files(root, [*(path for name in ("engines", "runtime") for path in (root / name).rglob("*.py"))])

@@ -2,8 +2,8 @@
 
 Both measurements are made once (`python -m runtime.calibrate`, which `make engines` runs) and stored with the compiled
 model: how many seconds a model call takes for each batch size while all lanes work, and how far from the sequential
-image each candidate ends up. Without a tolerance, small enough means that no calibration image is further than
-`SAME_PSNR` from the sequential one, which nobody can see.
+image each candidate ends up. Small enough means that `COVERED` of all images are within the tolerance, with confidence
+`CONFIDENCE`; without a tolerance, within `SAME_PSNR` of the sequential one, which nobody can see.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.files import written_whole
@@ -30,6 +32,10 @@ from runtime.sampling.schedule import Schedule
 
 SAME_PSNR = 50.0  # dB, an error of 0.8 of 255 at the root of the mean square; equal images count as EQUAL_PSNR
 EQUAL_PSNR = 99.0
+COVERED, CONFIDENCE = 0.99, 0.95
+FEWEST = 3  # images that a limit can be drawn from
+EQUAL_DISTANCE = 1e-7  # of latents that are equal to rounding
+Numbers = NDArray[np.floating]
 
 
 class _Strict(BaseModel):
@@ -59,24 +65,50 @@ class Candidate(_Strict):
 
 
 class Drift(_Strict):
-    """Relative L2 distance of the finished latents from the sequential ones, over some images, and the lowest PSNR."""
+    """How far finished images are from the sequential ones: the relative L2 distance of their latents, and their PSNR.
+
+    `bound` and `psnr_bound` are what `COVERED` of all images keep to: the one-sided tolerance limit of a normal
+    distribution, which the logarithms of distances nearly have, and never better than the worst image that was seen.
+    """
 
     setting: Setting
     candidate: Candidate
     images: int
     median: float
-    p90: float
-    psnr_min: float
+    bound: float
+    psnr_bound: float
+
+    @classmethod
+    def of(cls, setting: Setting, candidate: Candidate, distances: Numbers, psnr: Numbers) -> Drift:
+        """From each image's distance and PSNR in dB."""
+        bound = np.exp(_upper_limit(np.log(np.maximum(distances, EQUAL_DISTANCE))))
+        return cls(
+            setting=setting, candidate=candidate, images=len(distances), median=float(np.median(distances)),
+            bound=float(bound), psnr_bound=-_upper_limit(-psnr),
+        )  # fmt: skip
 
     def within(self, tolerance: float | None) -> bool:
-        """Whether the candidate may be played: by its 90th percentile, or without a tolerance by its worst image."""
-        return self.psnr_min >= SAME_PSNR if tolerance is None else self.p90 <= tolerance
+        """Whether the candidate may be played."""
+        return self.psnr_bound >= SAME_PSNR if tolerance is None else self.bound <= tolerance
+
+
+def _upper_limit(values: Numbers) -> float:
+    """What `COVERED` of a normal population stays below, with confidence `CONFIDENCE`, from a sample of it.
+
+    The factor of the standard deviation is Natrella's approximation (NIST/SEMATECH e-Handbook, section 7.2.6.3).
+    """
+    count, normal = len(values), NormalDist()
+    covered, confident = normal.inv_cdf(COVERED), normal.inv_cdf(CONFIDENCE)
+    a = 1 - confident**2 / (2 * (count - 1))
+    b = covered**2 - confident**2 / count
+    factor = (covered + math.sqrt(covered**2 - a * b)) / a
+    return max(float(values.max()), float(values.mean() + factor * values.std(ddof=1)))
 
 
 class Calibration(_Strict):
     """`calls[devices][batch]` is the seconds of a call with that many branches on each lane at the same time."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     calls: dict[str, dict[int, float]] = {}
     drifts: tuple[Drift, ...] = ()
 
@@ -103,8 +135,8 @@ class Choice(_Strict):
 
     candidate: Candidate
     seconds: float | None
-    drift_p90: float
-    psnr_min: float
+    drift_bound: float
+    psnr_bound: float
     reason: str
 
 
@@ -201,7 +233,7 @@ def choose(
     """
 
     def exact(reason: str) -> Choice:
-        return Choice(candidate=EXACT, seconds=None, drift_p90=0.0, psnr_min=EQUAL_PSNR, reason=reason)
+        return Choice(candidate=EXACT, seconds=None, drift_bound=0.0, psnr_bound=EQUAL_PSNR, reason=reason)
 
     if tolerance == 0 or not schedule.draftable:
         return exact("tolerance 0" if tolerance == 0 else f"{schedule.name} takes steps that are too long to draft"), []
@@ -212,17 +244,17 @@ def choose(
         return exact(reason), [] if tolerance is None else [f"mode auto plays sequential: {reason}"]
     scale = setting.guidance_scale if guided else 1.0
     wanted = candidates()  # an older file may know others
-    bound = f"a PSNR of {SAME_PSNR:g} dB in every image" if tolerance is None else f"a drift of {tolerance:g}"
+    bound = f"a PSNR of {SAME_PSNR:g} dB" if tolerance is None else f"a drift of {tolerance:g}"
     allowed = [(EXACT, 0.0, EQUAL_PSNR)]
-    allowed += [(d.candidate, d.p90, d.psnr_min) for d in drifts if d.within(tolerance) and d.candidate in wanted]
+    allowed += [(d.candidate, d.bound, d.psnr_bound) for d in drifts if d.within(tolerance) and d.candidate in wanted]
     timed = [
         Choice(
             candidate=candidate,
             seconds=predicted_seconds(candidate, schedule, lanes, scale, measured, images),
-            drift_p90=p90,
-            psnr_min=psnr,
-            reason=f"the fastest that kept to {bound} in calibration",
+            drift_bound=drift,
+            psnr_bound=psnr,
+            reason=f"the fastest that keeps {COVERED:.0%} of images within {bound}, by calibration",
         )
-        for candidate, p90, psnr in allowed
+        for candidate, drift, psnr in allowed
     ]
-    return min(timed, key=lambda choice: (choice.seconds, choice.drift_p90)), []
+    return min(timed, key=lambda choice: (choice.seconds, choice.drift_bound)), []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from engines.base import Array, Branch
 from engines.command import Parser, exit_code
 from engines.errors import ParameterError
 from engines.store import BUILD, locked
-from runtime.auto import EQUAL_PSNR, EXACT, Calibration, Candidate, Drift, candidates
+from runtime.auto import EQUAL_PSNR, EXACT, FEWEST, Calibration, Candidate, Drift, candidates
 from runtime.call import Call
 from runtime.pipeline import Pipeline
 from runtime.sampling.operations import STATE
@@ -56,17 +56,16 @@ def drift_seconds(pipeline: Pipeline, calls: dict[int, float], steps: int, guida
     return (len(candidates()) + 1) * steps * branches * images * per_branch
 
 
-def measure_drifts(
-    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, images: int,
-    wanted: Sequence[Candidate],
-) -> list[Drift]:  # fmt: skip
-    """The drift of candidates from `sequential` over the model's example prompts."""
-    examples = pipeline.manifest.examples or ("",)
-    prompts = [examples[n % len(examples)] for n in range(images)]
+def distances(
+    pipeline: Pipeline, prompts: Sequence[str], steps: int, guidance_scale: float, scheduler: str | None,
+    wanted: Sequence[Candidate], seed: int = 0,
+) -> Iterator[tuple[Candidate, Array, Array]]:  # fmt: skip
+    """How far each candidate's images are from those of `sequential`: relative L2 of the latents, and PSNR in dB."""
+    images = len(prompts)
 
     def made(candidate: Candidate) -> tuple[Array, Array]:
         call = Call(
-            prompts, num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler,
+            list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, scheduler=scheduler, seed=seed,
             mode=candidate.mode, k=candidate.k, drafts=candidate.drafts,
         )  # fmt: skip
         result = pipeline.run(call)
@@ -74,21 +73,28 @@ def measure_drifts(
         return result.latents.reshape(images, -1), pixels.reshape(images, -1)
 
     reference, pixels = made(EXACT)
-    setting, found = pipeline.setting(scheduler, steps, guidance_scale), []
     for candidate in tqdm(wanted, desc=f"drift at {steps} steps", unit="candidate", mininterval=0.5):
         latents, other = made(candidate)
-        distances = np.linalg.norm(latents - reference, axis=1) / np.linalg.norm(reference, axis=1)
-        found.append(
-            Drift(
-                setting=setting,
-                candidate=candidate,
-                images=images,
-                median=float(np.median(distances)),
-                p90=float(np.quantile(distances, 0.9)),
-                psnr_min=float(psnr(other, pixels).min()),
-            )
-        )
-    return found
+        apart = np.linalg.norm(latents - reference, axis=1) / np.linalg.norm(reference, axis=1)
+        yield candidate, apart, psnr(other, pixels)
+
+
+def calibration_prompts(pipeline: Pipeline, images: int) -> list[str]:
+    """The model's examples, again and again."""
+    examples = pipeline.manifest.examples or ("",)
+    return [examples[n % len(examples)] for n in range(images)]
+
+
+def measure_drifts(
+    pipeline: Pipeline, steps: int, guidance_scale: float, scheduler: str | None, images: int,
+    wanted: Sequence[Candidate],
+) -> list[Drift]:  # fmt: skip
+    """The drift of candidates from `sequential` over the model's example prompts."""
+    prompts = calibration_prompts(pipeline, images)
+    setting = pipeline.setting(scheduler, steps, guidance_scale)
+    return [
+        Drift.of(setting, *found) for found in distances(pipeline, prompts, steps, guidance_scale, scheduler, wanted)
+    ]
 
 
 def psnr(pixels: Array, references: Array) -> Array:
@@ -103,8 +109,8 @@ def calibrate(
     images: int, budget: float, *, again: bool,
 ) -> str:  # fmt: skip
     """Measures what is missing and stores it; returns what was done, in words."""
-    if images < 1:
-        raise ParameterError("images", f"images must be at least 1, not {images}")
+    if images < FEWEST:
+        raise ParameterError("images", f"images must be at least {FEWEST}, not {images}")
     pipeline = Pipeline.load(model, devices, build)
     try:
         path = pipeline.calibration_path

@@ -413,14 +413,14 @@ class Pipeline:
     def _known_drift(self, task: Task, counts: Counts) -> dict[str, float] | None:
         """What is known of the distance from the sequential image: by calibration, or of this image's own drafts."""
         if task.choice:
-            return {"drift_p90": task.choice.drift_p90, "psnr_min": task.choice.psnr_min}
+            return {"drift_bound": task.choice.drift_bound, "psnr_bound": task.choice.psnr_bound}
         if task.mode in ("conservative", "aggressive"):
             setting = Setting(scheduler=task.schedule.name, eta=task.call.eta, steps=task.call.num_inference_steps,
                               guidance_scale=task.call.guidance_scale)  # fmt: skip
             played = Candidate(mode=task.mode, k=task.options.k, drafts=task.options.drafts)
             for one in Calibration.read(self.calibration_path).for_setting(setting):
                 if one.candidate == played and not task.options.first_blocks:
-                    found = {"drift_median": one.median, "drift_p90": one.p90, "psnr_min": one.psnr_min}
+                    found = {"drift_median": one.median, "drift_bound": one.bound, "psnr_bound": one.psnr_bound}
                     return {"calibration_images": one.images} | found
         if not counts.accepted or task.mode == "speculative":
             return None

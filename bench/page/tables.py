@@ -13,7 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import drafts, embed, export, host, kernel, kserve, quality, run, scenario, serve, simulate, speculative
+from bench import (
+    drafts,
+    embed,
+    export,
+    host,
+    kernel,
+    kserve,
+    quality,
+    robustness,
+    run,
+    scenario,
+    serve,
+    simulate,
+    speculative,
+)
 from bench.page import options, words
 from bench.statistics import interval
 from engines.errors import ParameterError
@@ -26,14 +40,15 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "run": run.table, "simulate": simulate.table, "scenario": scenario.table, "quality": quality.table,
     "drafts": drafts.table, "kernel": kernel.table, "serve": serve.table, "export": export.table,
     "embed": embed.table, "host": host.table, "kserve": kserve.table, "openvino": run.table,
-    "speculative": speculative.table,
+    "speculative": speculative.table, "robustness": robustness.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
     "run": BENCH, "simulate": BENCH, "scenario": BENCH, "kernel": BENCH, "serve": BENCH, "quality": FULL,
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
     "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
-    "speculative": "python -m bench speculative", "kserve": "python -m bench kserve",
+    "speculative": "python -m bench speculative", "robustness": "python -m bench robustness",
+    "kserve": "python -m bench kserve",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

@@ -89,6 +89,12 @@ proportion to √d: the last columns simulate the rounds with what was measured 
 drafts of the same means, neither a whitened one nor one per channel: 2Φ(−‖Δ‖/2) is 1 minus the total variation of the
 two laws."""
 
+ROBUSTNESS = """Mode `auto` plays a candidate if calibration says, from the spread of 16 images, that 99 % of images are
+within the tolerance with 95 % confidence. Here every candidate it lets through draws other captions from other noise:
+the share of those images within the tolerance, their 99th percentile and the worst as parts of it, and how many
+candidates have fewer than nine of ten images within. `50 dB` is what holds without a tolerance. Settings without a plan
+are sequential: guidance of 7.5 and 12 and short schedules are, mostly."""
+
 SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), with random arrivals
 (*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared

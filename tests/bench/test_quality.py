@@ -20,6 +20,6 @@ def test_rows_are_drawn_again_when_any_code_of_the_engine_changes(monkeypatch: p
         return ""
 
     monkeypatch.setattr(quality, "sha256_files", note)
-    quality._code.__wrapped__()
+    quality.code_hash.__wrapped__()
     names = {path.relative_to(ROOT).as_posix() for path in hashed}
     assert {"runtime/sampling/drafts.py", "engines/cuda/kernels.py", "runtime/pipeline.py", "engines/base.py"} <= names

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio
 
 from engines.errors import ParameterError
@@ -38,9 +41,9 @@ SETTING = Setting(scheduler="ddim", eta=0.0, steps=50, guidance_scale=4.0)
 LINEAR = {1: 1.0, 2: 2.0, 4: 4.0}
 
 
-def drift(mode: str, k: int, p90: float, psnr_min: float = 40.0) -> Drift:
+def drift(mode: str, k: int, bound: float, psnr_bound: float = 40.0) -> Drift:
     candidate = Candidate(mode=mode, k=k, drafts="corrected")
-    return Drift(setting=SETTING, candidate=candidate, images=8, median=p90 / 2, p90=p90, psnr_min=psnr_min)
+    return Drift(setting=SETTING, candidate=candidate, images=8, median=bound / 2, bound=bound, psnr_bound=psnr_bound)
 
 
 def test_call_times_are_interpolated_and_grow_beyond_what_was_measured() -> None:
@@ -92,7 +95,7 @@ def test_the_fastest_within_the_tolerance_is_chosen(manifest: Manifest) -> None:
 
     def chosen(tolerance: float) -> tuple[str, int]:
         choice, warnings = choose(known, "four", 4, schedule, SETTING, tolerance)
-        assert not warnings and choice.drift_p90 <= tolerance
+        assert not warnings and choice.drift_bound <= tolerance
         return choice.candidate.mode, choice.candidate.k
 
     assert chosen(0.0) == chosen(0.003) == ("sequential", 1)
@@ -105,10 +108,38 @@ def test_without_a_tolerance_no_image_may_look_different(manifest: Manifest) -> 
     drifts = (drift("conservative", 4, 0.004, 55.0), drift("aggressive", 2, 0.001, 49.9))
     known = Calibration(calls={"four": LINEAR}, drifts=drifts)
     choice, warnings = choose(known, "four", 4, schedule, SETTING, None)
-    assert (choice.candidate.mode, choice.candidate.k, choice.psnr_min) == ("conservative", 4, 55.0) and not warnings
-    assert "50 dB in every image" in choice.reason
+    assert (choice.candidate.mode, choice.candidate.k, choice.psnr_bound) == ("conservative", 4, 55.0) and not warnings
+    assert "99% of images within a PSNR of 50 dB" in choice.reason
     choice, warnings = choose(Calibration(), "four", 4, schedule, SETTING, None)
     assert choice.candidate == EXACT and not warnings and "never measured" in choice.reason
+
+
+@pytest.mark.parametrize("count", [3, 8, 16, 40])
+def test_the_bound_of_a_drift_is_a_tolerance_limit(count: int, rng: np.random.Generator) -> None:
+    """Against the exact factor, by the noncentral t distribution."""
+    exact = stats.nct.ppf(0.95, count - 1, math.sqrt(count) * stats.norm.ppf(0.99)) / math.sqrt(count)
+    logs = rng.normal(-6, 0.7, count)
+    logs[logs.argmax()] = np.sort(logs)[-2]
+    found = Drift.of(SETTING, EXACT, np.exp(logs), 60 - logs)
+    factor = (math.log(found.bound) - logs.mean()) / logs.std(ddof=1)
+    assert exact * 0.98 < factor < exact * (1.01 if count >= 8 else 1.3)
+    assert found.psnr_bound == pytest.approx(60 - math.log(found.bound))
+    assert found.within(found.bound) and not found.within(found.bound * 0.999)
+
+
+def test_the_bound_of_a_drift_holds_for_other_images(rng: np.random.Generator) -> None:
+    samples = rng.normal(-6, 0.7, (2000, 16))
+    limit = -6 + 0.7 * NormalDist().inv_cdf(0.99)
+    covering = [Drift.of(SETTING, EXACT, np.exp(sample), sample).bound >= math.exp(limit) for sample in samples]
+    assert 0.93 < np.mean(covering) < 0.97
+
+
+def test_the_bound_of_a_drift_is_not_better_than_what_was_seen() -> None:
+    distances = np.asarray([1e-4] * 39 + [0.2])
+    found = Drift.of(SETTING, EXACT, distances, np.asarray([60.0] * 39 + [20.0]))
+    assert found.bound >= 0.2 and found.psnr_bound <= 20
+    equal = Drift.of(SETTING, EXACT, np.zeros(16), np.full(16, 99.0))
+    assert equal.within(1e-6) and equal.within(None) and equal.median == 0
 
 
 def test_psnr_is_that_of_skimage(rng: np.random.Generator) -> None:
@@ -137,7 +168,7 @@ def test_calibration_is_measured_once_and_used(
 ) -> None:
     shutil.copytree(shapes.folder, tmp_path / "shapes", ignore=shutil.ignore_patterns("calibration.json"))
     bundle = Bundle.open(str(tmp_path / "shapes"))
-    arguments = ["calibrate", str(bundle.folder), "--devices", "cpu*2", "--steps", "6", "--images", "2"]
+    arguments = ["calibrate", str(bundle.folder), "--devices", "cpu*2", "--steps", "6", "--images", "3"]
     monkeypatch.setattr("sys.argv", arguments)
     assert command() == 0 and "calibrated" in capsys.readouterr().out
     pipeline = Pipeline(bundle, "cpu*2")
@@ -145,10 +176,12 @@ def test_calibration_is_measured_once_and_used(
         stored = Calibration.read(pipeline.calibration_path)
         assert set(stored.calls[pipeline.calibration_key]) == set(BATCHES)
         assert all(seconds > 0 for seconds in stored.calls[pipeline.calibration_key].values())
-        assert all(found.setting.steps == 6 and found.median <= found.p90 for found in stored.drifts)
+        assert all(found.setting.steps == 6 and found.median <= found.bound for found in stored.drifts)
         exact = pipeline.generate("a red star", num_inference_steps=6).report
-        assert exact.auto is not None and exact.auto["reason"].startswith("the fastest that kept to a PSNR of 50 dB")
-        assert all(found.psnr_min < 50 for found in stored.drifts), "six steps are few"
+        assert exact.auto is not None and exact.auto["reason"].startswith(
+            "the fastest that keeps 99% of images within a PSNR of 50 dB"
+        )
+        assert all(found.psnr_bound < 50 for found in stored.drifts), "six steps are few"
         zero = pipeline.generate("a red star", num_inference_steps=6, tolerance=0).report
         assert zero.auto is not None and (zero.mode, zero.auto["reason"]) == ("sequential", "tolerance 0")
         loose = pipeline.generate("a red star", num_inference_steps=6, tolerance=1e9).report
@@ -179,7 +212,7 @@ def test_bad_arguments_are_named(
     with pytest.raises(ParameterError, match="auto chooses drafts itself"):
         pipeline.generate("a red star", mode="auto", drafts="frozen")
     pipeline.close()
-    with pytest.raises(ParameterError, match="images must be at least 1"):
+    with pytest.raises(ParameterError, match="images must be at least 3"):
         calibrate(str(shapes.folder), shapes.folder.parent, "cpu*2", [4], 4.0, None, 0, 60.0, again=False)
     monkeypatch.setattr("sys.argv", ["calibrate", "missing"])
     assert command() == 1 and "no exported model 'missing'" in capsys.readouterr().err
