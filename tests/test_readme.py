@@ -28,7 +28,7 @@ from engines.cuda.progress import AHEAD_SECONDS
 from engines.errors import ParameterError
 from engines.store import Bundle
 from runtime.__main__ import arguments as runtime_arguments
-from runtime.auto import SAME_PSNR
+from runtime.auto import CONFIDENCE, COVERED, SAME_PSNR
 from runtime.call import OPTIONS
 from runtime.pipeline import Pipeline
 from runtime.serve.__main__ import arguments as serve_arguments
@@ -326,6 +326,8 @@ QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
     ("engines/README.md", "0.1 %"): lambda: moves_gain("NVLink", 0.1),
     ("engines/README.md", "0.35 %"): lambda: moves_gain("PCIe 4", 0.35),
     ("runtime/README.md", "50 dB"): lambda: SAME_PSNR == 50,
+    ("runtime/README.md", "99 %"): lambda: COVERED == 0.99,
+    ("runtime/README.md", "95 %"): lambda: CONFIDENCE == 0.95,
     ("runtime/serve/README.md", "2 seconds"): lambda: RETRIES[0] == 2,
     ("runtime/serve/README.md", "10 seconds"): lambda: RETRIES[1] == 10,
     ("runtime/serve/README.md", "60 seconds"): lambda: RETRIES[2:] == (60.0,),
