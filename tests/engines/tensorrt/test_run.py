@@ -118,7 +118,7 @@ def test_auto_measures_and_chooses_on_gpus(imaginary: Imaginary) -> None:
     load.build_missing(imaginary.bundle, parse_devices("cuda:0*2"))
     model = str(imaginary.bundle.folder)
     for said in ("calibrated", "calibration is up to date"):
-        assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, budget=600.0, images=1, again=False) == said
+        assert calibrate(model, BUILD, "cuda:0*2", [6], 4.0, None, budget=600.0, images=3, again=False) == said
     pipeline = Pipeline.load(model, "cuda:0*2")
     report = pipeline.generate("a large red star at the left on blue background", num_inference_steps=6).report
     pipeline.close()
