@@ -64,7 +64,7 @@ def serving(pipeline: Pipeline) -> Iterator[tuple[int, int]]:
         from runtime.serve.openai.server import Server
 
         service = Service(pipeline, Limits())
-        kserve = KServe(service, grpc="127.0.0.1:0", shared_memory=True)
+        kserve = KServe(service, grpc="127.0.0.1:0", memory=["system"])
         server = Server(service, guests=[kserve])
         thread = threading.Thread(target=server.run, args=([listener],), name="server")
         thread.start()

@@ -152,7 +152,7 @@ def server(shapes: Bundle) -> Iterator[int]:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5)
                 break
-            except (urllib.error.URLError, ConnectionError):
+            except OSError:  # refused, not ready yet, or too busy to answer in time
                 assert process.poll() is None, "the server stopped"
                 time.sleep(0.1)
         yield port

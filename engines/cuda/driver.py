@@ -35,6 +35,7 @@ _SERIAL_CALLS = frozenset({
     "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuModuleLoadData", "cuModuleUnload",
     "cuStreamCreate", "cuStreamDestroy", "cuEventCreate", "cuEventDestroy", "cuGraphExecDestroy",
     "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease", "cuDevicePrimaryCtxReset", "cuCtxEnablePeerAccess",
+    "cuIpcOpenMemHandle", "cuIpcCloseMemHandle",
 })  # fmt: skip
 _abandoned: list[object] = []
 

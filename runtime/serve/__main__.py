@@ -50,11 +50,15 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
 
 def serve(
     model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access,
-    grpc_port: int | None = None, shared_memory: bool = False,
+    grpc_port: int | None = None, shared_memory: bool = False, cuda_shared_memory: bool = False,
 ) -> None:  # fmt: skip
     """Loads, then answers until a signal. The exit code is 1 when Ctrl-C was pressed again or a lane hangs."""
     if grpc_port is not None:
         check_grpc_port(host, grpc_port)
+    if cuda_shared_memory:
+        from runtime.serve.kserve.server import check_cuda
+
+        check_cuda()
     with listen(host, port) as listener:
         # 0.2 s of imports, while the runtime reads the model outside the interpreter's lock;
         # not as a daemon: a process that fails to load must not end in the middle of an import
@@ -74,7 +78,8 @@ def serve(
 
         service = Service(pipeline, limits, scheduler)
         grpc = None if grpc_port is None else f"{address}:{grpc_port}"
-        server = Server(service, access, [KServe(service, access, grpc, shared_memory=shared_memory)])
+        memory = [kind for kind, allowed in (("system", shared_memory), ("cuda", cuda_shared_memory)) if allowed]
+        server = Server(service, access, [KServe(service, access, grpc, memory)])
         server.run([listener])
         closing = threading.Thread(target=pipeline.close, daemon=True)
         if not server.force_exit and not service.queue.depth:
@@ -119,6 +124,9 @@ def arguments() -> argparse.ArgumentParser:
         "--shared-memory", action="store_true",
         help="let clients of the Open Inference Protocol register system shared memory of this machine",
     )  # fmt: skip
+    parser.add_argument(
+        "--cuda-shared-memory", action="store_true", help="let them register memory of this machine's NVIDIA GPUs"
+    )
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")

@@ -166,6 +166,10 @@ CONTROL size_t imaginary_live(char *buffer, size_t size) {
     for (auto &[handle, object] : machine.objects)
         if (object->alive) ++counts[name_of(object->kind)];
     for (auto &[address, allocation] : machine.memory) {
+        if (allocation->opened) {
+            ++counts["memory of another process"];
+            continue;
+        }
         ++counts[allocation->device < 0 ? "pinned allocation" : "allocation"];
         counts[allocation->device < 0 ? "pinned bytes" : "bytes"] += allocation->size;
     }

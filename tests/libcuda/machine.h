@@ -203,9 +203,14 @@ struct Allocation {
     Context *context = nullptr;
     unsigned char *bytes = nullptr, *block = nullptr;  // where its content is, and the pages round it
     size_t block_size = 0;
+    int file = -1;          // of memory that other processes may open
+    std::string exporter;   // of another process's memory: its handle
+    int opened = 0;         // how often, of the same
     std::vector<Record> history;
 };
 
+Allocation *allocate(size_t size, int device);              // of the current context
+bool idle(const Allocation *allocation, const char *function);  // neither queued nor, for all the host knows, running
 Allocation *allocation_at(uintptr_t address, size_t size);  // that holds all of it, or null
 unsigned char *bytes_at(uintptr_t address, size_t size);    // null outside allocations
 void free_allocation(Allocation *allocation, bool checked);

@@ -4,6 +4,7 @@
 // with a real GPU. Its content lies between guard pages and starts as NaN; what lies between its end and the page's is
 // checked when it is freed. No address is given out twice.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +25,7 @@ static unsigned char *reserve() {
 static size_t pages(size_t size) { return (size + PAGE - 1) / PAGE * PAGE; }
 
 // Content ends at a guard page, as nearly as alignment allows.
-static Allocation *allocate(size_t size, int device) {
+Allocation *allocate(size_t size, int device) {
     static unsigned char *const content = reserve(), *const device_space = reserve();
     static size_t used = 0;
     const size_t aligned = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, whole = pages(aligned);
@@ -58,6 +59,7 @@ void free_allocation(Allocation *allocation, bool checked) {
     }
     mmap(allocation->block, allocation->block_size, PROT_NONE,
          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (allocation->file >= 0) close(allocation->file);
     machine.memory.erase(allocation->address);
 }
 
@@ -201,8 +203,8 @@ static CUresult fill(Function function, uintptr_t target, unsigned int value, si
     return submit(stream, std::move(work));
 }
 
-// Neither queued nor, as far as the host knows, still running: a real GPU may be slower than this one.
-static bool idle(const Allocation *allocation, const char *function) {
+// A real GPU may be slower than this one: what the host has not heard of may still be running.
+bool idle(const Allocation *allocation, const char *function) {
     if (broken()) return true;
     for (const Stream *stream : machine.streams)
         if (touches(stream, allocation->address, allocation->address + allocation->size)) {
@@ -223,6 +225,10 @@ static CUresult release(Function function, uintptr_t address, bool host) {
     if (found == machine.memory.end() || (found->second->device < 0) != host) {
         violate("%s: nothing of this kind is allocated at %#lx: freed twice, or never allocated", NAMES[function],
                 static_cast<unsigned long>(address));
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    if (found->second->opened) {
+        violate("%s: memory of another process is freed: its handle is to be closed", NAMES[function]);
         return CUDA_ERROR_INVALID_VALUE;
     }
     for (const Device &device : machine.devices)

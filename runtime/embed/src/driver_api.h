@@ -23,6 +23,9 @@ typedef int CUstreamCaptureMode;
 typedef int CUstreamCaptureStatus;
 typedef int CUdriverProcAddressQueryResult;
 typedef unsigned long long cuuint64_t;
+typedef struct CUipcMemHandle_st {
+    char reserved[64];
+} CUipcMemHandle;
 
 enum : int {
     CU_STREAM_CAPTURE_MODE_GLOBAL = 0,
@@ -33,6 +36,7 @@ enum : int {
     CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
     CU_MEMORYTYPE_HOST = 1,
     CU_MEMORYTYPE_DEVICE = 2,
+    CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
 };
@@ -48,6 +52,7 @@ enum : int {
     X(CUDA_ERROR_INVALID_DEVICE, 101, "invalid device ordinal")                                                      \
     X(CUDA_ERROR_INVALID_IMAGE, 200, "device kernel image is invalid")                                               \
     X(CUDA_ERROR_INVALID_CONTEXT, 201, "invalid device context")                                                     \
+    X(CUDA_ERROR_MAP_FAILED, 205, "mapping of buffer object failed")                                                 \
     X(CUDA_ERROR_NO_BINARY_FOR_GPU, 209, "no kernel image is available for execution on the device")                 \
     X(CUDA_ERROR_PEER_ACCESS_UNSUPPORTED, 217, "peer access is not supported between these two devices")             \
     X(CUDA_ERROR_INVALID_HANDLE, 400, "invalid resource handle")                                                     \
@@ -107,6 +112,11 @@ typedef enum cudaError_enum : int {
     X(cuMemGetInfo, cuMemGetInfo_v2, (size_t * free, size_t *total))                                                 \
     X(cuPointerGetAttribute, cuPointerGetAttribute,                                                                  \
       (void *data, CUpointer_attribute attribute, CUdeviceptr pointer))                                              \
+    X(cuMemGetAddressRange, cuMemGetAddressRange_v2, (CUdeviceptr * base, size_t *size, CUdeviceptr pointer))        \
+    X(cuIpcGetMemHandle, cuIpcGetMemHandle, (CUipcMemHandle * handle, CUdeviceptr pointer))                          \
+    X(cuIpcOpenMemHandle, cuIpcOpenMemHandle_v2,                                                                     \
+      (CUdeviceptr * pointer, CUipcMemHandle handle, unsigned int flags))                                            \
+    X(cuIpcCloseMemHandle, cuIpcCloseMemHandle, (CUdeviceptr pointer))                                               \
     X(cuMemAlloc, cuMemAlloc_v2, (CUdeviceptr * pointer, size_t size))                                               \
     X(cuMemFree, cuMemFree_v2, (CUdeviceptr pointer))                                                                \
     X(cuMemHostAlloc, cuMemHostAlloc, (void **pointer, size_t size, unsigned int flags))                             \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import zlib
@@ -19,8 +20,8 @@ from runtime.serve.http.body import Bodies, BodyError
 from runtime.serve.http.wait import wait_or_cancel
 from runtime.serve.kserve.codec import Inference
 from runtime.serve.kserve.model import VERSION, Model, status_of
-from runtime.serve.kserve.refused import FIXED, NO_CUDA, NO_LOGS, NO_TRACES, Refused
-from runtime.serve.kserve.regions import Regions
+from runtime.serve.kserve.refused import FIXED, NO_LOGS, NO_TRACES, Refused
+from runtime.serve.kserve.regions import CUDA, SYSTEM, Regions
 from runtime.serve.kserve.tensor import MOST_TENSORS, SHORT, Tensor, from_raw, from_values
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def add_routes(app: FastAPI, model: Model, access: Access) -> None:
         limits = model.service.limits
         content = await decompressed(await bodies.read(http, limits.upload), http.headers, limits.upload)
         # a thread, where parsing would keep the event loop from other clients
-        parsing = partial(parse, content, http.headers, model.regions, limits.body)
-        inference, binary = parsing() if len(content) <= SHORT else await asyncio.to_thread(parsing)
+        parsing, quick = partial(parse, content, http.headers, model.regions, limits.body), model.regions.quick
+        inference, binary = parsing() if quick and len(content) <= SHORT else await asyncio.to_thread(parsing)
         packing = encoding(http.headers)
         call = await model.call(inference, pixel_bytes=1 if binary["image"] else LISTED_BYTES)
         wrapped = model.submit(
@@ -183,32 +184,59 @@ def add_information(route: Callable[[str, str, Handler], None], model: Model) ->
 
 
 def add_regions(route: Callable[[str, str, Handler], None], bodies: Bodies, model: Model) -> None:
-    """System shared memory."""
+    """Shared memory of both kinds."""
+    regions = model.regions
 
-    async def status(http: HttpRequest) -> Any:
-        return model.regions.status(http.path_params.get("region", ""))
-
-    async def register(http: HttpRequest) -> Any:
-        try:
-            given = json.loads(await bodies.read(http, model.service.limits.body))
-        except (ValueError, RecursionError) as error:
-            raise ParameterError("body", f"the body is no JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise ParameterError("body", "the body must be a JSON object")
-        model.regions.register(
-            http.path_params["region"], given.get("key"), given.get("offset", 0), given.get("byte_size")
-        )
+    async def register_system(http: HttpRequest) -> Any:
+        given = await object_of(http, bodies)
+        key, size = given.get("key"), given.get("byte_size")
+        regions.register_system(http.path_params["region"], key, given.get("offset", 0), size)
         return Response()
 
-    async def unregister(http: HttpRequest) -> Any:
-        model.regions.unregister(http.path_params.get("region", ""))
+    async def register_cuda(http: HttpRequest) -> Any:
+        given = await object_of(http, bodies)
+        handle = decoded(given.get("raw_handle"))
+        device, size = given.get("device_id"), given.get("byte_size")
+        await asyncio.to_thread(regions.register_cuda, http.path_params["region"], handle, device, size)
         return Response()
 
-    root = "/v2/systemsharedmemory"
-    for path in (root, f"{root}/region/{{region:path}}"):
-        route("GET", f"{path}/status", status)
-        route("POST", f"{path}/unregister", unregister)
-    route("POST", f"{root}/region/{{region:path}}/register", register)
+    def add(root: str, kind: str, register: Handler) -> None:
+        async def status(http: HttpRequest) -> Any:
+            return regions.status(kind, http.path_params.get("region", ""))
+
+        async def unregister(http: HttpRequest) -> Any:
+            await asyncio.to_thread(regions.unregister, kind, http.path_params.get("region", ""))
+            return Response()
+
+        for path in (root, f"{root}/region/{{region:path}}"):
+            route("GET", f"{path}/status", status)
+            route("POST", f"{path}/unregister", unregister)
+        route("POST", f"{root}/region/{{region:path}}/register", register)
+
+    add("/v2/systemsharedmemory", SYSTEM, register_system)
+    add("/v2/cudasharedmemory", CUDA, register_cuda)
+
+
+async def object_of(http: HttpRequest, bodies: Bodies) -> dict[str, Any]:
+    """A body of JSON; ParameterError, BodyError."""
+    try:
+        given = json.loads(await bodies.read(http, bodies.limits.body))
+    except (ValueError, RecursionError) as error:
+        raise ParameterError("body", f"the body is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ParameterError("body", "the body must be a JSON object")
+    return given
+
+
+def decoded(raw_handle: Any) -> bytes:
+    """The bytes of {"b64": TEXT}; ParameterError."""
+    text = raw_handle.get("b64") if isinstance(raw_handle, dict) else None
+    try:
+        if not isinstance(text, str):
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ParameterError("raw_handle", 'raw_handle must be {"b64": the handle in base64}') from None
 
 
 def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
@@ -223,11 +251,6 @@ def add_refusals(route: Callable[[str, str, Handler], None]) -> None:
     fixed = refusing(FIXED)
     for verb in ("load", "unload"):
         route("POST", f"/v2/repository/models/{{name:path}}/{verb}", fixed)
-    off, root = refusing(NO_CUDA), "/v2/cudasharedmemory"
-    for path in (f"{root}/status", f"{root}/region/{{region:path}}/status"):
-        route("GET", path, off)
-    for path in (f"{root}/unregister", *(f"{root}/region/{{region:path}}/{v}" for v in ("register", "unregister"))):
-        route("POST", path, off)
     trace = refusing(NO_TRACES)
     logs = refusing(NO_LOGS)
     for path, handler in (

@@ -45,7 +45,7 @@ class Model:
         self.name = service.pipeline.manifest.model
         edits = service.pipeline.manifest.image_to_image
         self.metadata, self.config = metadata(self.name, edits=edits), config(self.name, edits=edits)
-        self.extensions = (*EXTENSIONS, *(("system_shared_memory",) if self.regions.allowed else ()))
+        self.extensions = (*EXTENSIONS, *(f"{kind}_shared_memory" for kind in sorted(self.regions.allowed)))
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(("success", "fail", "queue", "compute_infer", "compute_output"), (0, 0))
         self._images, self._last = 0, 0

@@ -8,6 +8,5 @@ class Refused(Exception):  # noqa: N818 - no fault of anyone
 
 
 FIXED = "this server has one model, chosen with --model: it loads and unloads none"
-NO_CUDA = "this server offers no CUDA shared memory: send tensors inline, or in system shared memory"
 NO_TRACES = "this server keeps no traces: see /metrics, and the output report"
 NO_LOGS = "the log of this server is set up on its command line"

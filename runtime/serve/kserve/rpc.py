@@ -19,8 +19,8 @@ from runtime.serve.access import Access
 from runtime.serve.kserve.codec import Inference, image_tensor
 from runtime.serve.kserve.model import VERSION, Model, status_of
 from runtime.serve.kserve.proto import inference_pb2 as pb
-from runtime.serve.kserve.refused import FIXED, NO_CUDA, NO_LOGS, NO_TRACES, Refused
-from runtime.serve.kserve.regions import Regions
+from runtime.serve.kserve.refused import FIXED, NO_LOGS, NO_TRACES, Refused
+from runtime.serve.kserve.regions import CUDA, SYSTEM, Regions
 from runtime.serve.kserve.tensor import MOST_ELEMENTS, MOST_TENSORS, SHORT, Tensor, from_raw, from_values
 from runtime.serve.logs import REQUEST_ID
 from runtime.serve.request import CancelledError, Request
@@ -34,7 +34,6 @@ FRAME_BYTES = 1 << 16  # of a message beside its tensors
 ALIVE_SECONDS = 60  # after which a silent connection is asked whether its client is still there
 REFUSED = {
     **dict.fromkeys(("RepositoryModelLoad", "RepositoryModelUnload"), FIXED),
-    **dict.fromkeys(("CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"), NO_CUDA),
     "TraceSetting": NO_TRACES, "LogSettings": NO_LOGS,
 }  # fmt: skip
 # the field of `InferTensorContents` that holds the elements of a type
@@ -195,17 +194,27 @@ class Servicer:
         return made
 
     async def SystemSharedMemoryStatus(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
-        status = pb.SystemSharedMemoryStatusResponse.RegionStatus
-        known = {one["name"]: status(**one) for one in self._model.regions.status(message.name)}
-        return pb.SystemSharedMemoryStatusResponse(regions=known)
+        return regions_of(pb.SystemSharedMemoryStatusResponse, self._model.regions.status(SYSTEM, message.name))
 
     async def SystemSharedMemoryRegister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
-        self._model.regions.register(message.name, message.key, message.offset, message.byte_size)
+        self._model.regions.register_system(message.name, message.key, message.offset, message.byte_size)
         return pb.SystemSharedMemoryRegisterResponse()
 
     async def SystemSharedMemoryUnregister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
-        self._model.regions.unregister(message.name)
+        self._model.regions.unregister(SYSTEM, message.name)
         return pb.SystemSharedMemoryUnregisterResponse()
+
+    async def CudaSharedMemoryStatus(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        return regions_of(pb.CudaSharedMemoryStatusResponse, self._model.regions.status(CUDA, message.name))
+
+    async def CudaSharedMemoryRegister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        given = message.name, message.raw_handle, message.device_id, message.byte_size
+        await asyncio.to_thread(self._model.regions.register_cuda, *given)
+        return pb.CudaSharedMemoryRegisterResponse()
+
+    async def CudaSharedMemoryUnregister(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
+        await asyncio.to_thread(self._model.regions.unregister, CUDA, message.name)
+        return pb.CudaSharedMemoryUnregisterResponse()
 
     async def ModelInfer(self, message: Any, context: Context) -> Any:  # noqa: N802, D102
         answers = [one async for one in self._infer(message, context, streamed=False)]
@@ -223,7 +232,8 @@ class Servicer:
         try:
             self._model.check(message.model_name, message.model_version)
             parsing = partial(parse, message, self._model.regions)
-            inference = parsing() if message.ByteSize() <= SHORT else await asyncio.to_thread(parsing)
+            here = self._model.regions.quick and message.ByteSize() <= SHORT
+            inference = parsing() if here else await asyncio.to_thread(parsing)
 
             def preview(index: int, image: Image.Image) -> None:
                 facts = {"preview": index, "triton_final_response": False}
@@ -268,6 +278,11 @@ class Servicer:
                 _, _, text = told(error)
                 failed = pb.ModelInferResponse(id=message.id, model_name=message.model_name)
                 yield pb.ModelStreamInferResponse(error_message=text, infer_response=failed)
+
+
+def regions_of(kind: Any, status: list[dict[str, Any]]) -> Any:
+    """Regions by their names."""
+    return kind(regions={one["name"]: kind.RegionStatus(**one) for one in status})
 
 
 def told(error: Exception) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,13 +20,16 @@ log = logging.getLogger("runtime.serve")
 
 
 class KServe:
-    """See openai.server.Guest. `grpc` is HOST:PORT, or None for HTTP alone; `grpc_port` is known once it started."""
+    """See openai.server.Guest. `grpc` is HOST:PORT, or None for HTTP alone; `grpc_port` is known once it started.
+
+    memory: the kinds of shared memory that clients may register, of `FLAGS` in regions.
+    """
 
     def __init__(
-        self, service: Service, access: Access | None = None, grpc: str | None = None, *, shared_memory: bool = False
+        self, service: Service, access: Access | None = None, grpc: str | None = None, memory: Collection[str] = ()
     ) -> None:
         self._access, self._grpc = access or Access(), grpc
-        self.model = Model(service, Regions(allowed=shared_memory))
+        self.model = Model(service, Regions(memory))
         self.grpc_port: int | None = None
         self._rpc: Any = None
 
@@ -56,6 +60,16 @@ def check_grpc() -> None:
     missing = [name for name in ("grpc", "google.protobuf") if not _found(name)]
     if missing:
         raise EngineError(f"--grpc-port needs {' and '.join(missing)}: pip install 'driffusion-engine[kserve]'")
+
+
+def check_cuda() -> None:
+    """EngineError where there is no GPU whose memory clients could share."""
+    from engines.cuda.driver import available, bindings
+
+    reason = available()
+    if reason is not None:
+        raise EngineError(f"--cuda-shared-memory needs an NVIDIA GPU, but {reason}: leave it out")
+    bindings()
 
 
 def _found(name: str) -> bool:

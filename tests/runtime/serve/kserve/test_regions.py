@@ -27,7 +27,7 @@ SIZE = 1 << 20
 
 @pytest.fixture(scope="module")
 def kserve(pipeline: Pipeline) -> KServe:
-    return KServe(Service(pipeline, Limits()), grpc="127.0.0.1:0", shared_memory=True)
+    return KServe(Service(pipeline, Limits()), grpc="127.0.0.1:0", memory=["system"])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_region_in_use_stays_and_shortened_memory_is_an_error(
     client.register_system_shared_memory("r", key, SIZE)
     image, steps = library.InferRequestedOutput("image"), library.InferInput("steps", [1], "INT64")
     image.set_shared_memory("r", SIZE)
-    steps.set_data_from_numpy(np.array([600]))
+    steps.set_data_from_numpy(np.array([200]))
     with ThreadPoolExecutor(1) as pool, library.InferenceServerClient(addresses[library]) as other:
         running = pool.submit(other.infer, "shapes", [prompt(library), steps], outputs=[image])
 
