@@ -212,5 +212,5 @@ def config(model: str, *, edits: bool) -> dict[str, Any]:
         "name": model, "platform": "driffusion", "backend": "driffusion", "max_batch_size": 0,
         "input": [entry(one) | {"optional": one["name"] != "prompt"} for one in facts["inputs"]],
         "output": [entry(one) for one in facts["outputs"]],
-        "model_transaction_policy": {"decoupled": True},
+        "model_transaction_policy": {"decoupled": False},  # one answer; previews only where a stream asks for them
     }  # fmt: skip

@@ -31,6 +31,7 @@ from runtime.serve.service import Previews, Service
 
 VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics", "parameters")
+DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 
 
 class UnknownModelError(Exception):
@@ -47,7 +48,7 @@ class Model:
         self.metadata, self.config = metadata(self.name, edits=edits), config(self.name, edits=edits)
         self.extensions = (*EXTENSIONS, *(f"{kind}_shared_memory" for kind in sorted(self.regions.allowed)))
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(("success", "fail", "queue", "compute_infer", "compute_output"), (0, 0))
+        self._counts = dict.fromkeys(DURATIONS, (0, 0))
         self._images, self._last = 0, 0
 
     def check(self, name: str, version: str = "") -> None:
@@ -147,7 +148,8 @@ class Model:
         seconds = result.report.seconds
         for name, value in (
             ("success", seconds["total"] + encoding), ("queue", seconds["wait"]),
-            ("compute_infer", seconds["total"] - seconds["wait"]), ("compute_output", encoding),
+            ("compute_input", seconds["text"]),
+            ("compute_infer", seconds["total"] - seconds["wait"] - seconds["text"]), ("compute_output", encoding),
         ):  # fmt: skip
             self._count(name, value)
         with self._lock:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -111,6 +113,21 @@ def test_refusals_are_read_by_the_client(client: Any, method: str, arguments: tu
     assert refusal.value.status() in ("400", "404")
 
 
+def test_every_path_of_the_client_is_answered_or_refused(plain: httpx.Client) -> None:
+    """The paths are those in its source; a foreign one gets the same shape of error."""
+    source = inspect.getsource(inspect.getmodule(triton.InferenceServerClient) or triton)
+    paths = sorted(set(re.findall(r'"(v2[^"]*)"', source)))
+    assert len(paths) >= 30
+    for path in (*paths, "v2/nowhere", "v2/models/shapes/versions/2", "v2/models/other/stats"):
+        url = "/" + path.replace("versions/{}", "versions/1").replace("{}", "shapes")
+        answers = {"GET": plain.get(url), "POST": plain.post(url, content=b"")}
+        for method, answer in answers.items():
+            if answer.status_code != 200:
+                assert list(answer.json()) == ["error"] and isinstance(answer.json()["error"], str), (method, url)
+        known = [one.status_code for one in answers.values() if one.status_code not in (404, 405)]
+        assert bool(known) == (path in paths), url
+
+
 @pytest.mark.parametrize(
     ("given", "word"),
     [
@@ -212,7 +229,7 @@ def test_what_is_no_image(client: Any, array: np.ndarray, word: str) -> None:
         client.infer("shapes", [tensor("prompt", "BYTES", ["a"]), image])
 
 
-# what tritonclient, and perf_analyzer with it, sends for a prompt and a number of steps
+# what tritonclient sends for a prompt and a number of steps
 RECORDED_HEAD = (
     b'{"inputs":[{"name":"prompt","shape":[1],"datatype":"BYTES","parameters":{"binary_data_size":10}},'
     b'{"name":"steps","shape":[1],"datatype":"INT64","parameters":{"binary_data_size":8}}],'

@@ -7,9 +7,11 @@ import queue
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from runtime.pipeline import Pipeline
@@ -67,9 +69,22 @@ def test_information(client: Any) -> None:
     assert client.is_model_ready("shapes", headers=KEY)
     assert client.get_server_metadata(headers=KEY).name == "driffusion"
     assert client.get_model_metadata("shapes", headers=KEY).inputs[0].name == "prompt"
-    assert client.get_model_config("shapes", headers=KEY).config.model_transaction_policy.decoupled
+    assert client.get_model_config("shapes", headers=KEY).config.input[0].name == "prompt"
     assert client.get_inference_statistics(headers=KEY).model_stats[0].name == "shapes"
     assert client.get_model_repository_index(headers=KEY).models[0].state == "READY"
+
+
+def test_every_method_of_the_client_is_answered_or_refused(kserve: KServe) -> None:
+    """Not by gRPC's own `Method not found!`, which says UNIMPLEMENTED, too."""
+    (service,) = service_pb2.DESCRIPTOR.services_by_name.values()
+    with grpc.insecure_channel(f"127.0.0.1:{kserve.grpc_port}") as channel:
+        for method in service.methods:
+            kind = channel.stream_unary if method.client_streaming else channel.unary_unary
+            call, content = kind(f"/{service.full_name}/{method.name}"), b""
+            try:
+                call(iter([content]) if method.client_streaming else content, metadata=[*KEY.items()], timeout=20)
+            except grpc.RpcError as error:
+                assert error.details() and "not found" not in error.details(), method.name
 
 
 def test_a_stream_has_previews_and_goes_on_after_an_error(client: Any) -> None:
