@@ -36,6 +36,7 @@ class FakeTensorRT:
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()  # that are alive
         self.loaded: list[str] = []
         self.scratch: Callable[[str, dict[str, tuple[int, ...]]], int] = lambda network, shapes: SCRATCH
+        self.weights: Callable[[str], int] = lambda network: 256
 
     def Runtime(self, logger: Any) -> Any:
         return self
@@ -43,18 +44,26 @@ class FakeTensorRT:
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         path = plan.decode()
         self.loaded.append(Path(path).stem)
-        return FakeEngine(self, path) if Path(path).is_file() else None
+        status, weights = driver.cuMemAlloc(self.weights(Path(path).stem))
+        return FakeEngine(self, path, int(weights)) if not status and Path(path).is_file() else None
 
 
 class FakeEngine:
-    def __init__(self, module: FakeTensorRT, path: str) -> None:
-        self.module, self.name = module, Path(path).stem
+    def __init__(self, module: FakeTensorRT, path: str, weights: int) -> None:
+        self.module, self.name, self.weights = module, Path(path).stem, weights
+        self.context = driver.cuCtxGetCurrent()[1]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.device = current_device()
         self._output_bytes: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, int]] = {}
+
+    def __del__(self) -> None:
+        before = driver.cuCtxGetCurrent()[1]
+        driver.cuCtxSetCurrent(self.context)
+        driver.cuMemFree(self.weights)
+        driver.cuCtxSetCurrent(before)
 
     def output_bytes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         """How big outputs are for inputs of these shapes, which only a run tells: the file does not name every axis."""
@@ -104,7 +113,7 @@ class FakeContext:
 
     def execute_async_v3(self, handle: int) -> bool:
         assert self.scratch and current_device() == self.engine.device
-        key = (handle, *self.addresses.values())  # a run keeps the addresses that it was enqueued with
+        key = (handle, self.scratch, *self.addresses.values())  # a run keeps those that it was enqueued with
         if key not in self.prepared:
             self.prepared[key] = self._prepare(handle)
         return self.prepared[key]() == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class CudaBackend:
         self._set_current, self._upload_now = api.cuCtxSetCurrent, api.cuMemcpyHtoDAsync
         self._record, self._wait_for, self._launch = api.cuEventRecord, api.cuStreamWaitEvent, api.cuGraphLaunch
         self._copied = {"peer": 0, "staged": 0}
-        self._cache = RoundCache(self._rounds, memory, len(self._lanes), self._settle)
+        self._cache = RoundCache(self._rounds, memory, self._lanes, self._settle)
         self._stray: Sequence[Lane] = ()  # with work that home does not wait for
         self._pending: list[tuple[Sequence[str], Array, Sequence[str]]] = []
         self._ids: list[int] = []
@@ -356,8 +357,12 @@ class CudaBackend:
         self._transfers.used = 0
         self._cache.retire()
         for lane in self._lanes:
-            if lane.stream is self._main:
-                lane.network.trim()
+            lane.network.trim(partial(self._idle_now, lane))
+
+    def _idle_now(self, lane: Lane) -> bool:
+        """Whether nothing runs on a lane, which may be another image's by now."""
+        with self._memory.on(lane.device):
+            return not self._driver.function("cuStreamQuery")(lane.stream)[0]
 
     def _wait(self, stream: Any, event: Any, device: Device, what: str) -> None:
         """Waits for a stream, for as long as there is progress."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from engines.base import Array
 from engines.cuda.driver import SERIAL, release
 from engines.cuda.memory import Memory, ShapeMemory
-from engines.cuda.rounds import Key, RoundGraph, Rounds
+from engines.cuda.rounds import Key, Lane, RoundGraph, Rounds
 from engines.errors import DeviceError
 
 SHAPES = 3  # of latents whose memory and rounds are kept
@@ -34,14 +34,15 @@ class Planned:
 
 
 class RoundCache:
-    """Of one backend with so many lanes. `settle()` waits until nothing of the backend runs.
+    """Of one backend on lanes. `settle()` waits until nothing of the backend runs.
 
     `planned` finds a round by the identities of what was asked for, for the timesteps of this image.
     """
 
-    def __init__(self, rounds: Rounds, memory: Memory, lanes: int, settle: Callable[[], None]) -> None:
-        self._rounds, self._memory, self._settle = rounds, memory, settle
-        self._most_rounds, self._most_graphs = max(ROUNDS // lanes, 32), max(GRAPHS // lanes, 8)
+    def __init__(self, rounds: Rounds, memory: Memory, lanes: Sequence[Lane], settle: Callable[[], None]) -> None:
+        self._rounds, self._memory, self._lanes, self._settle = rounds, memory, lanes, settle
+        self._most_rounds, self._most_graphs = max(ROUNDS // len(lanes), 32), max(GRAPHS // len(lanes), 8)
+        self._outgrown = 0
         self._shapes: OrderedDict[object, ShapeMemory] = OrderedDict()
         self._compiled: OrderedDict[tuple[int, Key], RoundGraph] = OrderedDict()
         self._captured: set[RoundGraph] = set()
@@ -87,9 +88,7 @@ class RoundCache:
         try:
             return self._rounds.compile(key, shape, fill)
         except DeviceError:
-            if len(self._shapes) == 1:
-                raise
-            self._settle()  # memory may be all that is missing, and other shapes have some
+            self._settle()  # memory may be all that is missing, and smaller scratch and other shapes have some
             for other in [other for other, kept in self._shapes.items() if kept is not shape]:
                 self._drop(other)
             return self._rounds.compile(key, shape, fill)
@@ -118,7 +117,15 @@ class RoundCache:
         return planned
 
     def retire(self) -> None:
-        """Destroys graphs that are not used any more, while nothing runs, and lets go of what they held."""
+        """Destroys graphs that are not used any more, while nothing runs, and lets go of what they held.
+
+        Those that keep memory which their lanes have outgrown are captured again when they come again.
+        """
+        outgrown = sum(lane.network.outgrown for lane in self._lanes)
+        if outgrown != self._outgrown:
+            self._outgrown, old = outgrown, [one for one in self._captured if one.outgrown]
+            self._captured.difference_update(old)
+            self._retired += [RoundGraph.of_graph(one) for one in old]
         if not self._retired:
             return
         gone, self._retired = self._retired, []

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from engines.base import Array
-from engines.cuda.driver import Device, Driver
+from engines.cuda.driver import SERIAL, Device, Driver
 from engines.cuda.kernels import BLOCK, MAX_OUTPUTS, MAX_TARGETS, Combination, Kernels, combination
 from engines.cuda.memory import SLOTS_PER_BLOCK, Inputs, Memory, ShapeMemory, Tensor
 from engines.errors import DeviceError
@@ -38,6 +38,14 @@ class Prepared(Protocol):
         """Makes it, for the next run."""
 
 
+class Held(Protocol):
+    """What a graph needs that captured a run of a network, for as long as it lives."""
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the graph keeps memory that would be free without it."""
+
+
 class LaneNetwork(Protocol):
     """One compiled noise predictor on one device, with scratch memory of its own."""
 
@@ -53,24 +61,28 @@ class LaneNetwork(Protocol):
         """What puts one run on a stream: reads `sample`, `timestep` and the conditioning by name, writes `output`."""
 
     @property
-    def held(self) -> object:
-        """What a graph that captured its last run needs for as long as it lives."""
+    def held(self) -> Held | None:
+        """What a graph needs that captured its last run."""
+
+    @property
+    def outgrown(self) -> int:
+        """How often memory became too small: then graphs may be outgrown."""
 
     @property
     def contexts(self) -> int:
         """How many compiled states it has in memory."""
 
-    def trim(self) -> None:
-        """Nothing runs on the lane: frees what is not needed any more."""
+    def trim(self, idle: Callable[[], bool]) -> None:
+        """Frees what is not needed any more, if there is any and nothing runs on the lane, which is asked late."""
 
 
 class Stateless:
     """The rest of a LaneNetwork that keeps nothing between runs."""
 
-    held: object = None
-    contexts = 0
+    held: Held | None = None
+    outgrown = contexts = 0
 
-    def trim(self) -> None:
+    def trim(self, idle: Callable[[], bool]) -> None:
         """Nothing to free."""
 
 
@@ -115,7 +127,7 @@ class RoundGraph:
     last: int = 0
     refused: int = 0
     graph: Any = None
-    held: list[object] = field(default_factory=list)
+    held: list[Held | None] = field(default_factory=list)
 
     @classmethod
     def of_graph(cls, other: RoundGraph) -> RoundGraph:
@@ -123,6 +135,11 @@ class RoundGraph:
         gone = cls("", [], [], (), [], [], {}, graph=other.graph, held=other.held)
         other.graph, other.held = None, []
         return gone
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether its graph keeps memory that would be free without it."""
+        return any(held is not None and held.outgrown for held in self.held)
 
     @property
     def capturable(self) -> bool:
@@ -180,11 +197,12 @@ class Rounds:
     def capture(self, one: RoundGraph) -> None:
         """Makes a graph of a round, unless something in it cannot be captured."""
         try:
-            for run in one.prepared:
-                run.prepare()
-            self._driver("cuCtxSetCurrent", self._home.context)
-            one.graph = self._driver.capture(self._main, lambda: self.enqueue(one))
-            one.held = [lane.network.held for lane in one.lanes]
+            with SERIAL:  # nothing is trimmed before the graph holds what it needs
+                for run in one.prepared:
+                    run.prepare()
+                self._driver("cuCtxSetCurrent", self._home.context)
+                one.graph = self._driver.capture(self._main, lambda: self.enqueue(one))
+                one.held = [lane.network.held for lane in one.lanes]
         except DeviceError as error:
             one.refused += 1
             log.warning("a %s goes through streams, not through a graph: %s", one.name, error)

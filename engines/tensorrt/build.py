@@ -6,6 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from engines.cuda.kernels import CACHE
 from engines.devices import LaneSpec
 from engines.errors import DeviceError
 from engines.files import written_whole
-from engines.manifest import Manifest
+from engines.manifest import DENOISER, Manifest
 from engines.memory import require
 from engines.nvidia import Gpu, gpus_of, visible_gpus
 from engines.store import Bundle, Plan, locked, plan_key
+from engines.tensorrt.budget import Budget
 from engines.tensorrt.plan import batches, package, plan_fields, runtime_name
 
 log = logging.getLogger(__name__)
@@ -142,19 +144,35 @@ def build_missing(
     """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
     found: dict[str, Plan | None] = {}
     there, runtime = visible_gpus(), lanes[0].runtime
-    opened: list[Driver] = []
-    with locked(bundle.folder):
-        for gpu in gpus_of(lanes):
+    gpus, networks = gpus_of(lanes), bundle.manifest.networks
+    with locked(bundle.folder), ExitStack() as opened:
+        fields = {(network, gpu): plan_fields(bundle, network, gpu, runtime) for gpu in gpus for network in networks}
+        there_already = {key: bundle.has_intact_plan(one) for key, one in fields.items()}
+        if not all(there_already.values()):
+            _estimate(bundle, lanes)
+        for gpu in gpus:
             if not _names(package(runtime), gpu):  # it builds for the GPU that is current
-                opened.append(Driver())
-                opened[-1]("cuCtxSetCurrent", opened[-1].device(there.index(gpu)).context)
-            for network in bundle.manifest.networks:
-                there_already = bundle.has_intact_plan(plan_fields(bundle, network, gpu, runtime))
-                built = None if there_already else _build_plan(bundle, network, gpu, runtime, progress)
+                driver = Driver()
+                opened.callback(driver.close)
+                driver("cuCtxSetCurrent", driver.device(there.index(gpu)).context)
+            for network in networks:
+                built = None if there_already[network, gpu] else _build_plan(bundle, network, gpu, runtime, progress)
                 found[f"{network} for {gpu}"] = built
-    for driver in opened:
-        driver.close()
     return found
+
+
+def _estimate(bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
+    """What a start on these lanes will need at least; DeviceError where compiling would be for nothing."""
+    ordinals, driver = [lane.gpu for lane in lanes if lane.gpu is not None], Driver()
+    try:
+        budget = Budget(driver, {ordinal: driver.device(ordinal) for ordinal in dict.fromkeys(ordinals)})
+        for network, spec in bundle.manifest.networks.items():
+            for ordinal in dict.fromkeys(ordinals if network == DENOISER else ordinals[:1]):
+                budget.add(ordinal, f"weights of {network}", sum(file.bytes for file in spec.files))
+        budget.add_latents(bundle.manifest, ordinals)
+        budget.estimate("use a smaller model or precision, or another GPU")
+    finally:
+        driver.close()
 
 
 def _build_plan(bundle: Bundle, network: str, gpu: Gpu, runtime: str, progress: Progress | None) -> Plan:

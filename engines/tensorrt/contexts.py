@@ -6,7 +6,7 @@ import hashlib
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Engine:
         self.driver, self.device, self.name = driver, device, name
         self._trt, self._jit, self._kept = trt, jit, b""
         self._messages: list[str] = []
+        self._cache: Any = None
         driver("cuCtxSetCurrent", device.context)
         self._runtime = self._trt.Runtime(make_logger(self._trt, self._messages))
         self.engine = self._runtime.deserialize_cuda_engine(plan)
@@ -48,6 +49,14 @@ class Engine:
     def said(self) -> str:
         """TensorRT's last errors."""
         return "; ".join(self._messages[-3:])
+
+    def close(self) -> None:
+        """Frees the weights, after all contexts, while whoever ran the engine may still know it."""
+        with SERIAL:
+            try:
+                self.driver("cuCtxSetCurrent", self.device.context)
+            finally:  # also of a device that was lost
+                self.engine = self._settings = self._runtime = self._cache = None
 
     def _runtime_settings(self) -> Any:
         """How contexts are made: in memory of the caller's.
@@ -84,7 +93,7 @@ class Engine:
         return Context(self, context, size)
 
     def _keep_compiled(self) -> None:
-        if not hasattr(self, "_cache") or self._jit is None:
+        if self._cache is None or self._jit is None:
             return
         content = bytes(self._cache.serialize())
         if content != self._kept:
@@ -102,11 +111,14 @@ class Context:
     block: Block | None = None
     tensors: object = None
 
-    def work_in(self, block: Block) -> None:
-        """Where intermediate results go."""
+    def work_in(self, block: Block | None) -> None:
+        """Where intermediate results go; nowhere, until it is told again."""
+        if self.block is not None:
+            self.block.users.discard(self)
         self.block = block
-        block.users.add(self)
-        self.context.set_device_memory(block.pointer, block.size)
+        if block is not None:
+            block.users.add(self)
+            self.context.set_device_memory(block.pointer, block.size)
 
     def point(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the addresses of all inputs and outputs, unless they are these already."""
@@ -129,15 +141,34 @@ class Context:
 
 @dataclass(eq=False)
 class Block:
-    """Scratch memory, and the contexts that work in it."""
+    """Scratch memory, and who needs it: contexts, and what graphs hold. An outgrown one is freed after the last."""
 
     pointer: int
     size: int
-    users: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
+    outgrown: bool = False
+    users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
+class Held:
+    """What a graph needs that captured runs of these contexts: them, and the memory that they worked in just then."""
+
+    def __init__(self, contexts: Sequence[Context]) -> None:
+        self.contexts = list(contexts)
+        self._blocks = [one.block for one in contexts if one.block is not None]
+        for block in self._blocks:
+            block.users.add(self)
+
+    @property
+    def outgrown(self) -> bool:
+        """See rounds.Held."""
+        return any(block.outgrown for block in self._blocks)
 
 
 class Contexts:
-    """The contexts of one stream, which run one after another, so that all of them may work in the same memory."""
+    """The contexts of one stream, which run one after another, so that all of them work in the same memory.
+
+    Threads may ask and trim at the same time: they take turns, as captures do.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -145,38 +176,70 @@ class Contexts:
         self._evicted: list[Context] = []
         self._blocks: list[Block] = []
         self._alive: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.outgrown = 0  # how often memory became too small
 
     def __len__(self) -> int:
         return len(self._alive)
 
+    def size(self, shapes: Shapes) -> int:
+        """How much scratch memory the context of a shape needs; takes none."""
+        return self._of(shapes).size
+
     def get(self, shapes: Shapes) -> Context:
-        """The context of a shape, made where it was not kept."""
-        found = self._kept.get(shapes)
-        if found is None:
-            found = self._kept[shapes] = self._engine.context(shapes)
-            self._alive.add(found)
-            found.work_in(self.reserve(found.size))
-            if len(self._kept) > CONTEXTS:
-                self._evicted.append(self._kept.popitem(last=False)[1])
-        self._kept.move_to_end(shapes)
-        return found
+        """The context of a shape, ready to run."""
+        with SERIAL:
+            found = self._of(shapes)
+            if found.block is None:
+                found.work_in(self.reserve(found.size))
+            return found
+
+    def _of(self, shapes: Shapes) -> Context:
+        with SERIAL:
+            found = self._kept.get(shapes)
+            if found is None:
+                found = self._kept[shapes] = self._engine.context(shapes)
+                self._alive.add(found)
+                if len(self._kept) > CONTEXTS:
+                    self._evicted.append(self._kept.popitem(last=False)[1])
+            self._kept.move_to_end(shapes)
+            return found
 
     def reserve(self, size: int) -> Block:
-        """Memory of at least that size; contexts that work in a smaller block stay there."""
-        if not self._blocks or self._blocks[-1].size < size:
+        """Memory of at least that size; what works in a smaller block moves when nothing runs.
+
+        When there is none, all blocks count as outgrown: without them there may be.
+        """
+        with SERIAL:
+            last = self._blocks[-1] if self._blocks else None
+            if last is not None and last.size >= size and not last.outgrown:
+                return last
+            for block in self._blocks:
+                block.outgrown = True
+            self.outgrown += last is not None
             driver = self._engine.driver
             driver("cuCtxSetCurrent", self._engine.device.context)
             self._blocks.append(Block(int(driver("cuMemAlloc", size)), size))
-        return self._blocks[-1]
+            return self._blocks[-1]
 
-    def trim(self) -> None:
-        """Nothing runs: frees evicted contexts, and memory that no context works in."""
-        if not self._evicted and len(self._blocks) < 2:
+    @property
+    def untidy(self) -> bool:
+        """Whether something may be freed."""
+        return bool(self._evicted) or any(block.outgrown for block in self._blocks)
+
+    def trim(self, idle: Callable[[], bool]) -> None:
+        """If nothing runs: frees evicted contexts, and memory that was outgrown and that no graph needs."""
+        if not self.untidy:
             return
         with SERIAL:
+            if not idle():
+                return
             self._evicted.clear()
-        for block in [one for one in self._blocks[:-1] if not one.users]:
-            self._free(block)
+            roomy = None if not self._blocks or self._blocks[-1].outgrown else self._blocks[-1]
+            for context in self._kept.values():
+                if context.block is not None and context.block.outgrown:
+                    context.work_in(roomy)
+            for block in [one for one in self._blocks if one.outgrown and not one.users]:
+                self._free(block)
 
     def close(self) -> None:
         """Frees everything."""

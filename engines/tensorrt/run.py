@@ -20,12 +20,13 @@ from engines.cuda.kernels import BYTES, CACHE
 from engines.cuda.memory import Tensor, narrow, pinned, widen
 from engines.cuda.rounds import Enqueue
 from engines.devices import LaneSpec
+from engines.errors import DeviceError
 from engines.manifest import DENOISER, Manifest, axes_of
 from engines.nvidia import gpus_of, visible_gpus
 from engines.store import Bundle, Plan
-from engines.tensorrt.budget import Budget
+from engines.tensorrt.budget import Budget, branches
 from engines.tensorrt.build import build_missing
-from engines.tensorrt.contexts import CONTEXTS, Context, Contexts, Engine, Shapes
+from engines.tensorrt.contexts import CONTEXTS, Context, Contexts, Engine, Held, Shapes
 from engines.tensorrt.plan import BATCHES, batches, package, plan_fields
 
 __all__ = ["Engines", "build_missing", "trouble", "wanted"]
@@ -49,7 +50,7 @@ class EngineNetwork:
         self._engine, self._output = engine, output
         self.device = engine.device.ordinal
         self.capturable = True
-        self.held: object = None
+        self.held: Held | None = None
         self._contexts = Contexts(engine)
 
     @property
@@ -57,9 +58,14 @@ class EngineNetwork:
         """See rounds.LaneNetwork."""
         return len(self._contexts)
 
-    def prepare(self, shapes: Shapes) -> int:
-        """Makes the context of a shape; the bytes of scratch memory that it needs."""
-        return self._contexts.get(shapes).size
+    @property
+    def outgrown(self) -> int:
+        """See rounds.LaneNetwork."""
+        return self._contexts.outgrown
+
+    def scratch(self, shapes: Shapes) -> int:
+        """The bytes of scratch memory that a shape needs."""
+        return self._contexts.size(shapes)
 
     def reserve(self, size: int) -> None:
         """Scratch memory of at least that size."""
@@ -80,9 +86,12 @@ class EngineNetwork:
 
         return _Run(self, self._contexts, handle, parts)
 
-    def trim(self) -> None:
+    def trim(self, idle: Callable[[], bool]) -> None:
         """See rounds.LaneNetwork."""
-        self._contexts.trim()
+        if self._contexts.untidy:
+            with SERIAL:
+                self.held = None  # who captured it has it
+                self._contexts.trim(idle)
 
     def close(self) -> None:
         """Frees contexts and scratch memory."""
@@ -104,11 +113,12 @@ class _Run:
         self._ready = [self._contexts.get(shapes) for shapes, _ in self._parts]
 
     def __call__(self) -> None:
-        used, self._ready = self._ready or [self._contexts.get(shapes) for shapes, _ in self._parts], []
-        for context, (_, tensors) in zip(used, self._parts, strict=True):
-            context.point(tensors)
-            context.run(self._stream)
-        self._network.held = used
+        with SERIAL:  # another thread may trim
+            used, self._ready = self._ready or [self._contexts.get(shapes) for shapes, _ in self._parts], []
+            for context, (_, tensors) in zip(used, self._parts, strict=True):
+                context.point(tensors)
+                context.run(self._stream)
+            self._network.held = Held(used)
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
@@ -140,9 +150,13 @@ class EngineSession:
         driver("cuCtxSetCurrent", engine.device.context)
         self._stream, self._done = driver.stream(), driver.event()
 
-    def prepare(self, shapes: Shapes) -> int:
-        """Makes the context of a shape; the bytes of scratch memory that it needs."""
-        return self._contexts.get(shapes).size
+    def scratch(self, shapes: Shapes) -> int:
+        """The bytes of scratch memory that a shape needs."""
+        return self._contexts.size(shapes)
+
+    def reserve(self, size: int) -> None:
+        """Scratch memory of at least that size."""
+        self._contexts.reserve(size)
 
     def run(self, **inputs: np.ndarray) -> dict[str, Array]:
         """See load.Runner."""
@@ -169,7 +183,7 @@ class EngineSession:
         engine, driver = self._engine, self._engine.driver
         driver("cuCtxSetCurrent", engine.device.context)
         shapes = tuple((one.name, inputs[one.name].shape) for one in self._spec.inputs)
-        context, bound = self._contexts.get(shapes), self._memory(shapes)
+        context, bound = self._context(shapes), self._memory(shapes)
         for one in self._spec.inputs:
             host, value = bound.hosts[one.name], inputs[one.name]
             host[...] = narrow(value, "bfloat16") if one.dtype == "bfloat16" else value
@@ -183,12 +197,20 @@ class EngineSession:
         self.hangs = True  # unless it ends
         driver.wait(self._done, f"{engine.name} on {engine.device.name}", self._timeout)
         self.hangs = False
-        self._contexts.trim()
+        self._contexts.trim(_always)
         hosts = {one.name: (bound.hosts[one.name], one.dtype) for one in self._spec.outputs}
         return {
             name: widen(host.reshape(-1).view(np.uint8), dtype).reshape(host.shape)
             for name, (host, dtype) in hosts.items()
         }
+
+    def _context(self, shapes: Shapes) -> Context:
+        """Of a shape; where there is too little memory, in place of that of smaller ones."""
+        try:
+            return self._contexts.get(shapes)
+        except DeviceError:
+            self._contexts.trim(_always)
+            return self._contexts.get(shapes)
 
     def _memory(self, shapes: Shapes) -> _Bound:
         found = self._bound.get(shapes)
@@ -221,8 +243,26 @@ class Engines:
         self, bundle: Bundle, lanes: Sequence[LaneSpec], driver: Driver | None = None, *,
         lane_timeout: float = LANE_TIMEOUT,
     ) -> None:  # fmt: skip
-        self._driver, self._own, runtime = driver or Driver(), driver is None, lanes[0].runtime
         gpus_of(lanes)
+        self._driver, self._own = driver or Driver(), driver is None
+        self._networks: list[EngineNetwork] = []
+        self.runners: dict[str, EngineSession] = {}
+        self._siblings: list[CudaBackend] = []
+        self._engines: list[Engine] = []
+        try:
+            self._load(bundle, lanes, lane_timeout)
+        except BaseException:
+            self._free()
+            raise
+        output = bundle.manifest.networks[DENOISER].outputs[0]
+        self._open = partial(
+            CudaBackend, self._driver, self._networks, output.dtype, CACHE / "kernels", lane_timeout=lane_timeout
+        )
+        self.backend = self._open()
+
+    def _load(self, bundle: Bundle, lanes: Sequence[LaneSpec], lane_timeout: float) -> None:
+        """Weights, once per device, then scratch memory: what does not fit is refused before it is taken."""
+        runtime = lanes[0].runtime
         there, trt = visible_gpus(), package(runtime)
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         plans: dict[tuple[str, int], Plan] = {}
@@ -230,8 +270,8 @@ class Engines:
             for ordinal in dict.fromkeys(ordinals if network == DENOISER else ordinals[:1]):
                 fields = plan_fields(bundle, network, there[ordinal], runtime)
                 plans[network, ordinal] = bundle.plan(network, fields)
-        self._devices = {ordinal: self._driver.device(ordinal) for ordinal in dict.fromkeys(ordinals)}
-        budget = Budget(self._driver, self._devices)
+        devices = {ordinal: self._driver.device(ordinal) for ordinal in dict.fromkeys(ordinals)}
+        budget = Budget(self._driver, devices)
         for (network, ordinal), plan in plans.items():
             budget.add(ordinal, f"weights of {network}", plan.bytes)
         budget.check("use a smaller model or precision, or another GPU")
@@ -239,40 +279,38 @@ class Engines:
         def engine(network: str, ordinal: int) -> Engine:
             plan = plans[network, ordinal]
             jit = bundle.plan_folder(plan.key) / "jit.cache"
-            return Engine(self._driver, self._devices[ordinal], bundle.plan_content(plan), network, trt, jit)
+            made = Engine(self._driver, devices[ordinal], bundle.plan_content(plan), network, trt, jit)
+            self._engines.append(made)
+            return made
 
-        self.runners = {
-            network: EngineSession(engine(network, ordinal), bundle, network, lane_timeout)
-            for network, ordinal in plans if network != DENOISER
-        }  # fmt: skip
-        denoisers = {ordinal: engine(DENOISER, ordinal) for ordinal in dict.fromkeys(ordinals)}
+        for network, ordinal in plans:
+            if network != DENOISER:
+                self.runners[network] = EngineSession(engine(network, ordinal), bundle, network, lane_timeout)
+        denoisers = {ordinal: engine(DENOISER, ordinal) for ordinal in devices}
         output = bundle.manifest.networks[DENOISER].outputs[0]
-        self._networks = [EngineNetwork(denoisers[ordinal], output.name) for ordinal in ordinals]
+        self._networks += [EngineNetwork(denoisers[ordinal], output.name) for ordinal in ordinals]
         self.plan_folder = bundle.plan_folder(plans[DENOISER, ordinals[0]].key)
         budget.taken()
-        self._reserve(bundle, ordinals, budget)
-        self._siblings: list[CudaBackend] = []
-        self._open = partial(
-            CudaBackend, self._driver, self._networks, output.dtype, CACHE / "kernels", lane_timeout=lane_timeout
-        )
-        self.backend = self._open()
+        self._reserve(bundle.manifest, ordinals, budget)
 
-    def _reserve(self, bundle: Bundle, ordinals: Sequence[int], budget: Budget) -> None:
+    def _reserve(self, manifest: Manifest, ordinals: Sequence[int], budget: Budget) -> None:
         """Scratch memory for images of the usual size, one at a time: a start that cannot make them fails now.
 
         Larger shapes take more when they come.
         """
-        manifest = bundle.manifest
-        branches = 2 if manifest.guidance == "classifier_free" and len(ordinals) == 1 else 1
-        for name, runner in self.runners.items():
-            budget.add(ordinals[0], f"scratch of {name}", runner.prepare(_usual(manifest, name, 1)), taken=True)
-        sizes: dict[int, int] = {}
-        for ordinal, network in zip(ordinals, self._networks, strict=True):
-            if ordinal not in sizes:
-                sizes[ordinal] = network.prepare(_usual(manifest, DENOISER, branches))
+        shapes = {name: _usual(manifest, name, 1) for name in self.runners}
+        once = {name: runner.scratch(shapes[name]) for name, runner in self.runners.items()}
+        usual = _usual(manifest, DENOISER, branches(manifest, len(ordinals)))
+        first = {ordinal: self._networks[ordinals.index(ordinal)] for ordinal in dict.fromkeys(ordinals)}
+        sizes = {ordinal: network.scratch(usual) for ordinal, network in first.items()}
+        budget.add_latents(manifest, ordinals)
+        for name, size in once.items():
+            budget.add(ordinals[0], f"scratch of {name}", size)
         for lane, ordinal in enumerate(ordinals):
-            budget.add(ordinal, f"scratch of lane {lane}", sizes[ordinal], taken=lane == ordinals.index(ordinal))
+            budget.add(ordinal, f"scratch of lane {lane}", sizes[ordinal])
         budget.check("use fewer lanes, a smaller model, or another GPU")
+        for name, runner in self.runners.items():
+            runner.reserve(once[name])
         for ordinal, network in zip(ordinals, self._networks, strict=True):
             network.reserve(sizes[ordinal])
 
@@ -288,14 +326,23 @@ class Engines:
         if self.backend.hangs or any(runner.hangs for runner in self.runners.values()):
             abandon(self._networks, dict(self.runners))
             return
+        self._free()
+
+    def _free(self) -> None:
         release([network.close for network in self._networks])
         release([runner.close for runner in self.runners.values()])
         self.runners.clear()
         self._networks.clear()
+        release([engine.close for engine in self._engines])
+        self._engines.clear()
         with SERIAL:
-            gc.collect()  # engines and contexts are freed before their device's context is let go
+            gc.collect()  # what TensorRT made is freed before its device's context is let go
         if self._own:
             self._driver.close()
+
+
+def _always() -> bool:
+    return True  # nothing runs between runs
 
 
 def _usual(manifest: Manifest, network: str, batch: int) -> Shapes:

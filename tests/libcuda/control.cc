@@ -83,6 +83,7 @@ CONTROL int imaginary_set(const char *name, int number, long value) {
     else {
         Device &device = machine.devices.at(number);
         if (what == "free_bytes") device.free_bytes = value;
+        else if (what == "total_bytes") device.total_bytes = value;
         else if (what == "lost_after") device.lost_after = value < 0 ? -1 : device.work_done + value;
         else if (what == "lost_status") device.lost_status = static_cast<CUresult>(value);
         else if (what == "hangs") device.hangs = value;

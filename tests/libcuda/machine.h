@@ -231,7 +231,7 @@ struct Fault {
 struct Device {
     Context *context = nullptr;
     int references = 0;
-    size_t free_bytes = size_t(8) << 30;
+    size_t free_bytes = size_t(8) << 30, total_bytes = size_t(16) << 30;
     long work_done = 0, lost_after = -1;
     CUresult lost_status = CUDA_ERROR_ILLEGAL_ADDRESS;
     bool hangs = false, gone = false;

@@ -55,7 +55,8 @@ class Machine:
         """Of the machine: version, eager, peers, peer_zeros (copies between GPUs write zeros), races (are looked for),
         computes (or does no work but to count).
 
-        Of one device: free_bytes, lost_after (so many more operations), lost_status, gone (does not come back), hangs.
+        Of one device: free_bytes, total_bytes, lost_after (so many more operations), lost_status, hangs, gone (does not
+        come back).
         """
         assert self._library.imaginary_set(name.encode(), device, ctypes.c_long(int(value))), name
 

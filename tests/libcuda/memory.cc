@@ -14,6 +14,7 @@
 namespace imaginary {
 
 static const size_t PAGE = 4096, ALIGNMENT = 256, SPACE = size_t(1) << 40;
+static const size_t LARGE = size_t(64) << 20;  // beyond that memory is not touched, so that cards of any size fit in here
 static const unsigned char POISON = 0xFF, SLACK = 0xA5;  // all ones is NaN in every type
 
 static unsigned char *reserve() {
@@ -37,7 +38,7 @@ Allocation *allocate(size_t size, int device) {
     if (mprotect(made->block, whole, PROT_READ | PROT_WRITE)) abort();
     made->bytes = made->block + whole - aligned;
     memset(made->block, SLACK, whole - aligned);
-    memset(made->bytes, POISON, size);
+    if (size <= LARGE) memset(made->bytes, POISON, size);
     memset(made->bytes + size, SLACK, aligned - size);
     unsigned char *seen = device < 0 ? made->bytes : device_space + (made->bytes - content);
     made->address = reinterpret_cast<uintptr_t>(seen);
@@ -260,7 +261,7 @@ CUresult cuMemGetInfo_v2(size_t *free, size_t *total) {
     return call(F_cuMemGetInfo, CONTEXT, [&] {
         const size_t all = machine.devices[current()->device].free_bytes, used = allocated_bytes(current()->device);
         *free = all > used ? all - used : 0;
-        *total = size_t(16) << 30;
+        *total = machine.devices[current()->device].total_bytes;
         return CUDA_SUCCESS;
     });
 }
