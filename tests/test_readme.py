@@ -387,3 +387,13 @@ def test_named_files_exist(name: str) -> None:
     for path in re.findall(r"`([\w./-]+(?:\.(?:py|cu|md|yaml|toml|cc|h)|/))`", text):
         found = (ROOT / path).exists() or (folder / path).exists() or path.startswith("build/")
         assert found, f"{name}: {path}"
+
+
+def test_named_tests_exist() -> None:
+    """Which test proves what: `engines/test_x.py::test_name`, from the folder of tests."""
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.md")]
+    named = [name for text in texts for name in re.findall(r"`([\w/]+\.py)::(\w+)`", text)]
+    assert len(named) > 20
+    for path, test in named:
+        file = ROOT / "tests" / path
+        assert file.is_file() and f"\ndef {test}(" in file.read_text(), f"there is no test {path}::{test}"

@@ -54,6 +54,17 @@ def test_every_outcome_is_counted_once(pipeline: Pipeline) -> None:
     assert not [name for name in found if "gpu" in name]
 
 
+def test_what_lanes_keep_is_counted(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kind, as it is when it is asked for."""
+    kept = {"rounds": 3, "graphs": 2, "contexts": 4}
+    monkeypatch.setattr(pipeline.backend.measurements, "counts", kept)
+    with serving(pipeline) as client:
+        assert values(client)['driffusion_kept{kind="graphs"}'] == 2
+        kept["graphs"] = 5
+        found = values(client)
+    assert {kind: found[f'driffusion_kept{{kind="{kind}"}}'] for kind in kept} == kept
+
+
 def test_gpus_tell_memory_utilisation_and_power(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = ModuleType("pynvml")
 
