@@ -4,12 +4,13 @@ DEVICES ?= auto
 # LoRA files to fuse, FILE.safetensors or FILE.safetensors:0.8, and the sides of images in pixels, as in 512-1024
 LORA ?=
 SIZES ?=
+CACHE ?=
 # for a MODEL that is one file (x.safetensors): the folder of a diffusers model with the same layout
 CONFIG ?=
 # the folder of a model and the LoRA files give its bundle its name, as `python -m export` does
 empty :=
 FUSED = $(foreach file,$(LORA),+$(subst .safetensors,,$(notdir $(file))))
-NAME = $(patsubst %.ckpt,%,$(patsubst %.safetensors,%,$(notdir $(abspath $(MODEL)))))$(subst $(empty) $(empty),,$(FUSED))
+NAME = $(patsubst %.ckpt,%,$(patsubst %.safetensors,%,$(notdir $(abspath $(MODEL)))))$(subst $(empty) $(empty),,$(FUSED))$(if $(CACHE),+cache)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = .venv/bin/python
@@ -55,7 +56,7 @@ help: ## this list
 	@touch $@
 
 engines: $(SETUP) ## export MODEL (with LORA and SIZES) and compile it for DEVICES; a second run does nothing
-	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES)) $(if $(CONFIG),--config "$(CONFIG)")
+	@$(RUN) -m export "$(MODEL)" --devices "$(DEVICES)" $(if $(LORA),--lora $(LORA)) $(if $(SIZES),--sizes $(SIZES)) $(if $(CONFIG),--config "$(CONFIG)") $(if $(CACHE),--cache)
 	@$(RUN) -m engines build "$(NAME)" --devices "$(DEVICES)"
 	@$(RUN) -m runtime.calibrate "$(NAME)" --devices "$(DEVICES)"
 

@@ -84,7 +84,7 @@ class Checkpoint:
 
 def checkpoint(manifest: Manifest) -> Checkpoint:
     """What a model was exported from, for other software: the origin without the words of `make engines`."""
-    words = re.fullmatch(r"(.+?)(?: LORA=(.+?))?(?: SIZES=\d+-\d+)?", manifest.origin)
+    words = re.fullmatch(r"(.+?)(?: LORA=(.+?))?(?: SIZES=\d+-\d+)?(?: CACHE=1)?", manifest.origin)
     assert words is not None
     files = re.findall(r"\s*(.+?\.safetensors):(\S+)", (words[2] or "").strip('"'))
     folder = str(EMBEDDED_FOLDER) if words[1] == EMBEDDED else words[1]

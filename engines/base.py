@@ -19,12 +19,18 @@ Progress = Callable[[str, int, int], None]  # of long work: phase, steps done, s
 
 
 class Branch(NamedTuple):
-    """One guidance branch of one evaluation: which latent, at which step, under which conditioning, into which slot."""
+    """One guidance branch of one evaluation: which latent, at which step, under which conditioning, into which slot.
+
+    With feature caching, either `keep` is where the deep part's features are kept, or `features` are kept ones with the
+    weights of their sum, in place of the deep part.
+    """
 
     latent: str
     step: int
     output: str
     conditioning: int
+    keep: str = ""
+    features: tuple[tuple[str, float], ...] = ()
 
 
 LaneCall = Sequence[Branch]  # what one lane runs as one batch
@@ -40,6 +46,8 @@ class Entry(NamedTuple):
     timestep: float
     conditioning: Mapping[str, Array]
     output: Array
+    keep: Array | None = None  # as those of Branch
+    features: tuple[tuple[Array, float], ...] = ()
 
 
 Finished = Callable[[tuple[float, float], Exception | None], None]  # began and ended, by `time.perf_counter`

@@ -17,6 +17,7 @@ from engines.base import Array, Entry, Finished
 
 KEPT = 16  # batches per lane, of as many numbers of rows and kinds; the one that was used longest ago goes
 Run = Callable[[], None]
+FeatureShape = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 class Lane(Protocol):
@@ -76,11 +77,11 @@ class Batches:
     def _batch(self, entries: Sequence[Entry]) -> Batch:
         first, rows = entries[0], sum(len(entry.sample) for entry in entries)
         inputs = tuple((name, value.shape[1:], value.dtype.str) for name, value in first.conditioning.items())
-        key = rows, first.sample.shape[1:], inputs
+        key = rows, first.sample.shape[1:], inputs  # which say the output's shape
         batch = self._kept.get(key)
         if batch is None:
             sample = np.empty((rows, *first.sample.shape[1:]), np.float32)
-            timestep, output = np.empty(rows, np.float32), np.empty_like(sample)
+            timestep, output = np.empty(rows, np.float32), np.empty((rows, *first.output.shape[1:]), np.float32)
             own = {name: np.empty((rows, *value.shape[1:]), value.dtype) for name, value in first.conditioning.items()}
             run = self._lane.bind({"sample": sample, "timestep": timestep, **own}, output)
             batch = self._kept[key] = Batch(sample, timestep, own, output, run, [None] * rows)
@@ -90,15 +91,66 @@ class Batches:
         return batch
 
 
+@dataclass(frozen=True)
+class CachedLane:
+    """A lane's denoiser in two parts. `features` is the shape of features for a shape of latents."""
+
+    deep: Lane
+    shallow: Lane
+    features: FeatureShape
+
+
+class CachedBatches:
+    """The calls of one lane, used by one thread."""
+
+    def __init__(self, lane: CachedLane) -> None:
+        self._deep, self._shallow = Batches(lane.deep), Batches(lane.shallow)
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        """One call of the deep part for entries that keep features, then one of the shallow part for all."""
+        own = [one for one in entries if one.keep is not None]
+        if own:
+            self._deep.run([one._replace(output=one.keep) for one in own if one.keep is not None])
+        self._shallow.run([self._with_features(one) for one in entries])
+
+    @staticmethod
+    def _with_features(entry: Entry) -> Entry:
+        features = entry.keep if entry.keep is not None else _weighted(entry.features)
+        return entry._replace(conditioning={**entry.conditioning, "features": features})
+
+    def __len__(self) -> int:
+        return len(self._deep) + len(self._shallow)
+
+    def close(self) -> None:
+        """Frees what is bound."""
+        self._deep.close()
+        self._shallow.close()
+
+
+def _weighted(features: Sequence[tuple[Array, float]]) -> Array:
+    """Σ weight · features."""
+    (first, weight), *others = features
+    if not others and weight == 1:
+        return first
+    total: Array = first * np.float32(weight)
+    for value, factor in others:
+        total += value * np.float32(factor)
+    return total
+
+
 class SharedCalls:
     """Calls of several images on lanes in host memory, each on the thread of its lane.
 
-    `todo` are the queues of the threads of lanes 1, 2, …; the thread of lane 0 is started when it is first needed: an
-    image that is alone plays lane 0 on its caller's thread.
+    `cached` are their denoisers in two parts, where there are such. `todo` are the queues of the threads of lanes 1, 2,
+    …; the thread of lane 0 is started when it is first needed: an image that is alone plays lane 0 on its caller's
+    thread.
     """
 
-    def __init__(self, lanes: Sequence[Lane], todo: Sequence[SimpleQueue[Run | None]]) -> None:
+    def __init__(
+        self, lanes: Sequence[Lane], cached: Sequence[CachedLane], todo: Sequence[SimpleQueue[Run | None]]
+    ) -> None:
         self._batches = [Batches(lane) for lane in lanes]
+        self._cached = [CachedBatches(lane) for lane in cached]
         self._first: SimpleQueue[Run | None] = SimpleQueue()
         self._todo = [self._first, *todo]
         self._thread: threading.Thread | None = None
@@ -109,15 +161,20 @@ class SharedCalls:
         if lane == 0 and self._thread is None:
             self._thread = threading.Thread(target=work, args=(self._first,), daemon=True)
             self._thread.start()
-        self._todo[lane].put(partial(self._run, self._batches[lane], entries, finished))
+        self._todo[lane].put(partial(self._run, lane, entries, finished))
 
-    def _run(self, batches: Batches, entries: Sequence[Entry], finished: Finished) -> None:
+    def run(self, lane: int, entries: Sequence[Entry]) -> None:
+        """Runs entries of one kind as one call, on the calling thread."""
+        parts = entries[0].keep is not None or entries[0].features
+        (self._cached if parts else self._batches)[lane].run(entries)
+
+    def _run(self, lane: int, entries: Sequence[Entry], finished: Finished) -> None:
         start, error = time.perf_counter(), None
         try:
-            batches.run(entries)
+            self.run(lane, entries)
         except Exception as caught:  # noqa: BLE001 - carried to the threads of the images and raised there
             error = caught
-        self.counts["batches"] = sum(map(len, self._batches))
+        self.counts["batches"] = sum(map(len, self._batches)) + sum(map(len, self._cached))
         finished((start, time.perf_counter()), error)
 
     def close(self) -> None:
@@ -127,6 +184,8 @@ class SharedCalls:
             self._thread.join()
         for batches in self._batches:
             batches.close()
+        for cached in self._cached:
+            cached.close()
 
 
 def work(todo: SimpleQueue[Run | None]) -> None:

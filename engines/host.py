@@ -13,7 +13,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from engines.base import Array, Branch, Entry, Finished, LaneCall, Measurements, Rows, combine
-from engines.batches import Lane, Run, SharedCalls, work
+from engines.batches import CachedLane, Lane, Run, SharedCalls, work
 from engines.errors import DeviceError, ParameterError
 from engines.process import Owner
 
@@ -44,8 +44,10 @@ class HostBackend:
     `mark(part)` is called where a part of the work ends; a benchmark puts a clock in its place.
     """
 
-    def __init__(self, lanes: Sequence[Lane], sibling_of: HostBackend | None = None) -> None:
-        self._lanes = list(lanes)
+    def __init__(
+        self, lanes: Sequence[Lane], sibling_of: HostBackend | None = None, cached: Sequence[CachedLane] = ()
+    ) -> None:
+        self._lanes, self._cached = list(lanes), list(cached)
         self._todo: list[SimpleQueue[Run | None]]
         self._todo = sibling_of._todo if sibling_of else [SimpleQueue() for _ in self._lanes[1:]]
         self._done: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
@@ -53,7 +55,7 @@ class HostBackend:
         self._closed = False
         self._owner = Owner()
         self._dead: set[int] = sibling_of._dead if sibling_of else set()
-        self._shared: SharedCalls = sibling_of._shared if sibling_of else SharedCalls(self._lanes, self._todo)
+        self._shared: SharedCalls = sibling_of._shared if sibling_of else SharedCalls(self._lanes, cached, self._todo)
         self._lender = sibling_of is None
         self._critical, self._spans = 0.0, list[tuple[float, float]]()
         counts = self._shared.counts if self._lender else {}
@@ -65,6 +67,7 @@ class HostBackend:
             thread.start()
         self._shape: tuple[int, ...] = ()
         self._index: dict[str, int] = {}
+        self._features, self._parts = dict[str, Array](), False  # kept ones by slot; whether the last call was in parts
         self._conditioning: list[dict[str, Array]] = []
         self._inputs: dict[tuple[int, ...], dict[str, Array]] = {}
         self._bound: dict[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]], _Bound] = {}
@@ -84,7 +87,7 @@ class HostBackend:
             self._shape = shape
             self._inputs, self._bound = {}, {}
             self._slots = np.empty((32, int(np.prod(shape))), np.float32)
-        self._index = {}
+        self._index, self._features, self._parts = {}, {}, False
         self._timesteps = [float(t) for t in timesteps]
         self._conditioning = [dict(one) for one in conditioning]
         for branches, arrays in self._inputs.items():
@@ -214,7 +217,11 @@ class HostBackend:
     def kind(self) -> Hashable:
         """See Sharing.kind."""
         first = self._conditioning[0] if self._conditioning else {}
-        return self._shape[1:], tuple((name, value.shape[1:], value.dtype.str) for name, value in first.items())
+        return (
+            self._shape[1:],
+            self._parts,
+            tuple((name, value.shape[1:], value.dtype.str) for name, value in first.items()),
+        )
 
     def entries(self, branches: Sequence[Branch]) -> list[Entry]:
         """See Sharing.entries: views of slots."""
@@ -222,13 +229,31 @@ class HostBackend:
         if self._closed:
             raise DeviceError(CLOSED)
         outputs = [self._row(branch.output) for branch in branches]  # first: it may replace the array
+        self._parts = _in_parts(branches)
         return [
             Entry(
                 self._slots[self._index[branch.latent]].reshape(self._shape), self._timesteps[branch.step],
                 self._conditioning[branch.conditioning], self._slots[output].reshape(self._shape),
+                self._room(branch.keep) if branch.keep else None,
+                tuple((self._features[slot], weight) for slot, weight in branch.features),
             )
             for branch, output in zip(branches, outputs, strict=True)
         ]  # fmt: skip
+
+    def _room(self, slot: str) -> Array:
+        """Where features of all images are kept."""
+        if slot not in self._features:
+            self._features[slot] = np.empty(self._cached[0].features(self._shape), np.float32)
+        return self._features[slot]
+
+    def _prepare_parts(self, calls: Sequence[LaneCall]) -> list[tuple[int, _Bound]]:
+        """As `_prepare`, for calls of a denoiser in two parts: rows are copied, as those of shared calls are."""
+        self.entries([branch for call in calls for branch in call])  # first: it may replace the array
+        return [
+            (n, _Bound(partial(self._shared.run, n, self.entries(call)), np.empty(0, np.float32), None, None))
+            for n, call in enumerate(calls)
+            if call
+        ]
 
     def start(self, lane: int, entries: Sequence[Entry], finished: Finished) -> None:
         """See Sharing.start."""
@@ -250,7 +275,7 @@ class HostBackend:
 
     def sibling(self) -> HostBackend:
         """Another backend on the same lanes and threads, to be closed before this one."""
-        return HostBackend(self._lanes, self)
+        return HostBackend(self._lanes, self, self._cached)
 
     def settle(self) -> None:
         """See Backend.settle: `predict` has waited."""
@@ -259,7 +284,7 @@ class HostBackend:
         """Stops the lanes' threads and waits for them."""
         self._closed = True
         self._bound, self._inputs, self._shape = {}, {}, ()  # calls hold the lanes' sessions
-        self._slots, self._conditioning = np.empty((0, 0), np.float32), []
+        self._slots, self._conditioning, self._features = np.empty((0, 0), np.float32), [], {}
         for todo, thread in zip(self._todo, self._threads, strict=False):  # none of those that are another backend's
             todo.put(None)
             thread.join()
@@ -275,6 +300,8 @@ class HostBackend:
 
     def _prepare(self, calls: Sequence[LaneCall]) -> list[tuple[int, _Bound]]:
         """The calls of a round, bound to memory and with their timesteps set."""
+        if any(map(_in_parts, calls)):
+            return self._prepare_parts(calls)
         wanted = [
             (
                 n,
@@ -337,6 +364,11 @@ class HostBackend:
             return error
         self._spans[n] = (start, time.perf_counter())
         return None
+
+
+def _in_parts(branches: LaneCall) -> bool:
+    """Whether a call is one of a denoiser in two parts; all calls of a round are of one kind."""
+    return bool(branches) and bool(branches[0].keep or branches[0].features)
 
 
 def _total(values: Array) -> float:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engines.errors import BundleError, ExportError
 
 MANIFEST = "manifest.json"
-DENOISER = "denoiser"  # the network that lanes run; every other one runs once per image
+DENOISER = "denoiser"  # the network that lanes run
+DEEP, SHALLOW = "denoiser_deep", "denoiser_shallow"  # it in two parts, for feature caching, where lanes can run these
 
 
 class _Strict(BaseModel):
@@ -153,7 +154,8 @@ class Defaults(_Strict):
 class Manifest(_Strict):
     """An exported model. `origin` is what `make engines MODEL=` made it of; `source` identifies its content.
 
-    networks: `text_encoder`, `denoiser`, `vae_decoder` and, where images can be started from, `vae_encoder`. The text
+    networks: `text_encoder`, `denoiser`, `vae_decoder` and, where images can be started from, `vae_encoder`; for
+    feature caching `denoiser_deep`, which makes `features`, and `denoiser_shallow`, which predicts with them. The text
     encoder's outputs are inputs of the denoiser, by name; the others of its inputs are `sample`, `timestep` and, where
     it takes them, `time_ids` (height, width, crop, crop, height, width) and `guidance`, the scale.
     alphas_cumprod: the training schedule's ᾱ per timestep; empty for flow matching.
@@ -197,6 +199,21 @@ class Manifest(_Strict):
     def negative_prompts(self) -> bool:
         """Whether there is a second branch that leads away from a text."""
         return self.guidance in ("classifier_free", "in_graph")
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """The networks that every runtime has."""
+        return tuple(name for name in self.networks if name not in (DEEP, SHALLOW))
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """The networks that run once per image; the others belong to lanes."""
+        return tuple(name for name in self.usual if name != DENOISER)
+
+    @property
+    def caches(self) -> bool:
+        """Whether the denoiser is there in two parts, too."""
+        return SHALLOW in self.networks
 
     @property
     def conditioning(self) -> tuple[str, ...]:
@@ -279,9 +296,13 @@ def _interfaces(manifest: Manifest) -> _Found:
     known = {
         "text_encoder": ({one.input for one in manifest.tokenizers}, {"clip_skip"}),
         DENOISER: ({"sample", "timestep", *_outputs(manifest)}, set(_TOLD)),
+        DEEP: ({"sample", "timestep", *_outputs(manifest)}, set(_TOLD)),
+        SHALLOW: ({"sample", "timestep", "features", *_outputs(manifest)}, set(_TOLD)),
         "vae_decoder": ({"latent_sample"}, set[str]()),
         "vae_encoder": ({"image"}, {"noise"}),
     }
+    if (DEEP in networks) != (SHALLOW in networks):
+        yield DENOISER, f"only one of the parts {DEEP} and {SHALLOW} is there"
     for name, network in networks.items():
         if name not in known:
             yield name, f"no network of a bundle; those are {', '.join(known)}"
@@ -318,8 +339,13 @@ def _shapes(manifest: Manifest) -> _Found:
     }  # fmt: skip
     wanted |= {(DENOISER, name): shape for name, shape in _outputs(manifest).items()}
     wanted |= {("text_encoder", one.input): ("batch", one.max_length) for one in manifest.tokenizers}
-    if DENOISER in networks and [one.shape for one in networks[DENOISER].outputs] != [latents]:
-        yield DENOISER, f"its output must be one of shape {latents}"
+    for name in {DENOISER, SHALLOW} & set(networks):
+        if [one.shape for one in networks[name].outputs] != [latents]:
+            yield name, f"its output must be one of shape {latents}"
+    if manifest.caches and DEEP in networks:
+        taken = [one.shape for one in networks[SHALLOW].inputs if one.name == "features"]
+        if taken != [one.shape for one in networks[DEEP].outputs]:
+            yield SHALLOW, f"it takes features of other shapes than {DEEP} makes"
     for name, network in networks.items():
         for one in (*network.inputs, *network.outputs):
             shape = wanted.get((name, one.name), one.shape)

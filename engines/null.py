@@ -11,7 +11,7 @@ import numpy as np
 
 from engines.base import Array, LaneCall, Measurements, Progress, Rows
 from engines.devices import LaneSpec
-from engines.manifest import DENOISER, Axes, Network, axes_of
+from engines.manifest import Axes, Network, axes_of
 from engines.store import Bundle, Plan
 
 
@@ -92,7 +92,13 @@ class NullBackend:
             assert branch.latent in self.written, f"slot {branch.latent!r} is read but was never written"
             assert branch.latent not in outputs, f"slot {branch.latent!r} is read and written in one round"
             assert 0 <= branch.step < self.steps, f"step {branch.step} of {self.steps}"
-        self.written.update(outputs)
+            assert not (branch.keep and branch.features), "features are either kept or taken"
+            for slot, _ in branch.features:
+                assert slot in self.written, f"slot {slot!r} is read but was never written"
+        kept = [branch.keep for branch in branches if branch.keep]
+        assert len(set(kept)) == len(kept), f"two branches of one round keep the same features: {kept}"
+        assert not {slot for branch in branches for slot, _ in branch.features} & set(kept), "kept while they are read"
+        self.written.update(outputs, kept)
         self.rounds += 1
         self.branches += len(branches)
         self.sizes[len(branches)] += 1
@@ -170,9 +176,7 @@ class Engines:
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], *, lane_timeout: float = 0.0) -> None:
         manifest = bundle.manifest
         least = manifest.latent_axes(manifest.sizes.width, manifest.sizes.height, 1)
-        self.runners = {
-            name: NullRunner(network, least) for name, network in manifest.networks.items() if name != DENOISER
-        }
+        self.runners = {name: NullRunner(manifest.networks[name], least) for name in manifest.once}
         self._lanes, self.plan_folder = len(lanes), bundle.folder
         self.backend = NullBackend(self._lanes)
 

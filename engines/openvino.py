@@ -99,7 +99,7 @@ def plan_fields(bundle: Bundle, network: str, shape: Shape, precision: str) -> d
 def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
     """See load.RuntimeModule."""
     found: dict[str, list[dict[str, str]]] = {}
-    for network in bundle.manifest.networks:
+    for network in bundle.manifest.usual:
         kinds = RUNTIMES[KEY].precisions if network == DENOISER else ("fp32",)
         found[network] = [
             plan_fields(bundle, network, shape, kind) for kind in kinds for shape in shapes(bundle, network)
@@ -113,7 +113,7 @@ def build_missing(
     """See load.RuntimeModule. A plan serves any number of lanes."""
     precision = lanes[0].precision
     _check(precision)
-    todo = [(network, shape) for network in bundle.manifest.networks for shape in shapes(bundle, network)]
+    todo = [(network, shape) for network in bundle.manifest.usual for shape in shapes(bundle, network)]
     found: dict[str, Plan | None] = {}
     with locked(bundle.folder):
         for done, (network, shape) in enumerate(todo):
@@ -309,11 +309,7 @@ class Engines:
         threads = sum(lane.threads for lane in lanes)
         self._denoiser = Compiled(bundle, DENOISER, lanes[0].precision, len(lanes), threads)
         own = max(cores() if len(lanes) > 1 else threads, 1)
-        self.runners = {
-            network: Compiled(bundle, network, "fp32", 1, own)
-            for network in bundle.manifest.networks
-            if network != DENOISER
-        }
+        self.runners = {network: Compiled(bundle, network, "fp32", 1, own) for network in bundle.manifest.once}
         work: list[tuple[Compiled, Shape]] = [
             (self._denoiser, shape) for shape in shapes(bundle, DENOISER) if shape != DYNAMIC
         ]

@@ -11,11 +11,12 @@ import numpy as np
 import onnxruntime
 
 from engines.base import Array, Progress
-from engines.batches import Run
+from engines.batches import CachedLane, Run
+from engines.cached import feature_shape
 from engines.devices import LaneSpec, cores, machine
 from engines.errors import BundleError, DeviceError
 from engines.host import CLOSED, HostBackend
-from engines.manifest import DENOISER
+from engines.manifest import DEEP, DENOISER, SHALLOW
 from engines.memory import give_back, have_room
 from engines.process import Owner
 from engines.store import Bundle, Plan, locked, plan_key
@@ -164,18 +165,27 @@ class Engines:
 
     def __init__(self, bundle: Bundle, lanes: Sequence[LaneSpec], *, lane_timeout: float = 0.0) -> None:
         threads = max(cores() if len(lanes) > 1 else lanes[0].threads, 1)
-        self.runners = {
-            network: Session(bundle, network, threads) for network in bundle.manifest.networks if network != DENOISER
-        }
-        self._sessions = [Session(bundle, DENOISER, lane.threads, spin=len(lanes) == 1) for lane in lanes[:1]]
-        if (
-            lanes[0].threads > 1
-        ):  # a session's own threads serve one call at a time; a call of one thread runs where it is
-            self._sessions += [Session(bundle, DENOISER, lane.threads) for lane in lanes[1:]]
+        manifest = bundle.manifest
+        self.runners = {network: Session(bundle, network, threads) for network in manifest.once}
+        self._sessions: list[Session] = []
         self.plan_folder = bundle.plan_folder(plan_key(plan_fields(bundle, DENOISER)))
-        used = self._sessions if len(self._sessions) == len(lanes) else self._sessions * len(lanes)  # weights once
-        self.backend = HostBackend([SessionLane(session) for session in used])
+        whole, cached = self._lanes(bundle, DENOISER, lanes), list[CachedLane]()
+        if manifest.caches:
+            parts = zip(*(self._lanes(bundle, name, lanes) for name in (DEEP, SHALLOW)), strict=True)
+            cached = [CachedLane(deep, shallow, feature_shape(manifest)) for deep, shallow in parts]
+        self.backend = HostBackend(whole, cached=cached)
         self._siblings: list[HostBackend] = []
+
+    def _lanes(self, bundle: Bundle, network: str, lanes: Sequence[LaneSpec]) -> list[SessionLane]:
+        """A network on every lane; weights are loaded once where a call runs on the thread that it comes from.
+
+        A session's own threads serve one call at a time, so that lanes of several threads have sessions of their own.
+        """
+        count = len(lanes) if lanes[0].threads > 1 else 1
+        spin = len(lanes) == 1
+        made = [Session(bundle, network, lane.threads, spin=spin) for lane in lanes[:count]]
+        self._sessions += made
+        return [SessionLane(session) for session in (made if count == len(lanes) else made * len(lanes))]
 
     def sibling(self, home: int) -> HostBackend:
         """See load.Engines."""

@@ -16,7 +16,8 @@ class Runtime:
     title: for reports. precisions: what it computes in, its default first. exported: the type of the bundles that it
     takes, where that is always the same. package: what must be installed, by the name
     under which it is imported. by_default: whether a device string that names no runtime may mean it, the first of its
-    device that is installed. threads: whether its lanes share the processor's cores.
+    device that is installed. threads: whether its lanes share the processor's cores. caches: whether
+    its lanes can run a denoiser in two parts, with features of other evaluations.
     """
 
     module: str
@@ -28,6 +29,7 @@ class Runtime:
     by_default: bool = True
     threads: bool = False
     exported: str | None = None
+    caches: bool = False
 
     @property
     def installed(self) -> bool:
@@ -44,7 +46,9 @@ RUNTIMES: dict[str, Runtime] = {
     "onnxruntime-cuda": Runtime(
         "engines.cuda.onnxruntime", "cuda", "onnxruntime", "ONNX Runtime", ("fp16", "fp32"), "onnxruntime", False
     ),
-    "onnxruntime": Runtime("engines.ort", "cpu", "onnxruntime", "ONNX Runtime", ("fp32",), "onnxruntime", threads=True),
+    "onnxruntime": Runtime(
+        "engines.ort", "cpu", "onnxruntime", "ONNX Runtime", ("fp32",), "onnxruntime", threads=True, caches=True
+    ),
     "openvino": Runtime(
         "engines.openvino", "cpu", "openvino", "OpenVINO", ("fp32", "bf16"), "openvino", False, True, "fp32"
     ),

@@ -12,7 +12,17 @@ from engines.devices import parse_devices, precision
 from engines.errors import EngineError
 from engines.store import BUILD, bundle_name, locked
 from export.bundle import check_name, export, up_to_date
-from export.spec import EMBEDDED, ExportSpec, checkpoint_of, lora_name, model_name, parse_loras, parse_sides, resolve
+from export.spec import (
+    EMBEDDED,
+    ExportSpec,
+    cache_name,
+    checkpoint_of,
+    lora_name,
+    model_name,
+    parse_loras,
+    parse_sides,
+    resolve,
+)
 
 
 def main() -> int:
@@ -22,6 +32,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, metavar="FOLDER", help="a diffusers folder with the configs of a file")
     parser.add_argument("--lora", nargs="+", default=(), metavar="FILE[:SCALE]", help="LoRA files to fuse, in order")
     parser.add_argument("--sizes", metavar="LEAST-MOST", help="sides of images in pixels; default: half to double")
+    parser.add_argument("--cache", action="store_true", help="with the parts of a UNet that cache_interval needs")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--devices", default="auto", help="where it will run, which says in what type")
     parser.add_argument("--allow-pickle", action="store_true", help="read weights that may run code when they are read")
@@ -31,9 +42,9 @@ def main() -> int:
         wanted = precision(parse_devices(options.devices))
         loras, sides = parse_loras(options.lora), parse_sides(options.sizes)
         model, folder = resolve(options.model, allow_pickle=options.allow_pickle, config=options.config)
-        name = model_name(model) + lora_name(options.lora)
+        name = model_name(model) + lora_name(options.lora) + cache_name(options.cache)
         checkpoint = None if model in EMBEDDED else checkpoint_of(model)
-        spec = ExportSpec(name, folder, loras, sides, options.allow_pickle, model, checkpoint)
+        spec = ExportSpec(name, folder, loras, sides, options.allow_pickle, model, checkpoint, options.cache)
         target = options.build / bundle_name(name, wanted)
         with locked(target):
             check_name(target, spec, wanted)

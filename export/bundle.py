@@ -100,7 +100,7 @@ def export(spec: ExportSpec, target: Path, identity: str, precision: str) -> Non
     with resuming(target, f"{identity} {precision}") as partial:
         for scratch in partial.glob("*/"):
             shutil.rmtree(scratch)  # what a killed run was comparing
-        wanted = source.family.networks
+        wanted = networks_of(spec, source, known)
         networks = {name: done for name in wanted if (done := finished(partial, name))}
         missing = [name for name in wanted if name not in networks]
         types = {name: precision_of(source, known, wanted[name][0], precision) for name in missing}
@@ -131,6 +131,17 @@ def export(spec: ExportSpec, target: Path, identity: str, precision: str) -> Non
             (partial / f"{name}.done").unlink()
         networks = {name: networks[name] for name in wanted}
         manifest(spec, identity, precision, source, known, images, networks, partial).write(partial)
+
+
+def networks_of(
+    spec: ExportSpec, source: Source, configs: Components
+) -> dict[str, tuple[tuple[str, ...], Callable[[Any], Exported]]]:
+    """What to export, by name; ExportError where the denoiser cannot be cut as it should be."""
+    family = source.family
+    reason = family.uncacheable(configs) if spec.cache else None
+    if reason:
+        raise ExportError(f"{spec.name} cannot be exported for feature caching: {reason}; leave out --cache (CACHE=1)")
+    return {**family.networks, **(family.cached if spec.cache else {})}
 
 
 def precision_of(source: Source, known: Components, parts: Sequence[str], precision: str) -> str:

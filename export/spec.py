@@ -25,7 +25,7 @@ class ExportSpec:
     """What to export: a model's name and folder, LoRA files with their scales, and which sides images may have.
 
     `model` is what stands behind `make engines MODEL=`; without it, the folder does. `checkpoint` is a single file that
-    has the weights; the folder then gives the configs.
+    has the weights; the folder then gives the configs. `cache` adds the parts of the denoiser for feature caching.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ExportSpec:
     allow_pickle: bool = False
     model: str | None = None
     checkpoint: Path | None = None
+    cache: bool = False
 
     @property
     def embedded(self) -> str | None:
@@ -52,6 +53,8 @@ class ExportSpec:
             words.append(f'LORA="{files}"' if len(self.loras) > 1 else f"LORA={files}")
         if self.sides:
             words.append(f"SIZES={self.sides[0]}-{self.sides[1]}")
+        if self.cache:
+            words.append("CACHE=1")
         return " ".join(words)
 
     def identity(self) -> str:
@@ -69,7 +72,8 @@ class ExportSpec:
         fused = "".join(f" +{sha256_file(file)}:{scale:g}" for file, scale in self.loras)
         sides = f" {self.sides[0]}-{self.sides[1]}" if self.sides else ""
         content = sha256_files(root, [path for path in files if path.is_file() and path.suffix in FILES])
-        return f"{content}{single} {code[:16]} {packages}{fused}{sides}"
+        cache = " cache" if self.cache else ""
+        return f"{content}{single} {code[:16]} {packages}{fused}{sides}{cache}"
 
 
 def checkpoint_of(model: str) -> Path | None:
@@ -146,6 +150,11 @@ def parse_loras(words: Sequence[str]) -> tuple[tuple[Path, float], ...]:
 def lora_name(words: Sequence[str]) -> str:
     """What a bundle's name has behind the model's: `+style:0.8`; the Makefile makes the same of the same words."""
     return "".join(f"+{Path(word).name.replace('.safetensors', '')}" for word in words)
+
+
+def cache_name(cache: bool) -> str:
+    """What a bundle's name has behind that, as `lora_name`."""
+    return "+cache" if cache else ""
 
 
 def parse_sides(text: str | None) -> tuple[int, int] | None:

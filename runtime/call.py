@@ -71,6 +71,10 @@ class Call:
         (), "conservative and aggressive: drafts in each of the first blocks, where they differ from k", low=1,
         high=1000, flag="--first-blocks",
     )  # fmt: skip
+    cache_interval: int = _option(
+        1, "sequential, conservative and aggressive: evaluate the denoiser's deep part at one of so many steps and "
+        "reuse its features at the others; 1 always", low=1, high=1000, **_both("cache_interval"), http_range=(1, 64),
+    )  # fmt: skip
     drafts: str = _option("auto", "how drafts are guessed", choices=("auto", *DRAFTS), **_both("drafts"))
     tolerance: float | None = _option(
         None, "auto, adaptive and srds: largest relative error that is accepted; 0 is exact", low=0,
@@ -145,7 +149,7 @@ class Call:
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", secrets.randbelow(CHOSEN_SEEDS))
         if self.mode == "auto":
-            for name in ("k", "blocks", "iterations", "first_blocks", "drafts"):
+            for name in ("k", "blocks", "iterations", "first_blocks", "drafts", "cache_interval"):
                 if getattr(self, name) != OPTIONS[name].default:
                     raise ParameterError(name, f"mode auto chooses {name} itself: name a mode to set it")
 

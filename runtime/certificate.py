@@ -42,6 +42,8 @@ def array_sha256(value: Array) -> str:
 
 def sameness(mode: str, options: Options, lanes: int) -> str:
     """The class that follows from how an image was made."""
+    if options.cache_interval > 1:
+        return MEASURED
     if mode == "speculative":
         return IN_DISTRIBUTION
     if mode == "sequential":
@@ -80,6 +82,7 @@ def certificate(
     """
     given, inputs = arguments(call)
     given |= {"mode": mode, "k": options.k, "drafts": options.drafts, "seed": call.seed}
+    given |= {"cache_interval": options.cache_interval} if options.cache_interval > 1 else {}
     given |= dict(zip(("width", "height"), size, strict=True))
     # in one order, so that a size that is the default makes the same file whether it was named or not
     given = {name: given[name] for name in OPTIONS if name in given and name not in ("timeline", "lanes")}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Backend
+from engines.cached import check_cache
 from engines.choice import lanes_of
 from engines.cuda.driver import LANE_TIMEOUT
 from engines.devices import LaneSpec, parse_devices, precision
@@ -301,7 +302,7 @@ class Pipeline:
         guided = manifest.guidance == "classifier_free"
         mode, choice, options = checked.mode, None, Options(
             checked.k, resolve(checked.drafts), checked.tolerance or 0.0, checked.blocks, checked.pipelined,
-            checked.iterations, tuple(checked.first_blocks),
+            checked.iterations, tuple(checked.first_blocks), checked.cache_interval,
         )  # fmt: skip
         warnings = [substitute] if (substitute := substituted(manifest, checked.scheduler)) else []
         if mode == "auto":
@@ -314,6 +315,7 @@ class Pipeline:
             warnings += notes
             mode, options = choice.candidate.mode, choice.candidate.options
         check(mode, schedule, options)
+        check_cache(options.cache_interval, manifest, self.devices[0].runtime)
         sampler_guidance = checked.guidance_scale + manifest.guidance_offset if guided else 1.0
         return Task(checked, initial, size, schedule, mode, options, sampler_guidance, choice, warnings)
 
@@ -392,7 +394,8 @@ class Pipeline:
         beside = None if critical is None else (seconds["denoise"] - critical) / counts.rounds * 1e6
         return Report(
             model=self.manifest.model, mode=task.mode, scheduler=task.schedule.name, steps=task.schedule.steps,
-            k=task.options.k, first_blocks=task.options.first_blocks, drafts=task.options.drafts, seed=call.seed,
+            k=task.options.k, first_blocks=task.options.first_blocks, cache_interval=task.options.cache_interval,
+            drafts=task.options.drafts, seed=call.seed,
             lanes=len(denoised.devices), devices=",".join(denoised.devices), guidance_scale=call.guidance_scale,
             guidance_split=len(denoised.devices) > 1 and task.sampler_guidance > 1,
             images=call.images, width=task.size[0], height=task.size[1],
@@ -419,7 +422,7 @@ class Pipeline:
                               guidance_scale=task.call.guidance_scale)  # fmt: skip
             played = Candidate(mode=task.mode, k=task.options.k, drafts=task.options.drafts)
             for one in Calibration.read(self.calibration_path).for_setting(setting):
-                if one.candidate == played and not task.options.first_blocks:
+                if one.candidate == played and not task.options.first_blocks and task.options.cache_interval == 1:
                     found = {"drift_median": one.median, "drift_bound": one.bound, "psnr_bound": one.psnr_bound}
                     return {"calibration_images": one.images} | found
         if not counts.accepted or task.mode == "speculative":

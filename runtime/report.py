@@ -54,6 +54,7 @@ class Report:
     accepted: dict[str, float] | None = None
     auto: dict[str, Any] | None = None
     first_blocks: tuple[int, ...] = ()
+    cache_interval: int = 1
     lanes_per_round: float = 0.0
     shared_rounds: int = 0
     staged: tuple[str, ...] = ()

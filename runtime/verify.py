@@ -25,7 +25,18 @@ from runtime.distances import drift, psnr, ssim
 from runtime.input_files import load_image, load_latents
 from runtime.pipeline import Pipeline, Result
 
-SAMPLER = ("mode", "k", "drafts", "tolerance", "blocks", "iterations", "pipelined", "first_blocks", "lanes")
+SAMPLER = (
+    "mode",
+    "k",
+    "drafts",
+    "tolerance",
+    "blocks",
+    "iterations",
+    "pipelined",
+    "first_blocks",
+    "cache_interval",
+    "lanes",
+)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Engines:
         self._driver = driver
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         devices = {ordinal: driver.device(ordinal) for ordinal in ordinals}
-        models = {network: str(bundle.onnx(network)) for network in bundle.manifest.networks}
+        models = {network: str(bundle.onnx(network)) for network in bundle.manifest.usual}
 
         def once(network: str) -> ProviderSession:
             dtypes = {one.name: one.dtype for one in bundle.manifest.networks[network].inputs}

@@ -144,7 +144,7 @@ def build_missing(
     """Builds what is missing for the lanes' kinds of GPU, once each; the new plans, or None where one was there."""
     found: dict[str, Plan | None] = {}
     there, runtime = visible_gpus(), lanes[0].runtime
-    gpus, networks = gpus_of(lanes), bundle.manifest.networks
+    gpus, networks = gpus_of(lanes), bundle.manifest.usual
     with locked(bundle.folder), ExitStack() as opened:
         fields = {(network, gpu): plan_fields(bundle, network, gpu, runtime) for gpu in gpus for network in networks}
         there_already = {key: bundle.has_intact_plan(one) for key, one in fields.items()}

@@ -39,7 +39,7 @@ def trouble() -> str | None:
 
 def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
     """See load.RuntimeModule: one plan per kind of GPU."""
-    kinds, networks = list(dict.fromkeys(visible_gpus())), bundle.manifest.networks
+    kinds, networks = list(dict.fromkeys(visible_gpus())), bundle.manifest.usual
     return {network: [plan_fields(bundle, network, gpu, runtime) for gpu in kinds] for network in networks}
 
 
@@ -266,7 +266,7 @@ class Engines:
         there, trt = visible_gpus(), package(runtime)
         ordinals = [lane.gpu for lane in lanes if lane.gpu is not None]
         plans: dict[tuple[str, int], Plan] = {}
-        for network in bundle.manifest.networks:
+        for network in bundle.manifest.usual:
             for ordinal in dict.fromkeys(ordinals if network == DENOISER else ordinals[:1]):
                 fields = plan_fields(bundle, network, there[ordinal], runtime)
                 plans[network, ordinal] = bundle.plan(network, fields)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from export.networks import Exported, vae
+from export.networks import Exported, cached, vae
 from export.networks.vae import vae_factor
 
 Guidance = Literal["classifier_free", "in_graph", "embedded", "none"]
@@ -17,6 +17,7 @@ CLIP, PROJECTED, T5 = (
 )
 CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+CACHED_UNET = {"denoiser_deep": (("unet",), cached.deep), "denoiser_shallow": (("unet",), cached.shallow)}
 VAE_NETWORKS = {"vae_decoder": (("vae",), vae.decoder), "vae_encoder": (("vae",), vae.encoder)}
 
 
@@ -66,6 +67,7 @@ class Family:
 
     sides: the sides of images; with `full=True` all that the networks can do, else what is exported by default.
     networks: by name, the pipeline's components that it is made of, and what makes it of them.
+    cached: the same for the parts of a denoiser that feature caching needs. uncacheable: why they cannot be made.
     guidance: whether two branches are combined by the runtime or, where that is not linear, by the denoiser itself; or
     the denoiser is told the scale; or there is none.
     guidance_offset: what is added to the scale: 1 where the pipeline calculates c + g·(c − u).
@@ -86,6 +88,8 @@ class Family:
     encoders: Mapping[str, tuple[str, ...]]
     denoiser: str
     vaes: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny")
+    cached: Mapping[str, tuple[tuple[str, ...], Callable[[Any], Exported]]] = field(default_factory=dict)
+    uncacheable: Callable[[Any], str | None] = lambda pipeline: "its denoiser is no UNet"
     refused: Callable[[Any], str | None] = lambda pipeline: None
     latents: Callable[[Any], Latents] = vae_latents
     guidance_offset: float = 0.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.families.base import CLIP, VAE_NETWORKS, Family, Guidance, Sides, Text, sides_around, widths
+from export.families.base import CACHED_UNET, CLIP, VAE_NETWORKS, Family, Guidance, Sides, Text, sides_around, widths
 from export.networks import denoisers, text_encoders
+from export.networks.cached import uncacheable
 from export.networks.vae import vae_factor
 
 
@@ -33,6 +34,11 @@ def unet_refused(pipeline: Any) -> str | None:
     return widths("its UNet's cross_attention_dim", wanted, "its text encoders' states", width)
 
 
+def unet_uncacheable(pipeline: Any) -> str | None:
+    """Why its UNet cannot be cut in two."""
+    return uncacheable(pipeline.unet.config)
+
+
 def _refused(pipeline: Any) -> str | None:
     kind = pipeline.unet.config.addition_embed_type
     if kind is not None:
@@ -46,6 +52,8 @@ STABLE_DIFFUSION = Family(
         "denoiser": (("unet",), denoisers.unet),
         **VAE_NETWORKS,
     },
+    cached=CACHED_UNET,
+    uncacheable=unet_uncacheable,
     texts=(Text("tokenizer", "input_ids"),),
     sides=unet_sides,
     guidance=unet_guidance,

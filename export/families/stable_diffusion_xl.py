@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.families.base import CLIP, PROJECTED, VAE_NETWORKS, Family, Text
-from export.families.stable_diffusion import unet_guidance, unet_refused, unet_sides
+from export.families.base import CACHED_UNET, CLIP, PROJECTED, VAE_NETWORKS, Family, Text
+from export.families.stable_diffusion import unet_guidance, unet_refused, unet_sides, unet_uncacheable
 from export.networks import denoisers, text_encoders
 
 
@@ -23,6 +23,8 @@ STABLE_DIFFUSION_XL = Family(
         "denoiser": (("unet",), denoisers.pooled_unet),
         **VAE_NETWORKS,
     },
+    cached=CACHED_UNET,
+    uncacheable=unet_uncacheable,
     texts=(Text("tokenizer", "input_ids"), Text("tokenizer_2", "input_ids_2")),
     sides=unet_sides,
     guidance=unet_guidance,

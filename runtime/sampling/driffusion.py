@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runtime.sampling.cache import Cache
 from runtime.sampling.drafts import ANCHOR, DRAFTS, Anchor, Window, refine
 from runtime.sampling.operations import STATE, Evaluation, Operations, Options, Predict, combination, fresh
 from runtime.sampling.schedule import Schedule, unit
@@ -13,15 +14,16 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
     2⌈N/(k+1)⌉ − [N mod (k+1) = 1] rounds.
     """
     i, block, x, drafts, before = 0, 0, unit(STATE), DRAFTS[options.drafts], None
+    cache = Cache(options.cache_interval)
     while i < schedule.steps:
         ahead, block = min(options.ahead(block), schedule.steps - 1 - i), block + 1
         window = Window("", ahead)
-        yield Predict((Evaluation(STATE, i, window.output(0)),))
+        yield cache.predict(Predict((Evaluation(STATE, i, window.output(0)),)), i)
         estimate = schedule.estimate(i, unit(window.output(0)), x, x)
         if ahead:
             anchor = Anchor(i, x, estimate, estimate.data, before)
             yield combination(window.drafts(schedule, options, anchor, schedule.past(i)), i)
-            yield window.predict(i)
+            yield cache.predict(window.predict(i), i)
         seen = [(x, window.output(0)), *window.seen()]
         end, past, _ = refine(schedule, drafts, i, x, schedule.past(i), seen)
         before, i = i, i + ahead + 1
@@ -33,11 +35,12 @@ def conservative(schedule: Schedule, options: Options) -> Operations:
 def aggressive(schedule: Schedule, options: Options) -> Operations:
     """DRiffusion, aggressive (Algorithm 1): each round's last draft also serves as the next round's evaluation.
 
-    1 + ⌈(N−1)/k⌉ rounds. The refine of a round and the drafts of the next are one combination.
+    1 + ⌈(N−1)/k⌉ rounds. The refine of a round and the drafts of the next are one combination. Of drafts that reuse
+    features, the last one is whole.
     """
     i, block, last, drafts, before = 0, 0, schedule.steps - 1, DRAFTS[options.drafts], None
-    window = Window("b", 0)
-    yield Predict((Evaluation(STATE, 0, window.output(0)),))
+    window, cache = Window("b", 0), Cache(options.cache_interval)
+    yield cache.predict(Predict((Evaluation(STATE, 0, window.output(0)),)), 0)
     at, output = unit(STATE), window.output(0)  # the state at which the anchor was evaluated, and what came of it
     x, past = unit(STATE), schedule.past(0)
     while i < last:
@@ -49,7 +52,7 @@ def aggressive(schedule: Schedule, options: Options) -> Operations:
         kept = ({STATE: x} if i else {}) | schedule.history(i, past)
         kept |= {ANCHOR: anchor.seen} if drafts.extrapolates else {}
         yield combination(kept | made, i)
-        yield window.predict(i)
+        yield cache.predict(window.predict(i), i, {i + ahead})
         seen = [(at if i else unit(STATE), output), *window.seen()]
         x, past, _ = refine(schedule, drafts, i, unit(STATE), schedule.past(i), seen[:-1])
         at, output = seen[-1]

@@ -32,6 +32,8 @@ def sample(
         raise ParameterError("mode", f"unknown mode {mode!r}: use one of {', '.join(SAMPLERS)}")
     chosen = Options(**{**options, "drafts": resolve(options.get("drafts", "auto"))})
     check(mode, schedule, chosen)
+    if chosen.cache_interval > 1:
+        raise ParameterError("cache_interval", "a function has no features to reuse: leave out cache_interval")
     noise = np.asarray(noise, np.float32)
     if noise.ndim < 2 or not len(noise) or not np.isfinite(noise).all():
         raise ParameterError("noise", f"noise must be finite and of shape (images, …), not {noise.shape}")

@@ -17,11 +17,17 @@ STATE = "x"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: the model's output for the latent in a slot at a step, written to another slot."""
+    """One evaluation: the model's output for the latent in a slot at a step, written to another slot.
+
+    With feature caching, either `keep` is where the deep part's features are kept, or `features` are kept ones with the
+    weights of their sum, in place of the deep part. Slots of features hold no latents, and nothing else reads them.
+    """
 
     latent: str
     step: int
     output: str
+    keep: str = ""
+    features: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Options:
     tolerance: largest relative change that `adaptive` accepts in a draft, or that `srds` stops at; 0 is exact.
     blocks: B of `srds`, ⌈√N⌉ or fewer by default. pipelined: whether `srds` starts a block as soon as its left end is
     known. iterations: where `srds` stops in any case. first_blocks: drafts in each of the first blocks of
-    `conservative` and `aggressive`, where they shall differ from k.
+    `conservative` and `aggressive`, where they shall differ from k. cache_interval: the denoiser's deep part is
+    evaluated at one of so many steps.
     """
 
     k: int = 1
@@ -96,6 +103,7 @@ class Options:
     pipelined: bool = True
     iterations: int | None = None
     first_blocks: tuple[int, ...] = ()
+    cache_interval: int = 1
 
     def ahead(self, block: int) -> int:
         """Drafts in a block, unless the steps end before."""

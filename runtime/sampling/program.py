@@ -79,7 +79,14 @@ class GuidedProgram:
         if isinstance(operation, Predict):
             self._outputs.update(evaluation.output for evaluation in operation.evaluations)
             branches = tuple(
-                Branch(evaluation.latent, evaluation.step, f"{evaluation.output}/{conditioning}", conditioning)
+                Branch(
+                    evaluation.latent,
+                    evaluation.step,
+                    f"{evaluation.output}/{conditioning}",
+                    conditioning,
+                    evaluation.keep and f"{evaluation.keep}/{conditioning}",
+                    tuple((f"{slot}/{conditioning}", weight) for slot, weight in evaluation.features),
+                )
                 for conditioning in self._weights
                 for evaluation in operation.evaluations
             )

@@ -18,9 +18,12 @@ from runtime.sampling.srds import srds, srds_blocks
 Sampler = Callable[[Schedule, Options], Operations]
 
 
+CACHING = ("sequential", "conservative", "aggressive")
+
+
 def check(mode: str, schedule: Schedule, options: Options) -> None:
     """ParameterError for a sampler that cannot play a schedule with these options."""
-    for name, low in (("k", 1), ("blocks", 1), ("iterations", 1), ("tolerance", 0)):
+    for name, low in (("k", 1), ("blocks", 1), ("iterations", 1), ("cache_interval", 1), ("tolerance", 0)):
         value = getattr(options, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is None and name in ("blocks", "iterations"):
@@ -35,6 +38,8 @@ def check(mode: str, schedule: Schedule, options: Options) -> None:
             raise ParameterError("first_blocks", f"first_blocks must be whole numbers of at least 1, not {drafts!r}")
     if options.drafts not in DRAFTS:
         raise ParameterError("drafts", f"unknown drafts {options.drafts!r}: use one of auto, {', '.join(DRAFTS)}")
+    if options.cache_interval > 1 and mode not in CACHING:
+        raise ParameterError("cache_interval", f"{mode} cannot reuse features: use mode {' or '.join(CACHING)}")
     if mode == "adaptive" and DRAFTS[options.drafts].extrapolates:
         raise ParameterError("drafts", "adaptive has no anchors to extrapolate from: use frozen or corrected drafts")
     if mode == "speculative":

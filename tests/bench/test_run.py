@@ -198,7 +198,7 @@ def test_a_checkpoint_is_its_folder_and_its_loras_however_it_was_exported(
 ) -> None:
     where = EMBEDDED["shapes"] if folder == "shapes" else tmp_path / folder
     files = tuple((tmp_path / file, scale) for file, scale in loras)
-    origin = ExportSpec("any", where, files, sides).origin
+    origin = ExportSpec("any", where, files, sides, cache=bool(sides)).origin
     found = checkpoint(manifest.model_copy(update={"origin": origin}))
     assert Path(found.folder) == where and found.loras == tuple((str(file), scale) for file, scale in files)
 
