@@ -231,7 +231,7 @@ def test_the_cpp_example_draws_what_python_draws(shapes: Bundle, pipeline: Pipel
     words = [str(tmp_path / word) if word == "star.program" else word for word in shlex.split(command)]
     subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True, capture_output=True)
     (tmp_path / "star.cc").write_text(find("driffusion::engine engine"))
-    library, headers = built(), ROOT / "runtime" / "embed" / "include"
+    library, headers = built().parent, ROOT / "runtime" / "embed" / "include"
     link = ("-L", library, "-ldriffusion", f"-Wl,-rpath,{library}")
     warnings = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
     compile_command("c++", *warnings, "-I", headers, tmp_path / "star.cc", "-o", tmp_path / "star", *link)

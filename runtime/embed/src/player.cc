@@ -9,7 +9,7 @@
 namespace driffusion {
 namespace {
 
-constexpr u64 MOST_BYTES = u64(1) << 40;
+constexpr u64 MOST_SLOT_BYTES = u64(1) << 40;
 
 bool neighbours(const std::vector<u32> &rows) {
     for (std::size_t n = 1; n < rows.size(); ++n) {
@@ -63,7 +63,7 @@ void Player::lay_out() {
         rows += u32(fresh.size()) * (one.kind == PREDICT ? branches_ : 1);
     }
     u64 bytes = u64(rows) * elements_ * sizeof(float);
-    if (bytes > MOST_BYTES) fail(DRIFFUSION_ERROR_MEMORY, "so many images of this size need " + std::to_string(bytes) + " bytes: make fewer at once");
+    if (bytes > MOST_SLOT_BYTES) fail(DRIFFUSION_ERROR_MEMORY, "so many images of this size need " + std::to_string(bytes) + " bytes: make fewer at once");
     memory_.clear();
     memory_.shrink_to_fit();
     memory_.resize(std::size_t(rows) * elements_);

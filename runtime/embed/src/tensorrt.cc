@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::size_t CONTEXTS = 8, LEAST_MEMORY = 256, MESSAGES = 3;
 constexpr u32 MOST_ROWS = 16;  // of a plan: engines/tensorrt/plan.py; larger calls run in parts
-constexpr u64 MOST_BYTES = u64(1) << 36;
+constexpr u64 MOST_PLAN_BYTES = u64(1) << 36;
 
 struct Destroy {
     void operator()(Object *object) const { destroy(object); }
@@ -95,7 +95,7 @@ struct Engine {
     Owned object;
 
     Engine(Runtime &owner, const cuda::Gpu &on, const cuda::NetworkSource &source) : runtime(owner), gpu(on) {
-        const std::string plan = read_file(source.plan, DRIFFUSION_ERROR_BUNDLE, MOST_BYTES);
+        const std::string plan = read_file(source.plan, DRIFFUSION_ERROR_BUNDLE, MOST_PLAN_BYTES);
         std::lock_guard<std::mutex> lock(runtime.mutex);
         cuda::Current current(gpu);
         object.reset(call<Object *>(runtime.runtime, DESERIALIZE, static_cast<const void *>(plan.data()), plan.size()));

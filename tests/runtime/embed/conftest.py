@@ -21,7 +21,7 @@ Open = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def library() -> Library:
-    return Library(built() / "libdriffusion.so")
+    return Library(built())
 
 
 @pytest.fixture

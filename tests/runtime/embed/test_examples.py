@@ -14,7 +14,7 @@ from PIL import Image
 from engines.store import Bundle
 from runtime.embed.building import SOURCE
 from runtime.pipeline import Pipeline
-from tests.runtime.embed.building import built, command
+from tests.runtime.embed.building import built, command, configured
 from tests.runtime.embed.conftest import Write
 
 PROMPT = "a large red star at the left on blue background"
@@ -25,7 +25,7 @@ def test_an_image_is_drawn(
     shapes: Bundle, pipeline: Pipeline, write: Write, tmp_path: Path, program: str, suffix: str
 ) -> None:
     out = tmp_path / f"image.{suffix}"
-    command(built() / "example" / program, shapes.folder, write(), PROMPT, out, "18446744073709551615")
+    command(built(f"example/{program}"), shapes.folder, write(), PROMPT, out, "18446744073709551615")
     own = pipeline.generate(PROMPT, mode="aggressive", k=2, num_inference_steps=4, seed=2**64 - 1)
     with Image.open(out) as image:
         image.load()
@@ -36,7 +36,7 @@ def test_an_image_is_drawn(
 def test_what_goes_wrong_is_said(shapes: Bundle, write: Write, tmp_path: Path, program: str) -> None:
     for words in ([tmp_path / "none", write()], [shapes.folder, shapes.folder / "manifest.json"]):
         run = subprocess.run(
-            [built() / "example" / program, *words, PROMPT, tmp_path / "image"], capture_output=True, text=True
+            [built(f"example/{program}"), *words, PROMPT, tmp_path / "image"], capture_output=True, text=True
         )
         assert run.returncode == 1
         assert "error: " in run.stderr and str(words[0] if "none" in str(words[0]) else "program") in run.stderr
@@ -44,7 +44,7 @@ def test_what_goes_wrong_is_said(shapes: Bundle, write: Write, tmp_path: Path, p
 
 def test_the_server_loop(shapes: Bundle, write: Write, tmp_path: Path) -> None:
     """Two images at once with previews, one of them cancelled, and a line that means nothing."""
-    arguments = [built() / "example" / "serve", shapes.folder, write(num_inference_steps=40), tmp_path]
+    arguments = [built("example/serve"), shapes.folder, write(num_inference_steps=40), tmp_path]
     with subprocess.Popen([*map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdin and run.stdout
         run.stdin.write(f"draw one 1 {PROMPT}\ndraw two 2 a ring\ndance\n")
@@ -69,7 +69,8 @@ def test_the_server_loop(shapes: Bundle, write: Write, tmp_path: Path) -> None:
 def test_an_installed_library_is_found(shapes: Bundle, write: Write, tmp_path: Path) -> None:
     """By find_package, with the examples as the stranger's project, and by pkg-config."""
     prefix = tmp_path / "prefix"
-    command("cmake", "--install", built(), "--prefix", prefix)
+    built()
+    command("cmake", "--install", configured("plain"), "--prefix", prefix)
     other = tmp_path / "other"
     command("cmake", "-S", SOURCE / "example", "-B", other, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     command("cmake", "--build", other, "--target", "draw_c")
@@ -90,7 +91,7 @@ def test_the_program_of_the_page(shapes: Bundle, write: Write, tmp_path: Path) -
     source, program = tmp_path / "page.cc", tmp_path / "page"
     source.write_text(code)
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{SOURCE / 'include'}"]
-    command("c++", *flags, source, "-o", program, f"-L{built()}", "-ldriffusion", f"-Wl,-rpath,{built()}")
+    command("c++", *flags, source, "-o", program, f"-L{built().parent}", "-ldriffusion", f"-Wl,-rpath,{built().parent}")
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "shapes").symlink_to(shapes.folder)
     write("shapes.program", num_inference_steps=24)

@@ -25,7 +25,7 @@ class Gpu:
     """The functions of native/gpu.cc."""
 
     def __init__(self) -> None:
-        self.c = ctypes.CDLL(str(built() / "tests" / "libgpu.so"))
+        self.c = ctypes.CDLL(str(built("tests/libgpu.so")))
         self.c.gpu_message.restype = c_char_p
         self.c.gpu_layout.restype = c_size_t
         self.c.gpu_code.argtypes = [c_char_p, c_uint32, c_uint32, c_char_p, c_char_p, POINTER(c_size_t)]

@@ -30,7 +30,7 @@ PROMPT = "a large red star at the left on blue background"
 @pytest.fixture(scope="module")
 def on_gpus() -> Library:
     """The library with networks for imaginary GPUs, and the kernels that programs here need."""
-    library = Library(built() / "tests" / "libimaginary.so")
+    library = Library(built("tests/libimaginary.so"))
     library.c.imaginary_install()
     return library
 
@@ -112,7 +112,7 @@ def test_a_call_that_fails_ends_one_image(
 
 def test_the_plain_library_says_what_it_cannot(shapes: Bundle, write: Write) -> None:
     Machine(2)
-    plain = Library(built() / "libdriffusion.so")
+    plain = Library(built())
     with pytest.raises(StatusError, match="option plan") as caught:
         plain.open(shapes.folder, write(), "cuda:0")
     assert caught.value.status == "UNSUPPORTED"

@@ -56,7 +56,7 @@ def plan(shapes: Bundle, tmp_path: Path) -> Path:
 def bindings(name: str) -> ModuleType:
     """NVIDIA's compiled module, over our implementation of the interface that it calls."""
     for library in LIBRARIES[name]:
-        ctypes.CDLL(str(built() / "tests" / library))
+        ctypes.CDLL(str(built(f"tests/{library}")))
     package = importlib.util.find_spec(f"{name}_bindings")
     assert package is not None and package.origin is not None
     path = Path(package.origin).with_name(f"{name}.so")
@@ -126,9 +126,9 @@ def test_images_by_tensorrt(
     machine: Machine, shapes: Bundle, write: Write, plan: Path, rng: np.random.Generator, name: str
 ) -> None:
     """Equal to those of processor cores, also where a call is larger than the plan's largest batch."""
-    library = Library(built() / "libdriffusion.so")
+    library = Library(built())
     program = write(mode="aggressive", scheduler="euler_a", num_inference_steps=6)
-    options = {"plan": str(plan), "tensorrt": str(built() / "tests" / LIBRARIES[name][0])}
+    options = {"plan": str(plan), "tensorrt": str(built(f"tests/{LIBRARIES[name][0]}"))}
     here, there = (
         library.open(shapes.folder, program, "cpu*2"),
         library.open(shapes.folder, program, "cuda:0,cuda:1", options),
@@ -149,13 +149,13 @@ def test_the_real_library_refuses_what_is_no_plan(machine: Machine, shapes: Bund
     assert package is not None and package.origin is not None
     options = {"plan": str(plan), "tensorrt": str(Path(package.origin).with_name("libtensorrt_rtx.so.1"))}
     with pytest.raises(StatusError, match=r"TensorRT cannot load .*Serialization assertion") as caught:
-        Library(built() / "libdriffusion.so").open(shapes.folder, write(), "cuda:0", options)
+        Library(built()).open(shapes.folder, write(), "cuda:0", options)
     assert caught.value.status == "DEVICE"
 
 
 def test_what_cannot_be_opened(machine: Machine, shapes: Bundle, write: Write, plan: Path, tmp_path: Path) -> None:
-    library, program = Library(built() / "libdriffusion.so"), write()
-    good = str(built() / "tests" / "libnvinfer.so.11")
+    library, program = Library(built()), write()
+    good = str(built("tests/libnvinfer.so.11"))
     wrong = tmp_path / "wrong.plan"
     wrong.write_text("/nowhere /nowhere a b")
     old = tmp_path / "libnvinfer.so.10"

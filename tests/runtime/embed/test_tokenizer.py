@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from engines.store import Bundle
 from runtime.call import Call
 from runtime.embed import unicode
 from runtime.embed.program import program_of, write_program
+from tests.runtime.embed.building import built
 from tests.runtime.embed.copies import altered_tokenizer
 from tests.runtime.embed.library import Engine, Library, StatusError
 
@@ -69,6 +72,14 @@ def expected(reference: tokenizers.Tokenizer, text: str, length: int) -> list[in
     return [*ids[: length - 1], end] if len(ids) > length else ids + [end] * (length - len(ids))
 
 
+def ids_of(file: Path, texts: list[str]) -> list[list[int]]:
+    """All ids of texts by a tokenizer's file, uncut."""
+    encoded = [text.encode() for text in texts]
+    stream = b"".join(struct.pack("<I", len(one)) + one for one in encoded)
+    run = subprocess.run([built("tests/check_tokenizer"), file], input=stream, capture_output=True, check=True)
+    return [list(map(int, line.split())) for line in run.stdout.decode().splitlines()]
+
+
 def test_thousands_of_random_texts(engine: Engine, reference: tokenizers.Tokenizer, rng: np.random.Generator) -> None:
     length = engine.sizes().token_count
     for _ in range(4000):
@@ -91,12 +102,15 @@ def test_thousands_of_random_texts(engine: Engine, reference: tokenizers.Tokeniz
 
 
 @pytest.mark.slow
-def test_every_code_point(engine: Engine, reference: tokenizers.Tokenizer) -> None:
+def test_every_code_point(shapes: Bundle, reference: tokenizers.Tokenizer) -> None:
     """Beside letters, so that what joins a word, ends it or composes with it shows."""
-    length = engine.sizes().token_count
-    for start in range(0, len(unicode.CODES), 3):
-        text = "".join(f"a{chr(code)}e " for code in unicode.CODES[start : start + 3])
-        assert engine.tokenize(text) == expected(reference, text, length), ascii(text)
+    letters = [f"a{chr(code)}e " for code in unicode.CODES]
+    texts = ["".join(letters[start : start + 200]) for start in range(0, len(letters), 200)]
+    found = ids_of(shapes.folder / "tokenizer.json", texts)
+    wanted = [encoding.ids for encoding in reference.encode_batch(texts)]
+    assert len(found) == len(wanted)
+    for text, own, ids in zip(texts, found, wanted, strict=True):
+        assert own == ids, ascii(text)
 
 
 @pytest.mark.slow
