@@ -3,7 +3,8 @@
 Every request plays its rounds on a thread of its own. A lane that becomes free takes branches of the rounds that wait,
 in the order in which their requests asked for them, as one call. So requests join and leave at any round, whatever
 their samplers, and the rule of fairness is: of two running requests, neither waits for a second round of the other
-before it gets its own. A request that runs alone plays its rounds itself, on all lanes.
+before it gets its own. That holds among requests of equal priority; rounds of a lower number are dealt before all
+others that wait. A request that runs alone plays its rounds itself, on all lanes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +40,7 @@ class Player:
     rows: float
     between: float | None
     ended: threading.Condition
+    priority: int = 5
     kind: Hashable = None
     waiting: deque[tuple[Branch, Entry]] = field(default_factory=deque)
     calls: list[list[Branch]] = field(default_factory=list)
@@ -79,18 +82,18 @@ class Batcher:
         self.count, self._busy = count, busy
         self._lock = threading.RLock()
         self._players: list[Player] = []
-        self._waiting: deque[Player] = deque()  # in the order of their rounds
+        self._waiting: deque[Player] = deque()  # by priority, then in the order of their rounds
         self._running: list[SharedCall | None] = [None] * count
         self._last = [0.0] * count  # seconds of the last call
         self._alone: tuple[Player, float] | None = None  # plays a round by itself, and since when
         self.calls = self.rows = 0  # of all shared calls
 
-    def join(self, backend: Backend, most: int, sizes: BatchSizes, rows: float) -> Player:
+    def join(self, backend: Backend, most: int, sizes: BatchSizes, rows: float, priority: int = 5) -> Player:
         """A request begins; its first round is expected to have so many rows."""
         sharing = backend.sharing
         assert sharing is not None
         now, ended = time.monotonic(), threading.Condition(self._lock)
-        player = Player(backend, sharing, min(most, self.count), sizes, rows, now, ended)
+        player = Player(backend, sharing, min(most, self.count), sizes, rows, now, ended, priority)
         with self._lock:
             self._players.append(player)
         return player
@@ -136,7 +139,7 @@ class Batcher:
         entries = player.sharing.entries(branches)
         with self._lock:
             player.begin(branches, entries, self.count)
-            self._waiting.append(player)
+            insort(self._waiting, player, key=lambda one: one.priority)
             try:
                 while player.playing:
                     player.ended.wait(self._deal() if player.waiting or player.on else None)
@@ -182,7 +185,8 @@ class Batcher:
         running = sum(call.rows for call in self._running if call)
         active = there + running + sum(player.rows for player in coming)
         share = min(first.sizes.largest, math.ceil(active / self.count))
-        if coming and there < share:
+        urgent = any(player.priority < first.priority for player in coming)
+        if coming and (there < share or urgent):
             return max(0.0, patience - max(now - player.between for player in coming if player.between is not None))
         self._start(lane, able, share, now)
         return None

@@ -140,6 +140,10 @@ class Call:
         None, "most lanes that work on this call; k stays the same", absent="all", low=1, of_model=True,
         **_both("lanes"), http_range=(1, 64),
     )  # fmt: skip
+    priority: int = _option(
+        5, "who begins first, and whose rounds are played first, where calls wait for each other: 1 before 9", low=1,
+        high=9, http="priority",
+    )  # fmt: skip
     timeline: bool = _option(False, "whether the report says what each lane did when", http="timeline")
 
     def __post_init__(self) -> None:

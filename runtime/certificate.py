@@ -85,7 +85,7 @@ def certificate(
     given |= {"cache_interval": options.cache_interval} if options.cache_interval > 1 else {}
     given |= dict(zip(("width", "height"), size, strict=True))
     # in one order, so that a size that is the default makes the same file whether it was named or not
-    given = {name: given[name] for name in OPTIONS if name in given and name not in ("timeline", "lanes")}
+    given = {name: given[name] for name in OPTIONS if name in given and name not in ("timeline", "lanes", "priority")}
     return {
         "sameness": sameness(mode, options, lanes), "measured": dict(measured) if measured else None,
         "model_sha256": model, "plan": plan, "precision": precision, "placement": placement,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ class Lease:
     seconds: how long it takes by number of lanes, see `lane_policy`. most: how many lanes it never exceeds.
     generation: of the lanes when it was admitted; they are replaced when one is lost.
     rounds, lane_rounds: how many rounds it played, and the sum of the lanes that it held in them.
+    priority, turn: lower ones come first; `turn` is that in the queue.
     used: all lanes that it held in any of its rounds.
     rows, sizes: of its calls, where they are shared; `player` is its part in that. Then it owns no lane, `own` is a
     number that no other has, and the lanes that it held in a round are those that its branches ran on; all of them
@@ -47,11 +49,13 @@ class Lease:
     backend: Backend
 
     def __init__(
-        self, lanes: Lanes, seconds: Seconds, before_round: Check, most: int, rows: float, sizes: BatchSizes
-    ) -> None:
+        self, lanes: Lanes, seconds: Seconds, before_round: Check, most: int, rows: float, sizes: BatchSizes,
+        priority: int, *, first: bool,
+    ) -> None:  # fmt: skip
         self._lanes = lanes
         self.seconds, self.before_round, self.most = seconds, before_round, most
         self.rows, self.sizes = rows, sizes
+        self.priority, self.turn = priority, (not first, priority)
         self.player: Player | None = None
         self.held: tuple[int, ...] = ()
         self.version = -1  # of the division that `held` is of
@@ -121,15 +125,17 @@ class Lanes:
     @contextmanager
     def lease(
         self, seconds: Seconds, before_round: Check = lambda: None, *, first: bool = False, most: int | None = None,
-        rows: float = 1.0, sizes: BatchSizes = ANY_SIZES,
+        rows: float = 1.0, sizes: BatchSizes = ANY_SIZES, priority: int = 5,
     ) -> Iterator[Lease]:  # fmt: skip
         """Lanes for one request that takes `seconds[n - 1]` on n lanes, at most `most`; waits in the queue for them.
 
         `before_round` is called also while it waits, and may raise to cancel. `first` puts it in front of the queue.
         `rows` is how many its rounds have on average, one per branch and image; `sizes` are those that suit the model.
+        Those of a lower `priority` come first in the queue. Where calls are shared their rounds do, too, so that they
+        are admitted as if those of a higher one were not there.
         """
-        lease = Lease(self, seconds, before_round, most or self.count, rows, sizes)
-        self._admit(lease, first=first)
+        lease = Lease(self, seconds, before_round, most or self.count, rows, sizes, priority, first=first)
+        self._admit(lease)
         try:
             if lease.player is None:
                 self._wait_for_own_lane(lease)
@@ -263,13 +269,10 @@ class Lanes:
         """Requests that have lanes."""
         return len(self._leases)
 
-    def _admit(self, lease: Lease, *, first: bool) -> None:
+    def _admit(self, lease: Lease) -> None:
         """Waits in the queue until the policy admits the lease, which then owns the first lane that nobody owns."""
         with self._changed:
-            if first:
-                self._queue.appendleft(lease)
-            else:
-                self._queue.append(lease)
+            insort(self._queue, lease, key=lambda one: one.turn)
             try:
                 while self._wanting_alone or self._queue[0] is not lease or not self._room(lease):
                     self._changed.wait(POLL)
@@ -279,7 +282,7 @@ class Lanes:
                     self._backends.append(self._backend(own))
                 lease.admit(own, self._backends[own], self.generation)
                 if self.shares:
-                    lease.player = self.batcher.join(lease.backend, lease.most, lease.sizes, lease.rows)
+                    lease.player = self.batcher.join(lease.backend, lease.most, lease.sizes, lease.rows, lease.priority)
                 self._leases[own] = lease
                 self.version += 1
             finally:
@@ -312,7 +315,8 @@ class Lanes:
         if len(running) < self._wanted():
             return True
         full = self.count * lease.sizes.fills
-        return self.shares and len(running) < self.most_running and sum(one.rows for one in running) < full
+        rows = sum(one.rows for one in running if one.priority <= lease.priority)
+        return self.shares and len(running) < self.most_running and rows < full
 
     def _count_shared(self, lane: int, seconds: float) -> None:
         self.busy_seconds[lane] += seconds

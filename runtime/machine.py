@@ -73,16 +73,19 @@ class Machine:
 
     def on_lanes(
         self, work: Callable[[Lease], Made], seconds: Seconds, before_round: Callable[[], None], most: int,
-        warnings: list[str], rows: float = 1.0, sizes: BatchSizes = ANY_SIZES,
+        warnings: list[str], rows: float = 1.0, sizes: BatchSizes = ANY_SIZES, priority: int = 5,
     ) -> Made:  # fmt: skip
         """Runs work on at most so many lanes, when it is its turn; again, and first in the queue, if a lane is lost.
 
-        `seconds`, `before_round`, `rows` and `sizes` are those of `Lanes.lease`. A loss is added to the warnings.
+        `seconds`, `before_round`, `rows`, `sizes` and `priority` are those of `Lanes.lease`. A loss is added to the
+        warnings.
         """
         again = False
         while True:
             try:
-                with self.lanes.lease(seconds, before_round, first=again, most=most, rows=rows, sizes=sizes) as lease:
+                with self.lanes.lease(
+                    seconds, before_round, first=again, most=most, rows=rows, sizes=sizes, priority=priority
+                ) as lease:
                     return work(lease)
             except DeviceError as error:
                 again = True

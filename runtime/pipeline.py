@@ -360,7 +360,7 @@ class Pipeline:
         rows = rows_per_round(task.mode, task.options, task.schedule, task.sampler_guidance, task.call.images)
         return self.machine.on_lanes(
             on_lanes, seconds, callbacks.before_round, task.call.lanes, task.warnings, rows,
-            batch_sizes(self._call_seconds),
+            batch_sizes(self._call_seconds), task.call.priority,
         )  # fmt: skip
 
     def _notifier(self, callbacks: Callbacks, schedule: Schedule) -> Callable[[int], None]:

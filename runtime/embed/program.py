@@ -28,7 +28,7 @@ GUIDANCE = {"none": layout.NO_GUIDANCE, "classifier_free": layout.CLASSIFIER_FRE
 PARAMETERS = ("prompt", "negative_prompt", "seed", "num_images_per_prompt", "latents")
 UNPLAYED = (
     "image", "strength", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds", "lanes", "timeline", "cache_interval",
+    "negative_pooled_prompt_embeds", "lanes", "priority", "timeline", "cache_interval",
 )  # fmt: skip
 DTYPES = {"float32": layout.FLOAT32, "int64": layout.INT64}
 

@@ -138,6 +138,9 @@ def arguments() -> argparse.ArgumentParser:
         "--allow-origin", type=site, action="append", default=[], metavar="ORIGIN",
         help="another site whose pages may use this server, as https://example.com, or *; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--priorities", action="store_true", help="let requests name a priority; without it that is 400"
+    )
     for option, name, text in (
         ("--queue", "queue", "requests that may wait; more get 429"),
         ("--timeout", "seconds", "seconds until a request gets 504, or 408 while it arrives"),

@@ -22,6 +22,7 @@ class Limits:
     side: int = 4096  # pixels of width and of height
     steps: int = 1000
     n: int = 10  # images of one request
+    priorities: bool = False  # whether requests may name one
 
     def public(self) -> dict[str, Any]:
         """What clients are told."""
@@ -29,4 +30,5 @@ class Limits:
             "queue": self.queue, "connections": self.connections, "seconds": self.seconds, "body_bytes": self.body,
             "upload_bytes": self.upload, "answer_bytes": self.answer,
             "prompt_characters": self.prompt, "side_pixels": self.side, "num_inference_steps": self.steps, "n": self.n,
+            "priorities": self.priorities,
         }  # fmt: skip

@@ -1,10 +1,11 @@
-"""A bounded first-come-first-served queue in front of the engine's threads."""
+"""A bounded queue in front of the engine's threads: by priority, then first come, first served."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from bisect import insort
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,7 +51,7 @@ class RequestQueue:
                 raise QueueFullError(self.depth - self._lanes, max(1, later))
             request.on_cancel = self._remove
             self._requests.add(request)
-            self._waiting.append(request)
+            insort(self._waiting, request, key=lambda one: one.call.priority)
         self._pool.submit(self._next)
 
     def drain(self, seconds: float, grace: float = 5.0) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.call import Call, Callbacks
+from engines.errors import ParameterError
+from runtime.call import OPTIONS, Call, Callbacks
 from runtime.pipeline import Pipeline, Result
 from runtime.serve.health import Health
 from runtime.serve.limits import Limits
@@ -68,7 +69,8 @@ class Service:
         seconds: float | None = None,
         warnings: tuple[str, ...] = (),
     ) -> Request:
-        """Queues a call. The request's future gets `encode(result)`; QueueFullError or DrainingError at once.
+        """Queues a call. The request's future gets `encode(result)`; QueueFullError, DrainingError or, for a priority
+        where there are none, ParameterError at once.
 
         `encode` and `previews.send` run on a thread of the engine, so that an event loop only has bytes to send.
         `seconds` is the client's own deadline, where its protocol has one; the server's limit holds beside it.
@@ -78,6 +80,9 @@ class Service:
         def work(request: Request) -> Any:
             return encode(self._generate(request, previews, warnings))
 
+        if call.priority != OPTIONS["priority"].default and not self.limits.priorities:
+            message = "this server takes no priorities: start it with --priorities, or leave priority out"
+            raise ParameterError("priority", message)
         limit = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
         request = Request(call, work, limit, request_id)
         self.queue.submit(request)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from engines.base import Array
+from engines.base import Array, Backend, Branch, Entry
 from engines.errors import DeviceError
 from engines.host import FunctionLane, HostBackend
-from runtime.batching import Player
+from runtime.batching import Batcher, Player
 from runtime.lane_policy import BatchSizes, batch_sizes
 from runtime.lanes import Lanes, Lease
 from runtime.pipeline import Pipeline
@@ -52,13 +54,13 @@ def opened(models: list[Recorder]) -> Lanes:
 def image(
     lanes: Lanes, seed: int, mode: str = "sequential", steps: int = 12, images: int = 1, guidance: float = 3.0,
     shape: tuple[int, ...] = (2, 3, 3), done: Callable[[int], None] = lambda done: None, scale: float = 1.0,
-    **more: Any,
+    sizes: BatchSizes = SIZES, **more: Any,
 ) -> tuple[Array, Lease]:  # fmt: skip
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((images, *shape), np.float32) * np.float32(scale)
     conditioning = [{"encoder_hidden_states": rng.standard_normal((images, 3, 2), np.float32)} for _ in range(2)]
     rows = (2 if guidance > 1 else 1) * images
-    with lanes.lease(SLOW, rows=rows, sizes=SIZES, **more) as lease:
+    with lanes.lease(SLOW, rows=rows, sizes=sizes, **more) as lease:
         found, _ = denoise(
             lease.backend, noise, conditioning, schedule(steps), mode, Options(k=3), guidance, seed, done,
             play=lease.play,
@@ -191,6 +193,69 @@ def test_no_request_waits_more_than_its_share() -> None:
         made = long.result()[0]
     assert near(made, image(lanes, 0, "sequential", 999)[0])
     assert len(passed) > 300 and max(passed) <= 1
+
+
+def test_an_urgent_request_is_admitted_to_lanes_that_others_fill() -> None:
+    """Four requests of the usual priority fill the lane, a fifth waits; the urgent one passes it."""
+    lanes = opened([Recorder(0.001)])
+    with ThreadPoolExecutor(6) as pool:
+        usual = [pool.submit(image, lanes, seed, "sequential", 100) for seed in range(5)]
+        while (lanes.running, lanes.waiting) != (4, 1):
+            time.sleep(0.001)
+        found, _ = pool.submit(image, lanes, 9, "sequential", 10, priority=1).result()
+        assert not any(one.done() for one in usual) and (lanes.running, lanes.waiting) == (4, 1)
+        for one in usual:
+            one.result()
+    assert near(found, image(lanes, 9, "sequential", 10)[0])
+
+
+def test_urgent_rounds_go_first_into_calls() -> None:
+    """Each call takes one row; the first request is in one until the others wait."""
+    blocked, begun, called = threading.Event(), threading.Event(), list[float]()
+
+    def slow(sample: Array, timestep: Array, conditioning: Mapping[str, Array]) -> Array:
+        called.append(float(conditioning["encoder_hidden_states"][0, 0, 0]))
+        begun.set()
+        assert blocked.wait(20)
+        return model(sample, timestep, conditioning)
+
+    first = HostBackend([FunctionLane(slow)])
+    lanes = Lanes(1, lambda lane: first.sibling() if lane else first)
+    with ThreadPoolExecutor(5) as pool:
+
+        def submit(priority: int) -> None:
+            few: dict[str, Any] = {"guidance": 1.0, "sizes": BatchSizes(8, 1), "priority": priority}
+            pool.submit(image, lanes, priority, steps=2, **few)
+
+        submit(5)
+        assert begun.wait(20)
+        for waiting, priority in enumerate((7, 9, 1, 2), 1):
+            submit(priority)
+            while len(lanes.batcher._waiting) < waiting:
+                time.sleep(0.001)
+        blocked.set()
+    among = list(dict.fromkeys(called))
+    for priority in (5, 1, 2, 7, 9):
+        image(lanes, priority, steps=1, guidance=1.0)
+    assert list(dict.fromkeys(called[10:])) == among
+
+
+@pytest.mark.parametrize(("priority", "begins"), [(1, False), (5, True), (9, True)])
+def test_a_full_call_waits_a_little_for_urgent_rounds_alone(priority: int, begins: bool) -> None:
+    started: list[int] = []
+    sharing = SimpleNamespace(start=lambda lane, taken, done: started.append(lane), kind=None)
+    batcher = Batcher(1, lambda lane, seconds: None)
+    waiting, _ = (
+        batcher.join(cast(Backend, SimpleNamespace(sharing=sharing)), 1, BatchSizes(1, 4), 4, one)
+        for one in (5, priority)
+    )
+    branches = [cast(Branch, None)] * 4
+    waiting.begin(branches, [Entry(np.zeros((1, 2), np.float32), 0.0, {}, np.zeros((1, 2), np.float32))] * 4, 1)
+    batcher._waiting.append(waiting)
+    batcher._last[0] = 1e4
+    seconds = batcher._fill(0)
+    assert (seconds is None, started == [0]) == (begins, begins)
+    assert seconds is None or 990 < seconds <= 1000, "a tenth of its last call"
 
 
 def test_a_lane_that_fails_ends_the_rounds_that_were_on_it() -> None:

@@ -132,11 +132,14 @@ def test_a_request_that_is_limited_to_one_lane_uses_the_one_that_it_owns() -> No
     assert np.abs(alone - wanted).max() < 1e-4 * np.abs(alone).max() and lease.used == {0, 1, 2}
 
 
-def test_first_come_first_served() -> None:
+@pytest.mark.parametrize(
+    ("priorities", "expected"), [([5] * 6, [0, 1, 2, 3, 4, 5]), ([5, 9, 1, 5, 1, 2], [2, 4, 5, 0, 3, 1])]
+)
+def test_first_come_first_served_within_a_priority(priorities: list[int], expected: list[int]) -> None:
     lanes, order, threads = opened([OneAtATime(0.001)]), [], []
 
     def make(n: int) -> None:
-        image(lanes, n, steps=3)
+        image(lanes, n, steps=3, priority=priorities[n])
         order.append(n)
 
     with lanes.lease(USUAL):
@@ -147,7 +150,7 @@ def test_first_come_first_served() -> None:
                 time.sleep(0.001)
     for thread in threads:
         thread.join()
-    assert order == list(range(6))
+    assert order == expected
 
 
 class GoneError(Exception):

@@ -21,8 +21,11 @@ from runtime.serve.limits import Limits
 # names of inputs are those of `Call`, with the short ones that the protocol's users know
 SHORT = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 SIZE, IMAGE = "size", "image"  # [width, height]; pixels, or a file
+PRIORITY = "priority"  # a parameter of the request, as Triton has it
 INPUTS = {
-    name: option for name, option in OPTIONS.items() if option.http and option.http != "size" and name != IMAGE
+    name: option
+    for name, option in OPTIONS.items()
+    if option.http and option.http != "size" and name not in (IMAGE, PRIORITY)
 } | {short: OPTIONS[name] for short, name in SHORT.items()}
 NAMES = (*INPUTS, SIZE, IMAGE)
 EDITS = (IMAGE, "strength")  # inputs of models that can start from an image
@@ -64,6 +67,9 @@ def to_call(inference: Inference, limits: Limits, defaults: Mapping[str, Any]) -
         given[option.name] = _value(name, tensor)
     if "prompt" not in given:
         raise ParameterError("prompt", "the input prompt is missing: send a BYTES tensor of shape [1]")
+    priority = inference.parameters.get(PRIORITY, 0)
+    if priority != 0 or isinstance(priority, bool):  # 0 is Triton's word for none
+        given[PRIORITY] = OPTIONS[PRIORITY].check(priority)
     _check_limits(given, limits)
     return Call(**given)
 

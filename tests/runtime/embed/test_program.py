@@ -127,7 +127,7 @@ def test_what_measures_is_refused_by_name(shapes: Bundle, options: dict[str, Any
 def test_parameters_of_a_call_are_refused(shapes: Bundle, pipeline: Pipeline, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "prompt": "a star", "negative_prompt": "a ring", "seed": 1, "num_images_per_prompt": 2, "lanes": 1,
-        "timeline": True, "strength": 0.5, "cache_interval": 2,
+        "priority": 1, "timeline": True, "strength": 0.5, "cache_interval": 2,
     }  # fmt: skip
     array = np.zeros((1, 4, 16, 16), np.float32)
     for name in (*PARAMETERS, *UNPLAYED):

@@ -60,6 +60,22 @@ def test_requests_run_in_order_and_the_queue_has_an_end() -> None:
     queue.close()
 
 
+def test_urgent_requests_pass_others_that_wait() -> None:
+    queue, order = RequestQueue(9), []
+    first, held = blocked(queue)
+    others = [
+        Request(Call("a star", priority=priority), lambda one: order.append(one.call.priority), 60)
+        for priority in (5, 9, 1, 5, 2)
+    ]
+    for one in others:
+        queue.submit(one)
+    held.set()
+    for one in (first, *others):
+        one.future.result(20)
+    assert order == [1, 2, 5, 5, 9]
+    queue.close()
+
+
 def test_a_request_that_is_too_old_or_cancelled_does_not_start() -> None:
     queue = RequestQueue(9)
     first, held = blocked(queue)

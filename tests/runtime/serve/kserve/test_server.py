@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import socket
 from collections.abc import Iterator
@@ -99,6 +100,24 @@ def test_one_queue_one_deadline_one_limit(library: Any, pipeline: Pipeline) -> N
         service.queue.drain(0)
         status, _ = refused(client, inputs(library, steps=[2]), outputs=image)
         assert status in ("503", "StatusCode.UNAVAILABLE")
+
+
+def test_priorities_are_off_unless_allowed(library: Any, pipeline: Pipeline) -> None:
+    body = {"prompt": PROMPT, "num_inference_steps": 2}
+    for allowed in (False, True):
+        with served(pipeline, Limits(priorities=allowed)) as (_, where):
+            with library.InferenceServerClient(where[library]) as client:
+                client.infer("shapes", inputs(library, steps=[2]), priority=0)
+                if allowed:
+                    made = client.infer("shapes", inputs(library, steps=[2]), priority=1)
+                    assert "priority" not in json.loads(made.as_numpy("report")[0])["certificate"]["arguments"]
+                    assert "1 to 9" in refused(client, inputs(library, steps=[2]), priority=10)[1]
+                else:
+                    assert "--priorities" in refused(client, inputs(library, steps=[2]), priority=1)[1]
+            with connect(int(where[tritonclient.http].split(":")[1])) as plain:
+                answer = plain.post("/v1/images/generations", json=body | {"priority": 9})
+                assert answer.status_code == (200 if allowed else 400), answer.text
+                assert allowed or answer.json()["error"]["param"] == "priority"
 
 
 def test_a_client_that_goes_in_the_middle_frees_the_engine(pipeline: Pipeline) -> None:
