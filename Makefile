@@ -27,7 +27,7 @@ PYTHON_THERE ?= 3.12
 TOGETHER = -n 2 --dist loadfile --durations 40
 
 .DEFAULT_GOAL := help
-.PHONY: help engines embed serve test test-all test-container soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
+.PHONY: help engines embed serve test test-all test-container test-cluster soak lint bench bench-full gpu-check gpu-bundle train clean-engines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,13 +79,20 @@ lint: .venv/.dev ## ruff and mypy --strict
 	@$(RUN) -m mypy
 
 test: lint engines ## lint and every quick test
-	@$(RUN) -m pytest -m "not slow and not soak and not container" $(TOGETHER)
+	@$(RUN) -m pytest -m "not slow and not soak and not container and not cluster" $(TOGETHER)
 
 test-all: lint engines ## lint and every test this machine can run, but for the soak tests
-	@$(RUN) -m pytest -m "not soak and not container" $(TOGETHER)
+	@$(RUN) -m pytest -m "not soak and not container and not cluster" $(TOGETHER)
 
 test-container: .venv/.dev ## build the container for processor cores with buildah (as root), run it, draw an image: six minutes
 	@$(RUN) -m pytest -m container -s tests/test_container.py
+
+.venv/.cluster: .venv/.dev
+	@$(PIP) --editable '.[cluster]'
+	@touch $@
+
+test-cluster: .venv/.cluster engines ## replicas on a Ray cluster of two nodes on this machine, killed, scaled and upgraded: three minutes
+	@$(RUN) -m pytest -m cluster tests/runtime/serve/ray
 
 soak: .venv/.dev engines ## the server under hundreds of clients and thousands of images: half an hour
 	@$(RUN) -m pytest -m soak -s

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,6 +36,8 @@ MODES = ("auto", *SAMPLERS)
 MAX_SEED = 2**64 - 1
 RANDOM_SEED = -1
 CHOSEN_SEEDS = 2**32  # chosen ones are below: JavaScript's numbers, and the fields of other tools, hold them
+# what is chosen where a call may be made again elsewhere, so that it gives the same image
+CHOSEN_SEED: ContextVar[int | None] = ContextVar("chosen_seed", default=None)
 StepCallback = Callable[[Any, int, float, dict[str, Any]], object]  # pipeline, step, timestep, {"latents": …}
 
 
@@ -151,7 +154,8 @@ class Call:
             if not option.of_model:
                 object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
         if self.seed == RANDOM_SEED:
-            object.__setattr__(self, "seed", secrets.randbelow(CHOSEN_SEEDS))
+            chosen = CHOSEN_SEED.get()
+            object.__setattr__(self, "seed", secrets.randbelow(CHOSEN_SEEDS) if chosen is None else chosen)
         if self.mode == "auto":
             for name in ("k", "blocks", "iterations", "first_blocks", "drafts", "cache_interval"):
                 if getattr(self, name) != OPTIONS[name].default:

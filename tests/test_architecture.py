@@ -62,8 +62,9 @@ ROOMS = {
 }
 # imported inside functions only: a machine without the hardware or the package still imports every module
 LATE = ("cuda", "tensorrt", "tensorrt_rtx", "openvino", "pynvml")
-# a protocol's folder imports its libraries freely, so nobody else may import the folder at module level
-DOORS = ("runtime/serve/__main__.py",)
+# a protocol's folder imports its libraries freely, so nobody else may import the folder at module level;
+# a replica of a cluster is a server, and answers by the others' applications
+DOORS = ("runtime/serve/__main__.py", "runtime/serve/ray")
 FUNCTION_LINES, FILE_LINES = 60, 450
 NATIVE = (".c", ".cc", ".cpp", ".cu", ".h", ".hpp")
 LONG = re.compile(r"\s*(?:#|//|/\*) long: \S+")

@@ -54,8 +54,9 @@ MADE_BY = {
 
 
 def readmes(root: Path = ROOT) -> list[Path]:
-    """Every README of the tree: its own and one level below."""
-    return [root / "README.md", *sorted(root.glob("*/README.md")), *sorted(root.glob("[!.]*/[!.]*/README.md"))]
+    """Every README of the tree, but for those of models: its own, one level below, and those of protocols."""
+    below = ("*/README.md", "[!.]*/[!.]*/README.md", "runtime/serve/*/README.md")
+    return [root / "README.md", *(path for pattern in below for path in sorted(root.glob(pattern)))]
 
 
 def load(name: str, results: Path = RESULTS) -> dict[str, Any]:

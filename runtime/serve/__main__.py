@@ -16,8 +16,9 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,6 +90,34 @@ def serve(
             os._exit(1)  # a thread of the engine may be in a long round, or in one that never ends
 
 
+def on_cluster(
+    model: str, devices: str, build: Path, host: str, port: int, scheduler: str | None, limits: Limits, access: Access,
+    address: str, replicas: tuple[int, int], grpc_port: int | None = None, **memory: bool,
+) -> None:  # fmt: skip
+    """The same service as replicas on a Ray cluster; `memory` is the shared memory that it does not offer."""
+    for name, given in {"grpc_port": grpc_port is not None, **memory}.items():
+        if given:
+            raise EngineError(f"--{name.replace('_', '-')} is of a single server: a cluster answers over HTTP")
+    if not installed("ray"):
+        raise EngineError("--cluster needs ray: pip install 'driffusion-engine[cluster]'")
+    from runtime.serve.ray.launch import run
+    from runtime.serve.ray.settings import read_settings
+
+    one = {"model": model, "devices": devices, "scheduler": scheduler, "replicas": replicas}
+    settings = read_settings({"models": (one,), "build": build.resolve(), "limits": asdict(limits), **asdict(access)})
+    with listen(host, port) as free:  # before seconds are spent on loading; Ray's proxies then listen themselves
+        port = free.getsockname()[1]
+    run(settings, address, host, port)
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported; nothing is."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # it was ruled out
+        return False
+
+
 def check_grpc_port(host: str, port: int) -> None:
     """EngineError, before seconds are spent on loading, where gRPC is not installed or the port is taken."""
     from runtime.serve.kserve.server import check_grpc
@@ -127,6 +156,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cuda-shared-memory", action="store_true", help="let them register memory of this machine's NVIDIA GPUs"
     )
+    parser.add_argument(
+        "--cluster", nargs="?", const="auto", metavar="ADDRESS",
+        help="replicas on the Ray cluster at HOST:PORT, or on that of this machine, in place of a server of its own",
+    )  # fmt: skip
+    parser.add_argument("--replicas", type=span, help="with --cluster: how many, as 2, or 1-4 as requests come; 1")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the bundles")
     parser.add_argument("--scheduler", help=f"of requests that name none: {', '.join(SCHEDULERS)}; the model's own")
     parser.add_argument("--api-keys", type=Path, help=f"file with one key per line; also ${KEYS_VARIABLE}, by commas")
@@ -163,6 +197,14 @@ def arguments() -> argparse.ArgumentParser:
         kind = at_least_zero if isinstance(default, float) or name == "queue" else at_least_one
         parser.add_argument(option, dest=name, type=kind(type(default)), default=default, help=f"{text}; {default}")
     return parser
+
+
+def span(text: str) -> tuple[int, int]:
+    """A number, or a range of numbers, from 1 on."""
+    least, _, most = text.partition("-")
+    if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        raise argparse.ArgumentTypeError(f"{text} is no number or range from 1 on: write 2, or 1-4")
+    return int(least), int(most or least)
 
 
 def by_comma(text: str) -> tuple[str, ...]:
@@ -218,8 +260,14 @@ def main() -> int:
             options["host"], read_keys(options.pop("api_keys")), options.pop("allowed_hosts"),
             tuple(options.pop("allow_origin")),
         )  # fmt: skip
+        address, replicas = options.pop("cluster"), options.pop("replicas")
+        if address is None and replicas is not None:
+            raise EngineError("--replicas is of --cluster: a server of its own is one")
         with suppress(KeyboardInterrupt):  # while it loads
-            serve(**options, limits=limits, access=access)
+            if address is None:
+                serve(**options, limits=limits, access=access)
+            else:
+                on_cluster(**options, limits=limits, access=access, address=address, replicas=replicas or (1, 1))
 
     return exit_code(run)
 

@@ -10,6 +10,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from runtime.call import Call
 from runtime.serve.request import DrainingError, QueueFullError, Request
 
 
@@ -35,6 +36,17 @@ class RequestQueue:
     def depth(self) -> int:
         """Requests waiting or running."""
         return len(self._requests)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What the requests ask for."""
+        with self._changed:
+            return tuple(request.call for request in self._requests)
+
+    @property
+    def typical_seconds(self) -> float:
+        """That a thread spends on a request."""
+        return self._typical
 
     @property
     def draining(self) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 from runtime.call import Call
 from runtime.serve.logs import REQUEST_ID
+
+# of a request that another process accepted and passed on: the seconds that it has left
+SECONDS_LEFT: ContextVar[float] = ContextVar("seconds_left", default=math.inf)
 
 
 class QueueFullError(Exception):
@@ -44,7 +48,7 @@ class Request:
         self, call: Call, work: Callable[[Request], Any], seconds: float, request_id: str | None = None
     ) -> None:
         self.id = request_id or uuid.uuid4().hex
-        self.call, self.work, self.seconds = call, work, seconds
+        self.call, self.work, self.seconds = call, work, min(seconds, SECONDS_LEFT.get())
         self.accepted = time.monotonic()
         self.started: float | None = None  # when a thread of the engine took it
         self.future: Future[Any] = Future()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from engines.store import Bundle
-from runtime.serve.__main__ import KEYS_VARIABLE, listen, read_keys
+from runtime.serve.__main__ import KEYS_VARIABLE, listen, main, read_keys
 from tests.client import GENERATE, PROMPT, ask, connect, events, process, received, values, wait_for
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "matplotlib")
@@ -123,13 +123,24 @@ def test_a_port_in_use_is_one_message() -> None:
         ("--port", "0", "--model", "nothing"),
         ("--port", "0", "--max-side", "63"),
         ("--port", "0", "--scheduler", "heun"),
+        ("--port", "0", "--replicas", "2"),
     ],
     ids=lambda options: options[-2],
 )
 def test_what_cannot_be_served_is_one_message(options: tuple[str, ...]) -> None:
     done = start(*options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*(: choose|: make|; name one of).*\n", done.stderr)
+    assert re.fullmatch(r"error: .*(: choose|: make|; name one of|: a server).*\n", done.stderr)
+
+
+def test_a_cluster_without_ray_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    monkeypatch.setattr(sys, "argv", ["serve", "--cluster", "--devices", "cpu*2"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main() == 1
+    assert capsys.readouterr().err == "error: --cluster needs ray: pip install 'driffusion-engine[cluster]'\n"
 
 
 def test_the_end_of_an_answer_does_not_wait_until_its_beginning_is_confirmed() -> None:

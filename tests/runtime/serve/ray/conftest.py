@@ -1,0 +1,102 @@
+"""A Ray cluster of two nodes on this machine: two raylets, each with cores for one replica of two lanes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.client import connect, until, values
+
+CORES = 2  # of a node
+NAME = "driffusion"
+
+
+class Cluster:
+    """Ray's own cluster of processes, and what tests do to it."""
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own modules warn about themselves
+            import ray
+            from ray import serve
+            from ray.cluster_utils import Cluster as Nodes
+
+        self._serve, self._ray = serve, ray
+        self.nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
+        self.second = self.nodes.add_node(num_cpus=CORES)
+        ray.init(address=self.nodes.address, log_to_driver=False, logging_level=logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": self.port})
+        self._settings: dict[str, Any] | None = None
+
+    def run(self, **settings: Any) -> None:
+        """Deploys an application, in the place of another one, and waits until it is ready."""
+        from runtime.serve.ray import app
+
+        if settings != self._settings:
+            self._serve.run(app(settings), name=NAME, route_prefix="/")
+            self._settings = settings
+
+    def deployment(self, name: str) -> Any:
+        return self._serve.status().applications[NAME].deployments[name]
+
+    def replicas(self) -> set[str]:
+        """Of the model, by their names in metrics."""
+        found = (re.fullmatch(rf"SERVE_REPLICA::{NAME}#shapes#(\w+)", one["name"]) for one in self._actors())
+        return {one[1] for one in found if one}
+
+    def kill(self, replica: str) -> None:
+        """The actor's process, in whatever it does."""
+        actor = self._ray.get_actor(f"SERVE_REPLICA::{NAME}#shapes#{replica}", namespace="serve")
+        self._ray.kill(actor, no_restart=True)
+
+    def settle(self, replicas: int, seconds: float = 60) -> None:
+        """Waits until so many replicas run and no other is left."""
+
+        def settled() -> bool:
+            return dict(self.deployment("shapes").replica_states) == {"RUNNING": replicas}
+
+        until(settled, seconds)
+
+    def close(self) -> None:
+        self._serve.shutdown()
+        self._ray.shutdown()
+        self.nodes.shutdown()
+
+    def _actors(self) -> list[Mapping[str, str]]:
+        found: list[Mapping[str, str]] = self._ray.util.list_named_actors(all_namespaces=True)
+        return found
+
+
+def busy(client: httpx.Client) -> set[str]:
+    """The replicas that make an image, of those that answer."""
+    running = {
+        name for name, value in values(client).items() if name.startswith("driffusion_requests_running") and value
+    }
+    return {name.partition('replica="')[2].partition('"')[0] for name in running}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    pytest.importorskip("ray", reason="make test-cluster installs it")
+    made = Cluster()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def two(cluster: Cluster) -> Iterator[httpx.Client]:
+    """A client of two replicas, one on each node."""
+    cluster.run(models=[{"replicas": [2, 2]}])
+    cluster.settle(2)
+    with connect(cluster.port) as client:
+        yield client
