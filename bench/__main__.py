@@ -29,6 +29,7 @@ COMMANDS = (
     "kernel",
     "serve",
     "kserve",
+    "loadtest",
     "embed",
     "export",
     "gpu",
