@@ -11,8 +11,6 @@
 
 #include "png.hpp"
 
-namespace {
-
 void say(const std::string &line) {  // from any thread
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
@@ -24,27 +22,13 @@ struct client {
     std::thread waiting;
 };
 
-client draw(driffusion::engine &engine, const std::string &file, const std::string &name, driffusion::call call) {
-    call.preview_every = 10;
-    call.preview = [=](auto rgb, auto width, auto height, auto finished) {
-        write_png(file + ".preview.png", rgb, width, height);
-        say("preview " + name + " " + std::to_string(finished));
-        return true;
-    };
-    return {engine.start(std::move(call)), {}};
+void wait(driffusion::request &request, const std::string &file, const std::string &name) try {
+    driffusion::image image = request.wait();
+    write_png(file + ".png", image.rgb.data(), image.width, image.height);
+    say("done " + name + " " + std::to_string(image.result.total_seconds));
+} catch (const std::exception &error) {
+    say("failed " + name + " " + error.what());
 }
-
-void wait(driffusion::request &request, const std::string &file, const std::string &name) {
-    try {
-        driffusion::image image = request.wait();
-        write_png(file + ".png", image.rgb.data(), image.width, image.height);
-        say("done " + name + " " + std::to_string(image.result.total_seconds));
-    } catch (const std::exception &error) {
-        say("failed " + name + " " + error.what());
-    }
-}
-
-}  // namespace
 
 int main(int argc, char **argv) try {
     if (argc != 4) throw std::runtime_error("usage: serve BUNDLE PROGRAM FOLDER");
@@ -56,13 +40,17 @@ int main(int argc, char **argv) try {
         words >> verb >> name;
         const std::string file = std::string(argv[3]) + "/" + name;
         if (verb == "draw" && words >> call.seed && std::getline(words >> std::ws, call.prompt) && !clients.count(name)) {
-            client &made = clients.emplace(name, draw(engine, file, name, call)).first->second;
+            call.preview_every = 10;
+            call.preview = [=](auto rgb, auto width, auto height, auto finished) {
+                write_png(file + ".preview.png", rgb, width, height);
+                say("preview " + name + " " + std::to_string(finished));
+                return true;
+            };
+            client &made = clients.emplace(name, client{engine.start(call), {}}).first->second;
             made.waiting = std::thread(wait, std::ref(made.request), file, name);
         } else if (verb == "cancel" && clients.count(name)) {
             clients.at(name).request.cancel();
-        } else {
-            say("what? " + line);
-        }
+        } else say("what? " + line);
     }
     for (auto &[name, one] : clients) one.waiting.join();
 } catch (const std::exception &error) {

@@ -26,10 +26,18 @@ inline void check(driffusion_status status) {
     if (status != DRIFFUSION_OK) throw error(status, std::string(driffusion_status_name(status)) + ": " + driffusion_last_error());
 }
 
+// What was made: of several images one after the other.
 struct image {
     std::uint32_t width = 0, height = 0;
     std::vector<std::uint8_t> rgb;  // rows from the top
     driffusion_result result = DRIFFUSION_RESULT_INIT;
+    std::vector<float> latents = {};  // where they were asked for
+};
+
+// Memory of a GPU: its CUdeviceptr, and how many bytes or floats there are.
+struct device_memory {
+    std::uint64_t address = 0;
+    std::size_t size = 0;
 };
 
 // What to make. Callbacks return true to go on; they run between two rounds, and may not throw.
@@ -41,6 +49,12 @@ struct call {
     std::function<bool(std::uint32_t finished, std::uint32_t steps)> progress = {};
     std::function<bool(const std::uint8_t *rgb, std::uint32_t width, std::uint32_t height, std::uint32_t finished)> preview = {};
     std::uint32_t preview_every = 0;
+    std::uint32_t images = 1;
+    std::vector<std::int64_t> token_ids = {}, negative_token_ids = {};  // in place of words
+    std::vector<float> latents = {}, noise = {};                        // in place of what the seed draws
+    bool want_rgb = true, want_latents = false;                         // in memory of this process
+    device_memory device_rgb = {}, device_latents = {};                 // only for lanes on GPUs, with their stream
+    void *stream = nullptr, *event = nullptr;                           // CUstream, and a CUevent or null
 };
 
 class engine;
@@ -59,6 +73,8 @@ class request {
     }
     void cancel() { check(driffusion_cancel(handle_)); }
     bool done() { return driffusion_poll(handle_, nullptr) != DRIFFUSION_ERROR_TIMEOUT; }
+    // Until the outputs in device memory are in order on the stream; throws as wait() does.
+    void wait_enqueued(double seconds = -1) { check(driffusion_wait_enqueued(handle_, seconds)); }
     // The image; throws what the request came to, and TIMEOUT when it is not finished after so many seconds.
     image wait(double seconds = -1) {
         check(driffusion_wait(handle_, seconds, &state_->made.result));
@@ -120,15 +136,27 @@ class engine {
     }
 
    private:
+    template <typename T>
+    static T *given(std::vector<T> &values) { return values.empty() ? nullptr : values.data(); }
+
     driffusion_call prepare(call &asked, image &made) const {
-        driffusion_sizes_info needed = sizes();
+        const driffusion_sizes_info needed = sizes(asked.images);
         made.width = needed.width, made.height = needed.height;
-        made.rgb.resize(needed.rgb_bytes);
+        made.rgb.resize(asked.want_rgb ? needed.rgb_bytes : 0);
+        made.latents.resize(asked.want_latents ? needed.latent_count : 0);
         driffusion_call raw = DRIFFUSION_CALL_INIT;
-        raw.seed = asked.seed, raw.guidance = asked.guidance;
-        raw.prompt = asked.prompt.c_str();
+        raw.images = asked.images, raw.seed = asked.seed, raw.guidance = asked.guidance;
+        raw.token_ids = given(asked.token_ids), raw.token_count = asked.token_ids.size();
+        raw.negative_token_ids = given(asked.negative_token_ids), raw.negative_token_count = asked.negative_token_ids.size();
+        raw.prompt = raw.token_ids && asked.prompt.empty() ? nullptr : asked.prompt.c_str();
         raw.negative_prompt = asked.negative_prompt.empty() ? nullptr : asked.negative_prompt.c_str();
-        raw.rgb = made.rgb.data(), raw.rgb_bytes = made.rgb.size();
+        raw.latents = given(asked.latents), raw.latent_count = asked.latents.size();
+        raw.noise = given(asked.noise), raw.noise_count = asked.noise.size();
+        raw.rgb = given(made.rgb), raw.rgb_bytes = made.rgb.size();
+        raw.latents_out = given(made.latents), raw.latents_out_count = made.latents.size();
+        raw.device_rgb = asked.device_rgb.address, raw.device_rgb_bytes = asked.device_rgb.size;
+        raw.device_latents = asked.device_latents.address, raw.device_latents_count = asked.device_latents.size;
+        raw.stream = asked.stream, raw.event = asked.event;
         raw.user = &asked, raw.preview_every = asked.preview_every;
         if (asked.progress) {
             raw.progress = [](void *user, std::uint32_t finished, std::uint32_t steps) -> int { return !static_cast<call *>(user)->progress(finished, steps); };

@@ -180,6 +180,9 @@ Call Engine::checked(const driffusion_call &raw) const {
     if (call.has_negative && raw.negative_token_ids) fail(DRIFFUSION_ERROR_ARGUMENT, "give either negative_prompt or negative_token_ids");
     call.ids = given("token_ids", raw.token_ids, raw.token_count, sizes.token_count);
     call.negative_ids = given("negative_token_ids", raw.negative_token_ids, raw.negative_token_count, sizes.token_count);
+    for (const std::vector<i64> *ids : {&call.ids, &call.negative_ids}) {  // a network would count them from its table's end
+        for (i64 id : *ids) if (id < 0) fail(DRIFFUSION_ERROR_ARGUMENT, "a token id is negative: " + std::to_string(id));
+    }
     if (program_.model.guidance_kind != CLASSIFIER_FREE && (!call.negative_prompt.empty() || raw.negative_token_ids)) {
         fail(DRIFFUSION_ERROR_ARGUMENT, std::string(program_.string(program_.model.model)) + " makes no second pass that a negative prompt could be used in");
     }
