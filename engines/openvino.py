@@ -2,7 +2,8 @@
 
 A network that lanes run is compiled once per number of rows in `batches`, for the model's own size: static shapes are a
 quarter to a third faster than dynamic ones. A call of another number of rows runs in parts, and images of another size
-on a plan with dynamic shapes, which is opened when the first of them comes. What runs once per image has only that.
+on a plan with dynamic shapes. What runs once per image has only that. Opening a plan takes longer than all else when a
+model is loaded: the one for a row is opened then, the others when the first call needs them.
 
 Every lane is a stream of the compiled model: weights are in memory once, and a stream has its lane's threads. Streams
 are not pinned to cores: on two cores that gained nothing, and two processes would sit on the same ones.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +92,15 @@ def plan_fields(bundle: Bundle, network: str, shape: Shape, precision: str) -> d
         "network": network,
         "onnx_sha256": bundle.manifest.networks[network].sha256,
         "precision": precision if network == DENOISER else "fp32",
-        "runtime": f"openvino {version('openvino')}",
+        "runtime": f"openvino {_version()}",
         "shapes": str(shape) if shape == DYNAMIC else f"{shape}, {sizes.width}x{sizes.height}",
         "machine": machine(),
     }
+
+
+@cache
+def _version() -> str:
+    return version("openvino")  # reads a file each time, and plans are named dozens of times
 
 
 def wanted(bundle: Bundle, runtime: str) -> dict[str, list[dict[str, str]]]:
@@ -237,6 +244,11 @@ class Compiled:
                 self._pages.append(pages)
             return self._open[shape]
 
+    def check_files(self) -> None:
+        """BundleError for a plan whose file was altered; MemoryError where the static ones would not fit together."""
+        files = [self._bundle.plan_file(plan) for shape, plan in self._plans.items() if shape != DYNAMIC]
+        have_room(sum(file.stat().st_size for file in files), self.network)
+
     def close(self) -> None:
         """Frees the network's memory and threads when no call is bound to it any more."""
         with self._opening:
@@ -310,9 +322,8 @@ class Engines:
         self._denoiser = Compiled(bundle, DENOISER, lanes[0].precision, len(lanes), threads)
         own = max(cores() if len(lanes) > 1 else threads, 1)
         self.runners = {network: Compiled(bundle, network, "fp32", 1, own) for network in bundle.manifest.once}
-        work: list[tuple[Compiled, Shape]] = [
-            (self._denoiser, shape) for shape in shapes(bundle, DENOISER) if shape != DYNAMIC
-        ]
+        self._denoiser.check_files()
+        work: list[tuple[Compiled, Shape]] = [(self._denoiser, shapes(bundle, DENOISER)[0])]
         work += [(one, DYNAMIC) for one in self.runners.values()]
         with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(lambda one: one[0].open(one[1]), work))

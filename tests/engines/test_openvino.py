@@ -212,6 +212,16 @@ def small_bundle(built: Bundle, folder: Path) -> Bundle:
     return Bundle(folder, built.manifest)
 
 
+def test_plans_are_opened_when_calls_need_them(built: Bundle, rng: np.random.Generator) -> None:
+    engines = openvino.Engines(built, parse_devices(DEVICES))
+    denoiser = engines._denoiser
+    assert set(denoiser._open or ()) == {Shape(1)}
+    given = inputs(built, rng, 10)
+    denoiser.bind(given, np.empty_like(given["sample"]))()
+    assert set(denoiser._open or ()) == {Shape(1), Shape(2), Shape(8)}
+    engines.close()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_plan_is_never_opened_and_is_built_again(damage: str, built: Bundle, tmp_path: Path) -> None:
     bundle, lanes = small_bundle(built, tmp_path / "shapes"), parse_devices(DEVICES)
