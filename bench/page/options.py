@@ -8,7 +8,7 @@ from collections.abc import Callable
 from engines.errors import ParameterError
 from engines.runtimes import RUNTIMES
 from runtime.call import markdown
-from runtime.sampling.schedulers import RULES, UNKNOWN
+from runtime.sampling.rules import RULES, UNKNOWN
 
 
 def server() -> str:

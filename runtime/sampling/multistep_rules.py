@@ -11,7 +11,7 @@ import numpy as np
 from engines.errors import ParameterError
 from runtime.sampling.schedule import Schedule, Step
 from runtime.sampling.spacing import CURVES, Floats, ScheduleSpec
-from runtime.sampling.step_rules import euler_sigmas, euler_start, schedule_of
+from runtime.sampling.step_rules import curved_sigmas, euler_start, schedule_of
 
 EPSILON = (0.0, 1.0)  # what a step keeps: ε instead of x̂_0
 
@@ -222,10 +222,7 @@ def _unipc_weights(nodes: Sequence[Level], target: Level, *, bh1: bool) -> tuple
 
 def lms(spec: ScheduleSpec) -> Schedule:
     """Linear multistep of order 4 (Adams and Bashforth): ε as a polynomial in σ, integrated. States as with Euler."""
-    sigmas, timesteps = euler_sigmas(spec)
-    spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
-    if spread is not None:
-        sigmas, timesteps = spread, spec.timestep_of(spread)
+    sigmas, timesteps = curved_sigmas(spec)
     rows = []
     for i, (t, source, target) in enumerate(zip(timesteps, sigmas, [*sigmas[1:], 0.0], strict=True)):
         scale = 1 / math.sqrt(1 + target**2)

@@ -49,7 +49,8 @@ def check(mode: str, schedule: Schedule, options: Options) -> None:
     if mode == "srds":
         if schedule.multistep:
             raise ParameterError(
-                "mode", f"srds cannot run {schedule.name}: a multistep solver loses its history at the ends of blocks"
+                "mode",
+                f"srds cannot run {schedule.name}: a step reads earlier ones, and a block loses its history",
             )
         srds_blocks(schedule.steps, options.blocks)
 

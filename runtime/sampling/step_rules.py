@@ -41,10 +41,7 @@ def ddpm(spec: ScheduleSpec) -> Schedule:
 
 def euler(spec: ScheduleSpec) -> Schedule:
     """Karras et al. 2022, algorithm 2 without churn; states are divided by √(1 + σ²), which is what the model sees."""
-    sigmas, timesteps = euler_sigmas(spec)
-    spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
-    if spread is not None:
-        sigmas, timesteps = spread, spec.timestep_of(spread)
+    sigmas, timesteps = curved_sigmas(spec)
     last = float(spec.sigmas[0]) if spec.config["final_sigmas_type"] == "sigma_min" else 0.0
     rows = []
     for t, source, target in zip(timesteps, sigmas, [*sigmas[1:], last], strict=True):
@@ -66,9 +63,20 @@ def euler_ancestral(spec: ScheduleSpec) -> Schedule:
 
 def flow_euler(spec: ScheduleSpec) -> Schedule:
     """Flow matching (Esser et al. 2024): x = (1−σ)·x_0 + σ·ε, and Euler steps in σ; `shift` moves steps to high σ."""
+    sigmas = flow_sigmas(spec)
+    rows = []
+    for source, target in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
+        noise, fresh = (0.0, target) if spec.config["stochastic_sampling"] else (target, 0.0)
+        row = Step(source * spec.training, 1 - source, source, 1 - target, noise, fresh=fresh)
+        rows.append(row)
+    return Schedule("flow_euler", "flow_prediction", tuple(rows))
+
+
+def flow_sigmas(spec: ScheduleSpec) -> Floats:
+    """The N noise levels of flow matching, shifted, stretched and spread as the config says."""
     config, training = spec.config, spec.training
     shift = config["shift"]
-    dynamic = config["use_dynamic_shifting"]
+    dynamic = config.get("use_dynamic_shifting")
     low = 1 / training if dynamic else shift / training / (1 + (shift - 1) / training)
     if spec.even_sigmas:
         low = 1 / spec.steps
@@ -78,18 +86,12 @@ def flow_euler(spec: ScheduleSpec) -> Schedule:
         sigmas = grow / (grow + (1 / sigmas - 1))
     else:
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    if config["shift_terminal"]:
+    if config.get("shift_terminal"):
         if spec.steps == 1:
             raise ParameterError("num_inference_steps", "shift_terminal stretches a schedule of at least 2 steps")
         sigmas = 1 - (1 - sigmas) * (1 - config["shift_terminal"]) / (1 - sigmas[-1])
     spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
-    sigmas = sigmas if spread is None else spread
-    rows = []
-    for source, target in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
-        noise, fresh = (0.0, target) if config["stochastic_sampling"] else (target, 0.0)
-        row = Step(source * training, 1 - source, source, 1 - target, noise, fresh=fresh)
-        rows.append(row)
-    return Schedule("flow_euler", "flow_prediction", tuple(rows))
+    return sigmas if spread is None else spread
 
 
 def lcm(spec: ScheduleSpec) -> Schedule:
@@ -128,6 +130,17 @@ def euler_sigmas(spec: ScheduleSpec) -> tuple[Floats, Floats]:
     """σ and timesteps, interpolated where the spacing falls between timesteps."""
     timesteps = spec.timesteps().astype(np.float32).astype(np.float64)  # as diffusers gives them to the model
     return np.interp(timesteps, np.arange(spec.training), spec.sigmas), timesteps
+
+
+def curved_sigmas(spec: ScheduleSpec, *, rounded: bool = False) -> tuple[Floats, Floats]:
+    """The same, or spread along the config's curve; with `rounded` in diffusers' float32."""
+    sigmas, timesteps = euler_sigmas(spec)
+    if rounded:
+        sigmas = np.interp(timesteps, np.arange(spec.training), spec.rounded_sigmas)
+    spread = spec.spread(float(sigmas[0]), float(sigmas[-1]))
+    if spread is not None:
+        sigmas, timesteps = spread, spec.timestep_of(spread)
+    return (sigmas.astype(np.float32).astype(np.float64) if rounded else sigmas), timesteps
 
 
 def euler_start(spec: ScheduleSpec, sigmas: Floats) -> float:

@@ -22,7 +22,7 @@ from export.bundle import export, exporter
 from export.spec import ExportSpec
 from runtime.pipeline import Pipeline
 from runtime.sampling.noise import ENCODER, gaussian
-from runtime.sampling.schedulers import RULES
+from runtime.sampling.rules import RULES
 
 pytestmark = [
     pytest.mark.timeout(900),

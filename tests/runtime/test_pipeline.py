@@ -327,7 +327,7 @@ def test_prompts_become_the_ids_that_transformers_gives(pipeline: Pipeline) -> N
         ({"seed": -2}, "seed", "from -1 to 18446744073709551615"),
         ({"seed": 2**64}, "seed", "from -1"),
         ({"seed": True}, "seed", "whole number"),
-        ({"scheduler": "heun"}, "scheduler", "name one of ddim, ddpm"),
+        ({"scheduler": "heun3"}, "scheduler", "name one of ddim, ddpm"),
         ({"width": 63}, "width", "32 to 128 pixels in steps of 16"),
         ({"height": 144}, "height", "32 to 128 pixels in steps of 16"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt", "from 1"),

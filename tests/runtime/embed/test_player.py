@@ -23,7 +23,7 @@ def ids(pipeline: Pipeline, prompt: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive"])
-@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "dpm++2m", "dpm++3m_sde", "unipc", "deis", "lms"])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "dpm++2m", "dpm++3m_sde", "unipc", "deis", "lms", "kdpm2_a"])
 def test_latents_and_images_are_those_of_python(
     pipeline: Pipeline, open_engine: Open, rng: np.random.Generator, mode: str, scheduler: str
 ) -> None:

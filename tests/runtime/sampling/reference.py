@@ -62,9 +62,10 @@ def play(
         backend.close()
 
 
-def play_in_float64(schedule: Schedule, noise: Array) -> NDArray[Any]:
+def play_in_float64(schedule: Schedule, noise: Array, z: dict[int, Array]) -> NDArray[Any]:
     """The same one step after another, for schedules whose coefficients are too large for states of float32."""
     slots: dict[str, NDArray[Any]] = {STATE: noise.astype(np.float64) * schedule.init_noise_sigma}
+    slots |= {fresh(i): z[i].astype(np.float64) for i in schedule.stochastic_steps}
     for operation in sequential(schedule, Options()):
         if isinstance(operation, Predict):
             (one,) = operation.evaluations
@@ -78,12 +79,21 @@ def play_in_float64(schedule: Schedule, noise: Array) -> NDArray[Any]:
 
 def diffusers_loop(
     scheduler: Any, noise: Array, z: dict[int, Array], monkeypatch: pytest.MonkeyPatch, image: Array | None = None,
-    first: int = 0, **step: Any,
+    first: int = 0, wide: bool = False, **step: Any,
 ) -> NDArray[Any]:  # fmt: skip
     """Diffusers' own loop with our noise, its result divided by the scale of the last state (1 for σ = 0).
 
-    With `image`, latents, it begins at step `first`, as diffusers' image to image pipelines do.
+    With `image`, latents, it begins at step `first`, as diffusers' image to image pipelines do. With `wide` it
+    calculates in float64, as `play_in_float64` does.
     """
+    with monkeypatch.context() as patched:  # tables that are made later are rounded as ever
+        return _loop(scheduler, noise, z, patched, image, first, wide, step)
+
+
+def _loop(
+    scheduler: Any, noise: Array, z: dict[int, Array], monkeypatch: pytest.MonkeyPatch, image: Array | None,
+    first: int, wide: bool, step: dict[str, Any],
+) -> NDArray[Any]:  # fmt: skip
     noises = iter(z.values())
 
     def draw(*_: Any, **__: Any) -> torch.Tensor:
@@ -96,6 +106,7 @@ def diffusers_loop(
         "lcm",
         "flow_match_euler_discrete",
         "dpmsolver_multistep",
+        "k_dpm_2_ancestral_discrete",
     ):
         monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", draw)
     timesteps = scheduler.timesteps[first * scheduler.order :]
@@ -107,7 +118,8 @@ def diffusers_loop(
         x = scheduler.scale_noise(torch.from_numpy(image), timesteps[:1], torch.from_numpy(noise))
     elif image is not None:
         x = scheduler.add_noise(torch.from_numpy(image), torch.from_numpy(noise), timesteps[:1])
-    if scheduler.config.get("rescale_betas_zero_snr"):  # σ = 4096: its own rounding to float32 is too coarse to compare
+    # σ = 4096, or ε of a state at a small σ in steps over large ones: its rounding to float32 is too coarse to compare
+    if scheduler.config.get("rescale_betas_zero_snr") or wide:
         monkeypatch.setattr(
             torch.Tensor,
             "to",

@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 
+from runtime.sampling.rules import RULES
 from runtime.sampling.schedulers import schedule_from_config
 from tests.runtime.sampling.reference import INSIDE_DIFFUSERS, SHAPE, STABLE, diffusers_loop, play
 
@@ -23,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((f"{name}MultistepScheduler", own) for name in ("DPMSolver", "DEIS", "UniPC") for own in ({}, THIRD, FLOW)),
     ("DPMSolverMultistepScheduler", THIRD | {"algorithm_type": "sde-dpmsolver++"}),
     ("LMSDiscreteScheduler", {}),
+    *((f"{name}DiscreteScheduler", {}) for name in ("Heun", "KDPM2", "KDPM2Ancestral", "FlowMatchHeun")),
     ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
     *(("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": kind}) for kind in ("epsilon", "v_prediction")),
 ]
@@ -41,7 +43,8 @@ def test_an_image_to_image_run_equals_diffusers(
     theirs = scheduler.timesteps[first * scheduler.order :]
     np.testing.assert_allclose(schedule.timesteps, theirs.numpy(), rtol=1e-6, atol=1e-4)
     noise, image = (rng.standard_normal(SHAPE, np.float32) for _ in range(2))
-    z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
+    stages = RULES[schedule.name].stages  # the last row of a step adds noise
+    z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(stages - 1, schedule.steps, stages)}
     expected = diffusers_loop(scheduler, noise, z, monkeypatch, image, first)
     for mode, options in (("sequential", {}), ("aggressive", {"k": 1}), ("adaptive", {"k": 3, "tolerance": 0.0})):
         actual = play(schedule, noise, z, mode, image, **options)

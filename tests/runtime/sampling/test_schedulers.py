@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from engines.errors import ParameterError
-from runtime.sampling.schedulers import RULES, UNKNOWN, schedule_from_config, substitute
+from runtime.sampling.rules import RULES, UNKNOWN
+from runtime.sampling.schedulers import schedule_from_config, substitute
 from runtime.sampling.spacing import CURVES
 from tests.runtime.sampling.reference import INSIDE_DIFFUSERS, SHAPE, STABLE, diffusers_loop, play, play_in_float64
 
@@ -54,6 +55,7 @@ def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
             ):  # fmt: skip
                 found.append(("DPMSolverMultistepScheduler", STABLE | common | own, {}))
     found += multistep_cases()
+    found += two_stage_cases()
     for spacing in SPACINGS:  # no signal at the last training timestep, which trailing spacing begins with
         for kind in ("v_prediction", "sample"):
             zero: dict[str, Any] = {
@@ -109,13 +111,25 @@ def multistep_cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     return found
 
 
+def two_stage_cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Two rows per step: every curve and prediction type at one spacing each, and no curve at every spacing."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for name in ("Heun", "KDPM2", "KDPM2Ancestral"):
+        kinds = TYPES if name == "Heun" else TYPES[:2]
+        options: list[dict[str, Any]] = [{}, {}, {"steps_offset": 1}, *({curve: True} for curve in CURVES)]
+        for n, own in enumerate(options):
+            common = STABLE | {"timestep_spacing": SPACINGS[n % 3], "prediction_type": kinds[n % len(kinds)]}
+            found.append((f"{name}DiscreteScheduler", common | own, {}))
+    return [*found, *(("FlowMatchHeunDiscreteScheduler", own, {}) for own in ({}, {"shift": 3.0}))]
+
+
 @pytest.mark.parametrize(("name", "config", "step"), cases())
 def test_sequential_equals_diffusers(
     name: str, config: dict[str, Any], step: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scheduler = getattr(diffusers, name)(**config)
+    alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
     for steps in STEPS[1:] if config.get("shift_terminal") else STEPS:
-        scheduler = getattr(diffusers, name)(**config)
-        alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
         arguments: dict[str, Any] = {"image_seq_len": 1024} if config.get("use_dynamic_shifting") else {}
         schedule = schedule_from_config(
             {**scheduler.config, "_class_name": name}, alphas, steps, eta=step.get("eta", 0.0), **arguments
@@ -124,19 +138,21 @@ def test_sequential_equals_diffusers(
         scheduler.set_timesteps(steps, **({"mu": mu} if config.get("use_dynamic_shifting") else {}))
         np.testing.assert_allclose(schedule.timesteps, scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-4)
         noise = rng.standard_normal(SHAPE, np.float32)
-        z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
-        expected = diffusers_loop(scheduler, noise, z, monkeypatch, **step)
-        # with ε from x̂_0 at σ = 0.03, four of which are extrapolated, float32 states have no five digits
+        stages = RULES[schedule.name].stages  # the last row of a step adds noise
+        z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(stages - 1, schedule.steps, stages)}
+        # with ε from a difference of states at σ = 0.03, which is extrapolated, float32 states have no five digits
         steep = schedule.name == "lms" and config["prediction_type"] == "sample"
-        actual = play_in_float64(schedule, noise) if steep else play(schedule, noise, z)
+        wide = steep or stages == 2
+        expected = diffusers_loop(scheduler, noise, z, monkeypatch, wide=wide, **step)
+        actual = play_in_float64(schedule, noise, z) if wide else play(schedule, noise, z)
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), (steps, schedule.name)
 
 
 @pytest.mark.parametrize(
     ("own", "fields"),
     [
-        ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}),
-        ("HeunDiscreteScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
+        ("DPMSolverSinglestepScheduler", {"final_sigmas_type": "zero"}),
+        ("DPMSolverSinglestepScheduler", {"final_sigmas_type": "zero", "use_karras_sigmas": True}),
     ],
 )
 @pytest.mark.parametrize("steps", STEPS)
@@ -165,6 +181,8 @@ DRAFTED: list[tuple[str, dict[str, Any]]] = [
     *(("DPMSolverMultistepScheduler", {"solver_order": 3} | own) for own in ({}, SDE)),
     *((name, {"solver_order": 3}) for name in ("DEISMultistepScheduler", "UniPCMultistepScheduler")),
     ("UniPCMultistepScheduler", {"solver_type": "bh1", "use_karras_sigmas": True}),
+    *((f"{name}Scheduler", {}) for name in ("HeunDiscrete", "KDPM2AncestralDiscrete", "FlowMatchHeunDiscrete")),
+    ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
     ("LMSDiscreteScheduler", {}), ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
     *(("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": kind}) for kind in ("epsilon", "v_prediction")),
     ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
@@ -182,9 +200,9 @@ def test_drafted_and_verified_equals_sequential(
     alphas = scheduler.alphas_cumprod.tolist() if hasattr(scheduler, "alphas_cumprod") else ()
     schedule = schedule_from_config({**scheduler.config, "_class_name": name}, alphas, steps)
     noise = rng.standard_normal(SHAPE, np.float32)
-    z = {i: rng.standard_normal(SHAPE, np.float32) for i in range(steps)}
+    z = {i: rng.standard_normal(SHAPE, np.float32) for i in schedule.stochastic_steps}
     expected = play(schedule, noise, z)
-    assert schedule.steps == steps + (name == "PNDMScheduler" and steps > 1)
+    assert schedule.steps == RULES[schedule.name].stages * (steps - 1) + 1 + (name == "PNDMScheduler" and steps > 1)
     for mode in ("conservative", "aggressive"):  # a draft over one step is the refined state
         one = play(schedule, noise, z, mode, k=1)
         assert np.abs(one - expected).max() <= 1e-5 * np.abs(expected).max(), mode
@@ -228,7 +246,7 @@ ALPHAS = np.linspace(0.999, 0.005, 1000).tolist()
 @pytest.mark.parametrize(
     ("arguments", "param", "message"),
     [
-        ((config("HeunDiscreteScheduler"), ALPHAS, 5), "scheduler", "HeunDiscreteScheduler cannot be drafted: a step"),
+        ((config("DPMSolverSinglestepScheduler"), ALPHAS, 5), "scheduler", "cannot be drafted: its steps go in groups"),
         ((config("MagicScheduler"), ALPHAS, 5), "scheduler", "unknown scheduler 'MagicScheduler'; name one of ddim"),
         ((config(clip_sample=True), ALPHAS, 5), "scheduler", "says clip_sample=True; ddim can do False"),
         (({"_class_name": "DDIMScheduler"}, ALPHAS, 5), "scheduler", "leaves the default clip_sample=True"),
@@ -297,7 +315,7 @@ def test_ddpm_and_euler_ancestral_are_one_sampler_at_whole_timesteps(steps: int)
     np.testing.assert_allclose(rows, others, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "flow_euler"])
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "discrete" in rule.training])
 def test_every_row_keeps_the_scale_of_its_state(name: str) -> None:
     """If ε and x̂_0 are right and constant, a step ends at α′·x̂_0 + σ′·ε with the fresh noise in σ′."""
     schedule = schedule_from_config(

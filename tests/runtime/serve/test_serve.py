@@ -122,7 +122,7 @@ def test_a_port_in_use_is_one_message() -> None:
         ("--port", "65536"),
         ("--port", "0", "--model", "nothing"),
         ("--port", "0", "--max-side", "63"),
-        ("--port", "0", "--scheduler", "heun"),
+        ("--port", "0", "--scheduler", "heun3"),
         ("--port", "0", "--replicas", "2"),
     ],
     ids=lambda options: options[-2],
