@@ -26,6 +26,7 @@ COMMANDS = (
     "drafts",
     "speculative",
     "robustness",
+    "cache",
     "kernel",
     "serve",
     "kserve",

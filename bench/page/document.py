@@ -29,6 +29,7 @@ _SECTIONS = {
     "drafts": ("Kinds of drafts", words.DRAFTS),
     "speculative": ("Exact sampling by speculation", words.SPECULATIVE),
     "robustness": ("What auto promises, on other images", words.ROBUSTNESS),
+    "cache": ("Drafts, reused features, and both", words.CACHE),
     "scenario": ("MLPerf-style scenarios (unofficial)", words.SCENARIO),
     "serve": ("The server under load", words.SERVE),
     "kserve": ("What a protocol adds to a call", words.KSERVE),

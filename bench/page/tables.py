@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import (
+    cache,
     drafts,
     embed,
     export,
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "drafts": drafts.table, "kernel": kernel.table, "serve": serve.table, "export": export.table,
     "embed": embed.table, "host": host.table, "kserve": kserve.table, "openvino": run.table,
     "speculative": speculative.table, "robustness": robustness.table,
+    "cache": cache.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
@@ -48,7 +50,7 @@ MADE_BY = {
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
     "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
     "speculative": "python -m bench speculative", "robustness": "python -m bench robustness",
-    "kserve": "python -m bench kserve",
+    "kserve": "python -m bench kserve", "cache": "python -m bench cache",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

@@ -95,6 +95,13 @@ the share of those images within the tolerance, their 99th percentile and the wo
 candidates have fewer than nine of ten images within. `50 dB` is what holds without a tolerance. Settings without a plan
 are sequential: guidance of 7.5 and 12 and short schedules are, mostly."""
 
+CACHE = """A UNet exported in two parts (`make engines CACHE=1`) reuses the features of its deep part, as DeepCache
+does, with a line through the last two that were computed. *One step of n whole* is the cache alone; with drafts,
+either every second step has a deep part of its own, or only anchors have. Fewer steps are the alternative to all of
+it. Drift is against 50 sequential steps; seconds were measured in turns, on one lane and on all. The last tables have
+what drafts gain on one lane by the seconds of larger calls alone: DRiffusion evaluates the model N times in both
+modes, so that 1.00 is the break-even, where a call's seconds are in proportion to its branches."""
+
 SCENARIO = """Requests for images from fixed latents: one after another (*SingleStream*), with random arrivals
 (*Server*), or all at once (*Offline*). **Unofficial**: not made by LoadGen, not verified by MLCommons, and with far
 fewer requests than its rules require. *Valid* says whether a run this short would pass otherwise; quality is compared

@@ -32,7 +32,7 @@ class Budget:
     def add_latents(self, manifest: Manifest, ordinals: Sequence[int]) -> None:
         """The latents of an image of the usual size, and what networks read and write; `ordinals` are the lanes'."""
         (latent,) = (one for one in manifest.networks[DENOISER].inputs if one.name == "sample")
-        once = [network for name, network in manifest.networks.items() if name != DENOISER]
+        once = [manifest.networks[name] for name in manifest.once]
         sizes = [SLOTS_PER_BLOCK * _bytes(manifest, [latent]), 4 * TABLE_ROUNDS * TABLE_FLOATS]
         sizes += [_bytes(manifest, (*network.inputs, *network.outputs)) for network in once]
         self.add(ordinals[0], "latents, texts and pixels", sum(sizes))

@@ -166,7 +166,8 @@ def _estimate(bundle: Bundle, lanes: Sequence[LaneSpec]) -> None:
     ordinals, driver = [lane.gpu for lane in lanes if lane.gpu is not None], Driver()
     try:
         budget = Budget(driver, {ordinal: driver.device(ordinal) for ordinal in dict.fromkeys(ordinals)})
-        for network, spec in bundle.manifest.networks.items():
+        for network in bundle.manifest.usual:
+            spec = bundle.manifest.networks[network]
             for ordinal in dict.fromkeys(ordinals if network == DENOISER else ordinals[:1]):
                 budget.add(ordinal, f"weights of {network}", sum(file.bytes for file in spec.files))
         budget.add_latents(bundle.manifest, ordinals)
