@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -150,6 +153,46 @@ def overhead(pipeline: Pipeline, port: int, pairs: int, steps: int = 4) -> dict[
     }  # fmt: skip
 
 
+def time_to_ready(model: str, build: Path, devices: str, times: int) -> dict[str, Any]:
+    """`python -m runtime.serve` from nothing to its first `/health/ready`: seconds, and those of the processor."""
+    seconds, computing = list[float](), list[float]()
+    for _ in range(times):
+        with listen("127.0.0.1", 0) as listener:
+            port = int(listener.getsockname()[1])
+        command = [sys.executable, "-m", "runtime.serve", "--model", model, "--build", build, "--devices", devices]
+        before, start = os.times(), time.perf_counter()
+        with subprocess.Popen([*map(str, command), "--port", str(port)], stderr=subprocess.DEVNULL) as process:
+            try:
+                while not answers(port):
+                    if process.poll() is not None:
+                        raise EngineError(
+                            f"the server ended as it started: try python -m runtime.serve --model {model}"
+                        )
+                    time.sleep(0.005)
+                seconds.append(time.perf_counter() - start)
+            finally:
+                process.terminate()
+        after = os.times()
+        computing.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    low, high = _spread(seconds)
+    return {
+        "name": "start", "times": times, "cpu_seconds": round(float(np.median(computing)), 2),
+        "seconds": {"p50": round(float(np.median(seconds)), 2), "low": round(low, 2), "high": round(high, 2)},
+    }  # fmt: skip
+
+
+def answers(port: int) -> bool:
+    """Whether a server is ready there."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
 def compared(clients: int, loads: dict[str, Load]) -> dict[str, Any]:
     """Shared calls beside the best of the other policies at this load, turn by turn."""
     ours, others = loads[OURS], [name for name in loads if name != OURS]
@@ -172,14 +215,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn; images then begun are finished")
     parser.add_argument("--steps", type=int, default=20, help="on average")
     parser.add_argument("--pairs", type=int, default=60, help="of calls with and without HTTP")
+    parser.add_argument("--starts", type=int, default=5, help="of the server, until it is ready")
 
 
 def measure(
-    model: str, build: Path, devices: str, clients: Sequence[int], turns: int, seconds: float, steps: int, pairs: int
+    model: str,
+    build: Path,
+    devices: str,
+    clients: Sequence[int],
+    turns: int,
+    seconds: float,
+    steps: int,
+    pairs: int,
+    starts: int,
 ) -> list[dict[str, Any]]:
     """Measures and returns the rows of the result file."""
-    if min(turns, pairs, steps, *clients) < 1 or seconds <= 0:
-        raise ParameterError("clients", "clients, turns, seconds, steps and pairs must be positive")
+    if min(turns, pairs, steps, starts, *clients) < 1 or seconds <= 0:
+        raise ParameterError("clients", "clients, turns, seconds, steps, pairs and starts must be positive")
+    started = time_to_ready(model, build, devices, starts)
     pipeline = Pipeline.load(model, devices, build)
     prompts = pipeline.manifest.examples or ("",)
     loads = {number: {policy: Load() for policy in POLICIES} for number in clients}
@@ -201,7 +254,7 @@ def measure(
     rows = [load.row(number, policy) for number, several in loads.items() for policy, load in several.items()]
     rows += [compared(number, several) for number, several in loads.items()]
     shared = {"model": model, "devices": devices, "steps": steps, "load_average": round(float(np.median(averages)), 2)}
-    return [row | shared for row in [*rows, added]]
+    return [row | shared for row in [*rows, added, started]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -224,7 +277,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     (added,) = (row["milliseconds"] for row in rows if row["name"] == "overhead")
     more = f"{added['p50']:.1f} ms at the median ({added['low']:.1f}–{added['high']:.1f}), {added['p95']:.1f} ms at p95"
-    return "\n".join([*lines, "", f"HTTP adds to a call in the same process: {more}."])
+    lines += ["", f"HTTP adds to a call in the same process: {more}."]
+    for row in (row for row in rows if row["name"] == "start"):  # results of earlier commits have none
+        ready = (
+            f"{row['seconds']['p50']:.2f} s after its start ({row['seconds']['low']:.2f}–{row['seconds']['high']:.2f})"
+        )
+        lines += ["", f"The server is ready {ready}, of which the processor computes {row['cpu_seconds']:.2f} s."]
+    return "\n".join(lines)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -337,7 +337,21 @@ def test_serving_is_measured_with_every_policy(
     shapes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "serve.json"
-    options = ["--clients", "1", "3", "--turns", "2", "--seconds", "0.3", "--steps", "3", "--pairs", "2"]
+    options = [
+        "--clients",
+        "1",
+        "3",
+        "--turns",
+        "2",
+        "--seconds",
+        "0.3",
+        "--steps",
+        "3",
+        "--pairs",
+        "2",
+        "--starts",
+        "1",
+    ]
     monkeypatch.setattr("sys.argv", ["bench", "serve", *options, "--json", str(target)])
     assert command.main() == 0
     rows = json.loads(target.read_text())["rows"]
@@ -349,7 +363,12 @@ def test_serving_is_measured_with_every_policy(
     assert loads[1, "one lane"]["lanes_per_round"] == 1 <= loads[3, "elastic"]["lanes_per_round"] < 2
     assert loads[1, "batched"]["lanes_per_round"] == 2
     assert [row["clients"] for row in rows if row["name"] == "batched against the better"] == [1, 3]
-    assert "HTTP adds" in capsys.readouterr().out
+    (start,) = (row for row in rows if row["name"] == "start")
+    assert start["times"] == 1 and start["seconds"]["p50"] > 0 and start["cpu_seconds"] > 0.3, (
+        "of the child's, waited for"
+    )
+    said = capsys.readouterr().out
+    assert "HTTP adds" in said and f"ready {start['seconds']['p50']:.2f} s after its start" in said
 
 
 def test_shared_calls_are_compared_with_the_better_policy_in_throughput_p50_and_p95() -> None:
