@@ -13,6 +13,7 @@ import transformers
 
 from export.spec import EMBEDDED
 from tests import tiny_transformers
+from tests.tiny_transformers import SEED, seeded
 
 WORDS = (
     "a",
@@ -50,10 +51,13 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32)
 
 
-def clip(width: int, projection: int | None = None, hidden_act: str = "quick_gelu", eos: int = 605) -> Any:
+@seeded
+def clip(
+    width: int, projection: int | None = None, hidden_act: str = "quick_gelu", eos: int = 605, layers: int = 3
+) -> Any:
     """A CLIP text encoder of three layers."""
     config = transformers.CLIPTextConfig(
-        vocab_size=606, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=606, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
         max_position_embeddings=TOKENS, projection_dim=projection or width, hidden_act=hidden_act,
         bos_token_id=604, eos_token_id=eos, pad_token_id=605,
     )  # fmt: skip
@@ -61,6 +65,7 @@ def clip(width: int, projection: int | None = None, hidden_act: str = "quick_gel
     return kind(config)
 
 
+@seeded
 def t5(width: int) -> Any:
     """A T5 encoder of two layers."""
     config = transformers.T5Config(
@@ -70,6 +75,7 @@ def t5(width: int) -> Any:
     return transformers.T5EncoderModel(config)
 
 
+@seeded
 def vae(channels: int = 4, **more: Any) -> Any:
     """A VAE that halves each side twice."""
     return diffusers.AutoencoderKL(
@@ -78,6 +84,7 @@ def vae(channels: int = 4, **more: Any) -> Any:
     )  # fmt: skip
 
 
+@seeded
 def tiny_vae() -> Any:
     """An `AutoencoderTiny` (TAESD) that halves each side twice."""
     return diffusers.AutoencoderTiny(
@@ -86,6 +93,7 @@ def tiny_vae() -> Any:
     )  # fmt: skip
 
 
+@seeded
 def unet(cross_attention_dim: int, **more: Any) -> Any:
     """A UNet of two levels."""
     settings: dict[str, Any] = {
@@ -110,6 +118,15 @@ def stable_diffusion(**more: Any) -> Any:
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
     return diffusers.StableDiffusionPipeline(**parts | more)
+
+
+def least() -> Any:
+    """A Stable Diffusion of few layers, for tests of exports that any model would do for."""
+    network = unet(
+        16, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    return stable_diffusion(unet=network, text_encoder=clip(16, layers=1), vae=tiny_vae())
 
 
 def stable_diffusion_2() -> Any:
@@ -185,6 +202,7 @@ def latent_consistency() -> Any:
 
 FAMILIES: Mapping[str, Callable[[], Any]] = {
     "sd1": stable_diffusion,
+    "least": least,
     "sd2": stable_diffusion_2,
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,
@@ -199,9 +217,9 @@ FAMILIES: Mapping[str, Callable[[], Any]] = {
 }
 
 
-def save(name: str, folder: Path, seed: int = 0) -> Any:
-    """Saves a family with the random weights of a seed to `folder/name`; the pipeline as diffusers loads it again."""
-    torch.manual_seed(seed)
+def save(name: str, folder: Path) -> Any:
+    """Saves a family with random weights, the same each time, to `folder/name`; as diffusers loads it again."""
+    torch.manual_seed(SEED)
     pipeline = (FAMILIES.get(name) or tiny_transformers.FAMILIES[name])()
     pipeline.save_pretrained(folder / name)
     absent = {part: None for part, component in pipeline.components.items() if component is None}

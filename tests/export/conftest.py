@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def copied(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
     """A Stable Diffusion folder that may be changed."""
     return Path(shutil.copytree(tiny("sd1"), tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """While a file's tests run, networks that any of the session's workers has exported are taken from it."""
+    from tests.export.once import Once
+
+    mine = tmp_path_factory.getbasetemp()
+    together = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.to_onnx.export_network", Once(together / "networks"))
+        yield
+
+
+@pytest.fixture
+def least(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The Stable Diffusion folder that is exported soonest; it may be changed."""
+    return Path(shutil.copytree(tiny("least"), tmp_path / "least"))

@@ -40,7 +40,7 @@ def test_too_little_memory_is_said_before_the_work(
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), DeviceError("memory ended")])
 def test_an_interrupted_export_goes_on(
-    failure: BaseException, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException, least: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from export import to_onnx
@@ -61,7 +61,7 @@ def test_an_interrupted_export_goes_on(
 
     networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser", "vae_decoder")}
     monkeypatch.setattr("export.loading.Source.family", property(lambda self: family(networks)))
-    asked, target = ExportSpec("copied", copied), tmp_path / "build" / "copied"
+    asked, target = ExportSpec("least", least), tmp_path / "build" / "least"
     with pytest.raises(type(failure)):
         export(asked, target, asked.identity(), "fp32")
     (kept,) = (tmp_path / "build").glob(".partial-*")

@@ -88,7 +88,7 @@ def build(folder: Path, build_folder: Path, **asked: Any) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Made]]:
+def families(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Iterator[Callable[[str], Made]]:
     """Families by name, each made once for all tests of it."""
     from tests.tiny import save
 

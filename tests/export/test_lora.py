@@ -92,24 +92,24 @@ def test_a_lora_of_another_family_is_refused(folder: str, of: str, tiny: Callabl
 
 
 @pytest.mark.slow
-def test_a_lora_is_in_its_own_bundle_alone(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lora_is_in_its_own_bundle_alone(least: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export.families import STABLE_DIFFUSION
 
     networks = {name: STABLE_DIFFUSION.networks[name] for name in ("text_encoder", "denoiser", "vae_decoder")}
     monkeypatch.setattr(
         "export.loading.Source.family", property(lambda self: replace(STABLE_DIFFUSION, networks=networks))
     )
-    file = lora_file(copied, tmp_path / "one.safetensors", 0)
+    file = lora_file(least, tmp_path / "one.safetensors", 0)
     files: dict[str, dict[str, bytes]] = {}
     for run, words in {"before": [], "fused": ["--lora", f"{file}:0.8"], "after": []}.items():
-        command = ["export", str(copied), *words, "--devices", "cpu", "--build", str(tmp_path / run)]
+        command = ["export", str(least), *words, "--devices", "cpu", "--build", str(tmp_path / run)]
         monkeypatch.setattr("sys.argv", command)
         assert main() == 0
         (bundle,) = (tmp_path / run).glob("[!.]*")
-        assert bundle.name == ("copied+one:0.8" if words else "copied")
+        assert bundle.name == ("least+one:0.8" if words else "least")
         files[run] = {path.name: path.read_bytes() for path in bundle.iterdir() if path.suffix == ".onnx"}
     assert files["before"] == files["after"], "byte for byte"
     changed = {name for name, content in files["fused"].items() if content != files["before"][name]}
     assert changed == {"denoiser.onnx"} and len(files["after"]) == 3
-    manifest = Manifest.read(tmp_path / "fused" / "copied+one:0.8")
-    assert manifest.origin == f"{copied} LORA={file}:0.8"
+    manifest = Manifest.read(tmp_path / "fused" / "least+one:0.8")
+    assert manifest.origin == f"{least} LORA={file}:0.8"

@@ -49,7 +49,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Compared]]:
+def known(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Iterator[Callable[[str], Compared]]:
     """Families by name, each made once for all tests of it."""
     from export.families import flux2
     from tests.tiny import save
