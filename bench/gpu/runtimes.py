@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.sampling.operations import Options
 
 WIDTH, ROWS = 64, 16
+UNSUPPORTED = "does not support this compute capability"  # TensorRT-RTX, where it loads a plan
 PROMPT = "a large red star at the left on blue background"
 
 
@@ -42,7 +43,7 @@ def _loads(name: str, settings: Settings) -> Iterator[Row]:
     yield {"package": name, "version": trt.__version__}
     weights = np.random.default_rng().standard_normal((WIDTH, WIDTH)).astype(np.float16) / 8
     bench = DeviceBench(driver, settings.cache, "float16")
-    works = 0
+    works, reasons = 0, []
     for target in _targets(trt, bench.device.capability):
         row: Row = {
             "target": target or "as it comes",
@@ -53,8 +54,12 @@ def _loads(name: str, settings: Settings) -> Iterator[Row]:
         }
         row |= _one_plan(trt, target, bench, weights)
         works += row["right"]
+        reasons.append(str(row.get("reason")))
         yield row
     bench.close()
+    if all(UNSUPPORTED in reason for reason in reasons):
+        capability = ".".join(map(str, bench.device.capability))
+        raise NotPossibleError(f"{name} {trt.__version__} supports no cards of capability {capability}")
     assert works, f"{name} runs no plan on {bench.device.name}"
 
 
@@ -152,10 +157,12 @@ def onnxruntime(settings: Settings) -> Iterator[Row]:
     import onnxruntime as library
 
     cpu = library.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (one,) = network.inputs
-    words = bundle.manifest.tokenizers[0].max_length
-    value = np.random.default_rng().integers(0, 100, (2, words)).astype(one.dtype)
-    outputs = [session.run(None, {one.name: value})[0] for session in (found, cpu)]
+    rng, ids = np.random.default_rng(), {one.input for one in bundle.manifest.tokenizers}
+    shapes = {one.name: (one.resolve({"batch": 2}), one.dtype) for one in network.inputs}
+    inputs = {
+        name: rng.integers(0, 100 if name in ids else 1, shape).astype(dtype) for name, (shape, dtype) in shapes.items()
+    }
+    outputs = [session.run(None, inputs)[0] for session in (found, cpu)]
     off = distance(np.asarray(outputs[0], np.float32), np.asarray(outputs[1], np.float32))
     yield {"version": library.__version__, "providers": found.get_providers(), "distance_to_cpu": off}
     assert off < 1e-2, f"the text encoder is {off:.3g} away from the processor's"
@@ -195,6 +202,11 @@ def _on_plans(runtime: str, settings: Settings) -> Iterator[Row]:
     driver = open_driver()
     if not RUNTIMES[runtime].installed:
         raise NotPossibleError(f"{runtime} is not installed")
+    from engines.nvidia import visible_gpus
+    from engines.tensorrt.build import unfit
+
+    if reason := unfit(importlib.import_module(runtime), visible_gpus()[0]):
+        raise NotPossibleError(reason)
     return _pipelines(f"@{runtime}", settings, driver)
 
 

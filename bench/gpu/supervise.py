@@ -78,7 +78,8 @@ class Supervisor:
         if left is not None and left < 1:
             return "the time of --within was up: run it again, and what has no result yet comes first"
         device = next((part for part in parts if part.name == DEVICE), None)
-        if device is not None and self._result(device).get("ended") == "time limit":
+        result = {} if device is None else self._result(device)
+        if device is not None and (result.get("status"), result.get("ended")) == ("failed", "time limit"):
             return f"the part {DEVICE} hung, and so would this: look at {device.slug}.log"
         return None
 
@@ -155,7 +156,10 @@ class Supervisor:
         row |= {"status": "failed", "log": log[-LOG_TAIL:]}
         after = " after its result" if path.is_file() else ""
         if code is None:
-            return row | {"ended": "time limit", "reason": f"did not end within {limit:.0f} s{after}: killed"}
+            cut = limit < part.seconds  # by --within, which says nothing about the part
+            why = f"--within ended it after {limit:.0f} s: run it again" if cut else f"did not end within {limit:.0f} s"
+            row |= {"status": "not run"} if cut else {}
+            return row | {"ended": "time limit", "reason": why if cut else f"{why}{after}: killed"}
         if code < 0:
             name = signal.Signals(-code).name
             return row | {"ended": name, "reason": f"the process died of {name}{after}: see {part.slug}.log"}

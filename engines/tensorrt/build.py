@@ -87,10 +87,26 @@ def _names(trt: Any, gpu: Gpu) -> bool:
     return hasattr(getattr(trt, "ComputeCapability", None), f"SM{gpu.capability[0]}{gpu.capability[1]}")
 
 
+def unfit(trt: Any, gpu: Gpu) -> str | None:
+    """Why no plan of a package runs on a kind of GPU, or None.
+
+    tensorrt_rtx builds for any card and loads plans on those that it names and on later ones: an H100 (9.0) had to hear
+    "supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0".
+    """
+    if not hasattr(trt, "ComputeCapability") or _names(trt, gpu):
+        return None
+    named = [int(name[2:]) for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    if 10 * gpu.capability[0] + gpu.capability[1] > max(named):
+        return None
+    return f"{runtime_name(trt)} runs no plans on {gpu}: install tensorrt instead, pip install --editable '.[trt]'"
+
+
 def _target(trt: Any, config: Any, gpu: Gpu) -> None:
     """Which GPU to build for. Of one that tensorrt_rtx does not name it may know enough where it finds one itself."""
     if not hasattr(trt, "ComputeCapability"):
         return
+    if reason := unfit(trt, gpu):
+        raise DeviceError(reason)
     if not _names(trt, gpu) and gpu not in visible_gpus():
         raise DeviceError(
             f"{runtime_name(trt)} builds no plans for {gpu} on another machine: build on one that has it, "

@@ -64,6 +64,23 @@ def test_real_plans_are_built_for_every_target(machine: Machine) -> None:
     bench.close()
 
 
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [("Error Code 6: TensorRT-RTX does not support this compute capability, so", NotPossibleError),
+     ("out of memory", AssertionError)],
+    ids=["unsupported", "broken"],
+)  # fmt: skip
+def test_a_card_that_a_package_does_not_support_is_no_failure(
+    play: Play, monkeypatch: pytest.MonkeyPatch, reason: str, kind: type[Exception]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(runtimes, "_one_plan", lambda *asked: {"built": True, "reason": reason})
+    with pytest.raises(
+        kind, match=r"supports no cards of capability \d+\.\d" if kind is NotPossibleError else "no plan"
+    ):
+        play("tensorrt-rtx-loads")
+
+
 def test_names_of_the_real_packages() -> None:
     for name in ("tensorrt_rtx",):
         trt = pytest.importorskip(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_a_part_that_is_too_late_leaves_no_process_behind(runs: Runs) -> None:
 
 def test_a_second_run_goes_on(runs: Runs) -> None:
     """What passed is kept, what failed runs again, and `again` runs everything."""
-    parts = part("counted"), part("hangs_once", seconds=1)
+    parts = part("counted"), part("hangs_once", seconds=3)
     assert runs(*parts)["hangs once"]["status"] == "failed"
     rows = runs(*parts)
     assert rows["counted"]["figures"] == [{"runs": 1}]
@@ -153,7 +154,8 @@ def test_when_the_time_is_up_nothing_more_begins(runs: Runs) -> None:
     start = time.monotonic()
     rows = runs(part("hangs"), part("good"), within=3)
     assert time.monotonic() - start < 15
-    assert rows["hangs"]["ended"] == "time limit"
+    assert (rows["hangs"]["status"], rows["hangs"]["ended"]) == ("not run", "time limit"), "a cut-off is no failure"
+    assert re.fullmatch(r"--within ended it after [0-3] s: run it again", rows["hangs"]["reason"])
     assert rows["good"]["status"] == "not run"
     assert "--within" in rows["good"]["reason"]
 

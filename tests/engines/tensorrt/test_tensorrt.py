@@ -21,6 +21,7 @@ from engines.tensorrt import build
 from tests import ROOT
 from tests.engines.tensorrt.conftest import H200, NETWORKS, RTX
 
+NEXT = Gpu("NVIDIA next", (13, 0), "580.1")
 # what engines/tensorrt uses of each class, in both packages
 MEMBERS = {
     "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
@@ -62,15 +63,18 @@ def test_real_plans_are_built_without_a_gpu(fp16_bundle: Bundle, network: str, c
     assert any(done == steps > 1 for _, done, steps in phases), "no progress was shown"
 
 
-def test_a_card_that_the_package_does_not_build_for(fp16_bundle: Bundle) -> None:
-    message = (
-        r"builds no plans for NVIDIA H200 \(9\.0\) on another machine: build on one that has it, or install tensorrt"
-    )
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [(H200, r"runs no plans on NVIDIA H200 \(9\.0\): install tensorrt instead, pip install .*trt"),
+     (NEXT, r"builds no plans for NVIDIA next \(13\.0\) on another machine: build on one that has it, or install")],
+    ids=["data centre", "later"],
+)  # fmt: skip
+def test_a_card_that_the_package_does_not_build_for(fp16_bundle: Bundle, gpu: Gpu, message: str) -> None:
     with pytest.raises(DeviceError, match=message):
-        build.build(fp16_bundle, "denoiser", H200, "tensorrt_rtx")
+        build.build(fp16_bundle, "denoiser", gpu, "tensorrt_rtx")
 
 
-@pytest.mark.parametrize(("gpu", "target"), [(H200, "CURRENT"), (RTX, "SM89")], ids=str)
+@pytest.mark.parametrize(("gpu", "target"), [(NEXT, "CURRENT"), (RTX, "SM89")], ids=str)
 def test_a_card_that_is_here_is_built_for_by_the_package(
     gpu: Gpu, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
