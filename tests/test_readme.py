@@ -294,6 +294,11 @@ def test_result_files_carry_their_circumstances(name: str) -> None:
     assert result["rows"]
 
 
+def sdxl_fits(tried: str) -> bool:
+    """Whether the test of a start's memory tries these cards."""
+    return tried in (ROOT / "tests" / "engines" / "tensorrt" / "test_contexts.py").read_text()
+
+
 def moves_gain(link: str, said: float) -> bool:
     gain = max(row["gain"] for row in moves.measure() if row["link"] == link)
     return said == pytest.approx(100 * gain, abs=0.01)
@@ -322,6 +327,8 @@ QUANTITIES: dict[tuple[str, str], Callable[[], bool]] = {
     ("engines/README.md", "8 µs"): lambda: all(
         row["us"] <= 8 for row in load("host")["rows"] if row["when"] == "now" and "us" in row
     ),
+    ("engines/README.md", "15 GB"): lambda: sdxl_fits("(24, True), (14, False)"),
+    ("engines/README.md", "24 GB"): lambda: sdxl_fits("(24, True), (14, False)"),
     ("engines/README.md", "10 ms"): lambda: inspect.signature(moves.measure).parameters["call_seconds"].default == 0.01,
     ("engines/README.md", "20 ms"): lambda: AHEAD_SECONDS == 0.02,
     ("engines/README.md", "0.1 %"): lambda: moves_gain("NVLink", 0.1),
