@@ -105,8 +105,6 @@ def on_cluster(
 
     one = {"model": model, "devices": devices, "scheduler": scheduler, "replicas": replicas}
     settings = read_settings({"models": (one,), "build": build.resolve(), "limits": asdict(limits), **asdict(access)})
-    with listen(host, port) as free:  # before seconds are spent on loading; Ray's proxies then listen themselves
-        port = free.getsockname()[1]
     run(settings, address, host, port)
 
 

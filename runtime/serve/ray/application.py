@@ -15,6 +15,7 @@ from runtime.serve.ray.replica import Replica
 from runtime.serve.ray.settings import SPARE_REQUESTS, ModelSettings, Settings
 
 HEALTH_SECONDS = 5.0  # between two health checks of a replica
+METRICS_SECONDS = 1.0  # between two reports of a replica's device-seconds
 SCALING = "runtime.serve.ray.scaling:DeviceSeconds"
 
 
@@ -62,6 +63,6 @@ def options(model: ModelSettings, settings: Settings) -> dict[str, Any]:
     return found | {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=least, max_replicas=most, upscale_delay_s=model.up, downscale_delay_s=model.down,
-            look_back_period_s=max(model.up, 1.0), policy=policy,
+            metrics_interval_s=METRICS_SECONDS, look_back_period_s=max(model.up, 2 * METRICS_SECONDS), policy=policy,
         )
     }  # fmt: skip

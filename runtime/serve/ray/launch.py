@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterable
@@ -27,12 +28,16 @@ def run(settings: Settings, address: str, host: str, port: int, application: str
 
     EngineError where there is no cluster, no node with what a replica owns, or an engine that does not load.
     """
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     join(address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # with Ray's own the process would abort
     try:
         check_nodes(settings, nodes())
         if application in serve.status().applications:
             raise EngineError(f"the application {application!r} is on this cluster already: end the one that runs")
+        if not serve.status().proxies:  # else its port is settled
+            port = free_port(host, port)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         try:
             serve.run(make_application(settings), name=application, route_prefix="/")
@@ -55,6 +60,15 @@ def run(settings: Settings, address: str, host: str, port: int, application: str
                 serve.shutdown()  # frees the port
     finally:
         ray.shutdown()
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 any free one; EngineError where another program has it, of which Ray speaks late."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+            return int(free.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise EngineError(f"cannot listen on {host}:{port}: {error}: choose another with --port") from None
 
 
 def answers(host: str, port: int) -> bool:

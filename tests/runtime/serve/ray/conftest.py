@@ -30,12 +30,12 @@ class Cluster:
 
         self._serve, self._ray = serve, ray
         self.nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
-        self.second = self.nodes.add_node(num_cpus=CORES)
+        self.add_second_node()
         ray.init(address=self.nodes.address, log_to_driver=False, logging_level=logging.ERROR)
         logging.getLogger("ray").setLevel(logging.ERROR)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": self.port})
+        self._start()
         self._settings: dict[str, Any] | None = None
 
     def run(self, **settings: Any) -> None:
@@ -43,8 +43,19 @@ class Cluster:
         from runtime.serve.ray import app
 
         if settings != self._settings:
+            self._start()
             self._serve.run(app(settings), name=NAME, route_prefix="/")
             self._settings = settings
+
+    def _start(self) -> None:
+        """Starts Serve where it does not run, with one proxy: those of two nodes would share an address here."""
+        self._serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
+
+    def delete(self) -> None:
+        """The application; its cores are free then."""
+        self._start()
+        self._serve.delete(NAME)
+        self._settings = None
 
     def deployment(self, name: str) -> Any:
         return self._serve.status().applications[NAME].deployments[name]
@@ -58,6 +69,13 @@ class Cluster:
         """The actor's process, in whatever it does."""
         actor = self._ray.get_actor(f"SERVE_REPLICA::{NAME}#shapes#{replica}", namespace="serve")
         self._ray.kill(actor, no_restart=True)
+
+    def kill_second_node(self) -> None:
+        """Its raylet and all of its actors, at once."""
+        self.nodes.remove_node(self._second, allow_graceful=False)
+
+    def add_second_node(self) -> None:
+        self._second = self.nodes.add_node(num_cpus=CORES)
 
     def settle(self, replicas: int, seconds: float = 60) -> None:
         """Waits until so many replicas run and no other is left."""
