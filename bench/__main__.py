@@ -22,6 +22,7 @@ COMMANDS = (
     "run",
     "scenario",
     "simulate",
+    "cluster",
     "quality",
     "drafts",
     "speculative",

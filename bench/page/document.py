@@ -122,6 +122,11 @@ class Page:
             yield Plot("rounds", "Overhead per round beside the model calls, in µs.",
                        lambda: figures.overheads(rows))  # fmt: skip
         yield from self._predicted()
+        if fleets := self.rows("cluster"):
+            yield "## More machines\n\n" + words.FLEET
+            yield Plot("cluster", "Dollars per thousand images by the limit of the 99th percentile.",
+                       lambda: plots.fleet_figure(fleets))  # fmt: skip
+            yield self._table("cluster")
         if judged := self.rows("quality"):
             yield "## Image quality\n\n" + words.QUALITY
             yield Plot("quality", "Distance to the sequential image and correct captions, against speed-up.",

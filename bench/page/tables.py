@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import (
     cache,
+    cluster,
     drafts,
     embed,
     export,
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "embed": embed.table, "host": host.table, "kserve": kserve.table, "openvino": run.table,
     "speculative": speculative.table, "robustness": robustness.table,
     "cache": cache.table,
+    "cluster": cluster.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
@@ -50,7 +52,7 @@ MADE_BY = {
     "drafts": FULL, "export": "python -m bench export", "gpu": GPU,
     "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
     "speculative": "python -m bench speculative", "robustness": "python -m bench robustness",
-    "kserve": "python -m bench kserve", "cache": "python -m bench cache",
+    "kserve": "python -m bench kserve", "cache": "python -m bench cache", "cluster": "python -m bench cluster",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

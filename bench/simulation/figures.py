@@ -13,6 +13,9 @@ from bench.simulation.tables import named
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FLEET_COLOURS = ("sequential", "conservative", "aggressive", "srds")
+DOLLARS = (0.5, 1, 2, 5, 10, 20)
+
 
 @contextmanager
 def figure(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
@@ -71,3 +74,25 @@ def _link_plot(axes: Any, predicted: Sequence[dict[str, Any]], name: str) -> Non
             x, y = _line(predicted, table=name, link=link.name, mode=mode, guidance_split=False)
             axes.plot(x, y, style, color=colour(mode), label=f"{mode}, {link.name}")
     _axes(axes, f"Links, {name}")
+
+
+@contextmanager
+def fleet_figure(rows: Sequence[dict[str, Any]]) -> Iterator[Figure]:
+    """What a thousand images cost by the limit of the 99th percentile, a line per number of GPUs of a replica."""
+    fleets = [row for row in rows if row["kind"] == "fleet" and row["policy"] == "elastic" and row["replicas"]]
+    modes = list(dict.fromkeys(row["mode"] for row in fleets))
+    (rate,) = {row["rate"] for row in fleets if row["limit"] != fleets[0]["limit"]}
+    with drawing(10.5, 4.6, ncols=len(modes), sharey=True) as (whole, panels):
+        for axes, mode in zip(panels, modes, strict=True):
+            here = [row for row in fleets if (row["mode"], row["rate"], row["process"]) == (mode, rate, "poisson")]
+            for gpus, kind in zip(sorted({row["gpus"] for row in here}), FLEET_COLOURS, strict=False):
+                line = sorted((row["limit"], row["dollars_per_1000"]) for row in here if row["gpus"] == gpus)
+                each = f"{gpus} GPU{'s' * (gpus > 1)} per replica"
+                axes.plot(*zip(*line, strict=True), "o-", color=colour(kind), label=each)
+            axes.set(title=f"{mode}, {rate:g} requests per second", xlabel="seconds that 99 % of requests keep to")
+            axes.set_yscale("log")
+            axes.set_yticks(DOLLARS, [f"${dollars:g}" for dollars in DOLLARS])
+            axes.minorticks_off()
+            axes.legend()
+        panels[0].set_ylabel("dollars per 1,000 images")
+        yield whole
