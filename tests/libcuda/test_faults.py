@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.libcuda.conftest import OK, Cuda, broken
+from tests.libcuda.exporter import Exported, exported
 from tests.libcuda.library import DRIVER_API
 from tests.libcuda.machine import Machine
+from tests.libcuda.test_processes import handle
 
 pytestmark = pytest.mark.imaginary_gpus
 HEADER = DRIVER_API.read_text()
@@ -19,10 +22,25 @@ FUNCTIONS = re.findall(r"^    X\((cu\w+),", HEADER, re.MULTILINE)
 NEVER_COUNTED = {
     "cuGetProcAddress", "cuGetExportTable", "cuGetErrorString", "cuGetErrorName", "cuThreadExchangeStreamCaptureMode",
 }  # fmt: skip
+BETWEEN_PROCESSES = {"cuIpcOpenMemHandle", "cuIpcCloseMemHandle"}
 
 
-def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
-    """Of a good call of every function, with things of its own."""
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[Exported]:
+    """Memory of another process."""
+    with exported(8) as memory:
+        yield memory
+
+
+def _between_processes(cuda: Cuda, name: str, theirs: Exported) -> dict[str, tuple[Any, ...]]:
+    if name not in BETWEEN_PROCESSES:
+        return {}
+    given = (handle(cuda, theirs.handle), 1)
+    return {name: given if name == "cuIpcOpenMemHandle" else (int(cuda("cuIpcOpenMemHandle", *given)),)}
+
+
+def arguments(cuda: Cuda, name: str, theirs: Exported) -> dict[str, tuple[Any, ...]]:
+    """Of a good call of every function, with things of its own, or memory of another process."""
     stream, event, device, host = cuda.stream(), cuda.event(), cuda.alloc(), cuda.pinned()
     timed = [cuda("cuEventCreate", 0) for _ in range(2)]
     for one in timed:
@@ -67,16 +85,17 @@ def arguments(cuda: Cuda, name: str) -> dict[str, tuple[Any, ...]]:
         "cuGraphLaunch": (executables[0], stream), "cuGraphDestroy": (graphs[1],),
         "cuGraphExecDestroy": (executables[1],), "cuModuleLoadData": (code,), "cuModuleUnload": (modules[0],),
         "cuModuleGetFunction": (modules[1], b"advance"), "cuPointerGetAttribute": (kind, device),
-        "cuMemcpyPeerAsync": (device, there, device, there, 8, stream),
+        "cuMemcpyPeerAsync": (device, there, device, there, 8, stream), "cuMemGetAddressRange": (device,),
+        "cuIpcGetMemHandle": (device,), **_between_processes(cuda, name, theirs),
         **{name: (*two, 8, stream) for name, two in copies.items()},
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in NEVER_COUNTED])
-def test_the_nth_call_of_any_function_fails(name: str) -> None:
+def test_the_nth_call_of_any_function_fails(name: str, theirs: Exported) -> None:
     """It does nothing then; the call before it and the call after it are as they are without a fault."""
     cuda = Cuda(Machine(2, eager=0))
-    given = arguments(cuda, name).get(name, ())
+    given = arguments(cuda, name, theirs).get(name, ())
     before, live = cuda.machine.calls(name), cuda.machine.live()
     cuda.machine.fail(name, 1, "CUDA_ERROR_LAUNCH_FAILED")
     if name == "cuLaunchKernel":
