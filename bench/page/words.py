@@ -118,9 +118,9 @@ less loaded of two replicas, taken at random. The rules for lanes are the server
 points and a line through them, and a GPU costs what is assumed. A cell has the fewest GPUs in all that keep the limit
 of the 99th percentile, dollars per thousand images, p50 and p99; – where not even an empty fleet keeps it. A replica of
 one GPU costs little more where the limit leaves time to wait; where it is near the time of one image, one GPU per image
-must idle, while a replica of several gives all of them to whoever is alone. *Batched* lets requests share calls,
-which processor lanes do today and GPUs do not. The *day* swings by 80 % about the mean
-and is served by a fleet that does not grow. When a zone is lost, a third of the replicas is gone at once and what they had is begun anew elsewhere."""
+must idle, while a replica of several gives all of them to whoever is alone. *Batched* lets requests share calls, which
+processor lanes do today and GPUs do not. The *day* swings by 80 % about the mean and is served by a fleet that does not
+grow. When a zone is lost, a third of the replicas is gone at once and what they had is begun anew elsewhere."""
 
 KSERVE = """A client in a process of its own asks for 512² pixels of a model of which nothing is computed, in turns with
 calls in the server's process. *Added* is the time of a request over the median of these calls: KServe v2 with the
