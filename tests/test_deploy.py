@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import yaml
 from runtime.pipeline import Pipeline
 from runtime.serve.__main__ import arguments
 from runtime.serve.limits import Limits
+from runtime.serve.ray.settings import check_nodes, read_settings
 from tests import ROOT
 from tests.client import serving
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes" / "driffusion.yaml"
 OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all(KUBERNETES.read_text()))
+RAY: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "rayservice.yaml").read_text()))
 
 
 def of(kind: str) -> dict[str, Any]:
@@ -27,11 +32,15 @@ def of(kind: str) -> dict[str, Any]:
     return found
 
 
+def name(one: Mapping[str, Any]) -> str:
+    return f"{one['kind']}-{one['metadata']['name']}"
+
+
 POD: dict[str, Any] = of("Deployment")["spec"]["template"]["spec"]
 SERVER: dict[str, Any] = POD["containers"][0]
 
 
-@pytest.mark.parametrize("one", OBJECTS, ids=lambda one: one["kind"])
+@pytest.mark.parametrize("one", [*OBJECTS, *(one for one in RAY if one["kind"] != "RayService")], ids=name)
 def test_kubernetes_knows_every_field(one: dict[str, Any]) -> None:
     kubernetes_validate.validate(one, "1.33", strict=True)
 
@@ -117,6 +126,93 @@ def test_every_query_names_metrics_that_the_server_has(pipeline: Pipeline) -> No
     assert len(asked) > 8
     provided = yaml.safe_load((DEPLOY / "grafana" / "datasources.yaml").read_text())["datasources"][0]["uid"]
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {provided}
+
+
+# --- the RayService --------------------------------------------------------------------------------------------------
+
+(SERVICE,) = (one["spec"] for one in RAY if one["kind"] == "RayService")
+HEAD: dict[str, Any] = SERVICE["rayClusterConfig"]["headGroupSpec"]
+(WORKERS,) = SERVICE["rayClusterConfig"]["workerGroupSpecs"]
+# the fields that KubeRay's Go types have (ray-operator/apis/ray/v1); True: must be there
+FIELDS = {
+    "spec": {"serveConfigV2": True, "rayClusterConfig": True, "serveService": False},
+    "rayClusterConfig": {
+        "headGroupSpec": True, "workerGroupSpecs": False, "rayVersion": False, "enableInTreeAutoscaling": False,
+        "autoscalerOptions": False, "headServiceAnnotations": False, "suspend": False,
+    },
+    "headGroupSpec": {
+        "rayStartParams": True, "template": True, "serviceType": False, "headService": False, "enableIngress": False,
+    },
+    "workerGroupSpecs": {
+        "groupName": True, "minReplicas": True, "maxReplicas": True, "rayStartParams": True, "template": True,
+        "replicas": False, "numOfHosts": False, "scaleStrategy": False,
+    },
+}  # fmt: skip
+
+
+def test_kuberay_knows_every_field_around_the_pods() -> None:
+    given = {
+        "spec": SERVICE,
+        "rayClusterConfig": SERVICE["rayClusterConfig"],
+        "headGroupSpec": HEAD,
+        "workerGroupSpecs": WORKERS,
+    }
+    for what, one in given.items():
+        assert set(one) <= set(FIELDS[what]), what
+        assert {field for field, must in FIELDS[what].items() if must} <= set(one), what
+    for group in (HEAD, WORKERS):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("group", [HEAD, WORKERS], ids=["head", "workers"])
+def test_kubernetes_knows_every_field_of_a_clusters_pods(group: dict[str, Any]) -> None:
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "one"}, "template": group["template"]}
+    kubernetes_validate.validate(pod, "1.33", strict=True)
+    pod = json.loads(json.dumps(pod))
+    pod["template"]["spec"]["containers"][0]["readinessProbe"]["httpGett"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, "1.33", strict=True)
+
+
+def test_a_replica_of_the_service_fits_on_a_worker() -> None:
+    config = yaml.safe_load(SERVICE["serveConfigV2"])
+    (application,) = config["applications"]
+    module, function = application["import_path"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    settings = read_settings(application["args"])
+    worker = WORKERS["template"]["spec"]["containers"][0]["resources"]["limits"]
+    check_nodes(settings, [{"CPU": float(worker["cpu"]), "GPU": float(worker["nvidia.com/gpu"])}])
+    (model,) = settings.models
+    assert model.replicas == (WORKERS["minReplicas"], WORKERS["maxReplicas"]), "one on a worker"
+    assert WORKERS["minReplicas"] <= WORKERS["replicas"] <= WORKERS["maxReplicas"]
+    assert settings.access.has_host("driffusion-cluster-serve-svc")
+    assert str(settings.store) == "/engines"
+    assert config["http_options"]["port"] == 8000
+
+
+def test_a_clusters_pods_write_into_their_volumes_alone_and_have_time_to_drain() -> None:
+    (application,) = yaml.safe_load(SERVICE["serveConfigV2"])["applications"]
+    settings = read_settings(application["args"])
+    for group in (HEAD, WORKERS):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounted) == {str(settings.build), "/tmp"}
+        assert set(mounted.values()) == {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert "8000" in {str(port["containerPort"]) for port in container["ports"]}
+    pod = WORKERS["template"]["spec"]
+    command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    told, waited = (int(one) for one in re.findall(r"(?:seconds|sleep) (\d+)", command))
+    assert settings.served.drain < told <= waited < pod["terminationGracePeriodSeconds"]
+    (budget,) = (one["spec"] for one in RAY if one["kind"] == "PodDisruptionBudget")
+    assert budget["selector"]["matchLabels"].items() <= WORKERS["template"]["metadata"]["labels"].items()
+    assert not budget["selector"]["matchLabels"].items() <= HEAD["template"]["metadata"]["labels"].items()
+    assert budget["minAvailable"] < WORKERS["minReplicas"]
+
+
+def test_the_clusters_ray_is_the_one_that_is_installed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cluster"] == [f"ray[serve]=={SERVICE['rayClusterConfig']['rayVersion']}"]
 
 
 def test_panels_do_not_overlap() -> None:

@@ -144,7 +144,7 @@ def pins(*extras: str) -> list[str]:
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
-    for extras in (("cuda", "trt"), ("cuda", "rtx"), ("cpu", "export")):
+    for extras in (("cuda", "trt", "cluster"), ("cuda", "rtx"), ("cpu", "export")):
         found = pins(*extras)
         assert all(re.fullmatch(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", pin) for pin in found), found
     assert {"fastapi", "tensorrt-cu13", "cuda-python"} <= {pin.partition("==")[0] for pin in pins("cuda", "trt")}

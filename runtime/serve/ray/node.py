@@ -21,7 +21,8 @@ OWNER = ".application.json"
 def prepare(model: ModelSettings, settings: Settings) -> None:
     """Copies the bundle from the shared store where this node lacks it, and compiles what is missing for its devices.
 
-    Several replicas of a node wait for the first. BundleError where neither this node nor the store has the model.
+    Several replicas of a node wait for the first. BundleError where neither this node nor the store has the model,
+    EngineError where its folder has another name than the model in it.
     """
     lanes = parse_devices(model.devices)
     check(lanes)
@@ -34,7 +35,13 @@ def prepare(model: ModelSettings, settings: Settings) -> None:
                 with replacing(folder) as partial:
                     shutil.copytree(source, partial, dirs_exist_ok=True)
                 log.info("copied %s from %s", model.name, source)
-    built = build_missing(Bundle.open(model.model, settings.build, kind), lanes)
+    bundle = Bundle.open(model.model, settings.build, kind)
+    if bundle.manifest.model != model.name:  # the ingress chooses by the one, and the replica answers by the other
+        raise EngineError(
+            f"{bundle.folder} holds the model {bundle.manifest.model!r}, not {model.name!r}: name the folder after its "
+            "model"
+        )
+    built = build_missing(bundle, lanes)
     for network, plan in built.items():
         if plan is not None:
             log.info("%s: %s compiled in %.1f s", model.name, network, plan.build_seconds)

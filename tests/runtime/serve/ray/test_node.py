@@ -32,6 +32,13 @@ def test_a_model_that_no_node_and_no_store_has(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "nope").exists()
 
 
+def test_a_folder_that_is_not_named_after_its_model(shapes: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "forms").symlink_to(shapes.folder)
+    settings = read_settings({"models": [{"model": "forms"}], "build": tmp_path})
+    with pytest.raises(EngineError, match="forms holds the model 'shapes', not 'forms': name the folder after"):
+        prepare(settings.models[0], settings)
+
+
 def test_two_applications_on_one_store(tmp_path: Path) -> None:
     claim(tmp_path, "one", "cluster", lambda name: True)
     claim(tmp_path, "one", "cluster", lambda name: True)  # another replica
