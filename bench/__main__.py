@@ -28,6 +28,7 @@ COMMANDS = (
     "speculative",
     "robustness",
     "cache",
+    "calls",
     "kernel",
     "serve",
     "kserve",

@@ -140,13 +140,9 @@ def build_plan(bundle: Bundle, network: str, shape: Shape, precision: str) -> Pl
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=bundle.folder.parent) as scratch:
         target = Path(scratch) / f"{network}.blob"
         try:
-            core = _core()
-            model = core.read_model(source)
-            if shape.rows is not None:
-                axes = _axes(bundle.manifest, shape.rows)
-                model.reshape({one.name: list(one.resolve(axes)) for one in spec.inputs})
-            compiled = core.compile_model(model, "CPU", _options(fields["precision"], 1, cores()))
-            del model
+            axes = None if shape.rows is None else _axes(bundle.manifest, shape.rows)
+            static = None if axes is None else {one.name: one.resolve(axes) for one in spec.inputs}
+            compiled = compile_network(source, static, fields["precision"], cores())
             with target.open("wb") as file:
                 file.write(compiled.export_model().getbuffer())
         except Exception as error:  # the library raises many types of its own
@@ -157,6 +153,17 @@ def build_plan(bundle: Bundle, network: str, shape: Shape, precision: str) -> Pl
         seconds = time.perf_counter() - start
         parity = measure_parity(source, spec, bundle.manifest, shape, compiled, BOUNDS[fields["precision"]])
         return bundle.add_plan(network, fields, [target], seconds, parity)
+
+
+def compile_network(
+    source: Path, static: Mapping[str, Sequence[int]] | None, precision: str, threads: int
+) -> openvino.CompiledModel:
+    """An ONNX file for calls one at a time; `static` has the shapes of all inputs, without it they are dynamic."""
+    core = _core()
+    model = core.read_model(source)
+    if static is not None:
+        model.reshape({name: list(shape) for name, shape in static.items()})
+    return core.compile_model(model, "CPU", _options(precision, 1, threads))
 
 
 def measure_parity(
@@ -366,8 +373,13 @@ _CORE: Any = None  # one per process: it loads the plugin
 _STARTING = threading.Lock()
 
 
+def computes(precision: str) -> bool:
+    """Whether this processor can."""
+    return precision != "bf16" or "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _check(precision: str) -> None:
-    if precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not computes(precision):
         raise DeviceError("this processor cannot compute in bf16: leave it out, as in cpu@openvino")
 
 

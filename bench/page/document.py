@@ -33,6 +33,7 @@ _SECTIONS = {
     "scenario": ("MLPerf-style scenarios (unofficial)", words.SCENARIO),
     "serve": ("The server under load", words.SERVE),
     "kserve": ("What a protocol adds to a call", words.KSERVE),
+    "calls": ("One model call by runtime and precision", words.CALLS),
     "kernel": ("The fused kernel beside separate operations", words.KERNEL),
     "export": ("Full-size models", words.EXPORT),
     "embed": ("The C library beside Python", words.EMBED),

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import (
     cache,
+    calls,
     cluster,
     drafts,
     embed,
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "embed": embed.table, "host": host.table, "kserve": kserve.table, "openvino": run.table,
     "speculative": speculative.table, "robustness": robustness.table,
     "cache": cache.table,
+    "calls": calls.table,
     "cluster": cluster.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
@@ -53,6 +55,7 @@ MADE_BY = {
     "embed": "python -m bench embed", "host": "python -m tests.libcuda --idle -m bench host",
     "speculative": "python -m bench speculative", "robustness": "python -m bench robustness",
     "kserve": "python -m bench kserve", "cache": "python -m bench cache", "cluster": "python -m bench cluster",
+    "calls": "python -m bench calls",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

@@ -132,6 +132,11 @@ network is exported to ONNX by itself and compared with PyTorch, as in every exp
 largest absolute difference over the largest value, at the smallest sizes of the exported range, which take the least
 time. TensorRT-RTX plans are built ahead of time for a GPU that need not be present; none has run."""
 
+CALLS = """One call of the denoiser on one thread, in turns, by the number of its rows, and how many times faster than
+ONNX Runtime with dynamic shapes, which is what its lanes use. *Static* means that a session knows all sizes. Lanes of
+OpenVINO use static shapes, in fp32 or, when asked, bf16. int8 is an experiment: NNCF's quantization of weights and
+activations, calibrated on other captions. *Error* is the largest difference of an output, by its scale."""
+
 KERNEL = """Guidance, k scheduler steps and k drafts are one linear combination, made in one pass over the latents. The
 alternatives are the same arithmetic as separate operations, for latents of four sizes, and a plain copy of as many
 bytes. On processor cores this is the NumPy version that CPU lanes use, on one thread; its cost grows with inputs times
