@@ -68,9 +68,8 @@ EXPLAINED = {
     "LORA='style.safetensors:0.8 detail": "needs LoRA files; tests/export/test_loading.py fuses some",
     "make engines DEVICES=cuda:0,cuda:1": "needs GPUs; tests/engines/cuda has simulated ones",
     "machine.forgive()": "shows the shape of a test; tests/libcuda and tests/engines/cuda are full of them",
-    "make test\n": "is what runs this",
-    "ray start --head": "starts a cluster; tests/runtime/serve/ray has one of two nodes, in `make test-cluster`",
-    "serve deploy": "wants a cluster; tests/runtime/serve/ray reads the file",
+    "ray start --head": "is run by tests/runtime/serve/ray/test_commands.py, in `make test-cluster`",
+    "serve deploy": "is run by tests/runtime/serve/ray/test_commands.py, in `make test-cluster`",
     "--within 60": "needs GPUs; tests/bench/gpu runs its parts on imaginary ones",
     "pre-commit install": "changes the checkout; tests/test_commands.py runs the hooks",
 }

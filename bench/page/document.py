@@ -32,6 +32,7 @@ _SECTIONS = {
     "cache": ("Drafts, reused features, and both", words.CACHE),
     "scenario": ("MLPerf-style scenarios (unofficial)", words.SCENARIO),
     "serve": ("The server under load", words.SERVE),
+    "loadtest": ("What a cluster adds to a server", words.LOADTEST),
     "kserve": ("What a protocol adds to a call", words.KSERVE),
     "calls": ("One model call by runtime and precision", words.CALLS),
     "kernel": ("The fused kernel beside separate operations", words.KERNEL),

@@ -23,6 +23,7 @@ from bench import (
     host,
     kernel,
     kserve,
+    loadtest,
     quality,
     robustness,
     run,
@@ -46,7 +47,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "speculative": speculative.table, "robustness": robustness.table,
     "cache": cache.table,
     "calls": calls.table,
-    "cluster": cluster.table,
+    "cluster": cluster.table, "loadtest": loadtest.table,
 }  # fmt: skip
 BENCH, FULL, GPU = "make bench", "make bench-full", "make gpu-check"
 MADE_BY = {
@@ -56,6 +57,7 @@ MADE_BY = {
     "speculative": "python -m bench speculative", "robustness": "python -m bench robustness",
     "kserve": "python -m bench kserve", "cache": "python -m bench cache", "cluster": "python -m bench cluster",
     "calls": "python -m bench calls",
+    "loadtest": "python -m bench loadtest CLUSTER --against SERVER",
     "openvino": "python -m bench run --devices 'cpu*2' 'cpu*2@openvino' 'cpu*2@openvino+bf16'",
 }  # fmt: skip
 

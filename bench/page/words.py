@@ -122,6 +122,11 @@ must idle, while a replica of several gives all of them to whoever is alone. *Ba
 processor lanes do today and GPUs do not. The *day* swings by 80 % about the mean and is served by a fleet that does not
 grow. When a zone is lost, a third of the replicas is gone at once and what they had is begun anew elsewhere."""
 
+LOADTEST = """The application on a Ray cluster of one node, with one replica of two lanes, under open-loop load:
+requests are sent when they are due, and every image is compared with the one that the same fields give without a
+cluster. *Added* is the time of a lone request to the cluster less that of the same request to a single server on the
+same cores, in turns."""
+
 KSERVE = """A client in a process of its own asks for 512² pixels of a model of which nothing is computed, in turns with
 calls in the server's process. *Added* is the time of a request over the median of these calls: KServe v2 with the
 pixels in system shared memory, as binary data over HTTP and as raw contents over gRPC, beside a PNG in OpenAI's JSON,

@@ -99,7 +99,7 @@ def on_cluster(
         if given:
             raise EngineError(f"--{name.replace('_', '-')} is of a single server: a cluster answers over HTTP")
     if not installed("ray"):
-        raise EngineError("--cluster needs ray: pip install 'driffusion-engine[cluster]'")
+        raise EngineError("--cluster needs ray: pip install --editable '.[cluster]'")
     from runtime.serve.ray.launch import run
     from runtime.serve.ray.settings import read_settings
 

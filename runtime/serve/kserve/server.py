@@ -59,7 +59,7 @@ def check_grpc() -> None:
     """EngineError where gRPC's packages are missing."""
     missing = [name for name in ("grpc", "google.protobuf") if not _found(name)]
     if missing:
-        raise EngineError(f"--grpc-port needs {' and '.join(missing)}: pip install 'driffusion-engine[kserve]'")
+        raise EngineError(f"--grpc-port needs {' and '.join(missing)}: pip install --editable '.[kserve]'")
 
 
 def check_cuda() -> None:

@@ -16,6 +16,8 @@ from runtime.serve.ray.settings import SPARE_REQUESTS, ModelSettings, Settings
 
 HEALTH_SECONDS = 5.0  # between two health checks of a replica
 METRICS_SECONDS = 1.0  # between two reports of a replica's device-seconds
+MOST_NODES = 1000
+NODES = "runtime.serve.ray.scaling:OnePerNode"
 SCALING = "runtime.serve.ray.scaling:DeviceSeconds"
 
 
@@ -24,12 +26,24 @@ def make_application(settings: Settings) -> Any:
     models = [serve.deployment(Replica).options(**options(model, settings)) for model in settings.models]
     replicas = [one.bind(model, settings) for one, model in zip(models, settings.models, strict=True)]
     ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        name="Ingress", num_replicas=settings.ingresses or len(nodes()), max_replicas_per_node=1,
+        name="Ingress", max_replicas_per_node=1, **ingresses(settings),
         max_ongoing_requests=settings.served.connections,
         ray_actor_options={"num_cpus": 0}, graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.served.drain + settings.served.lane_seconds,
     )  # fmt: skip
     return ingress.bind(settings, *replicas)
+
+
+def ingresses(settings: Settings) -> dict[str, Any]:
+    """Ray Serve's options for the number of ingresses."""
+    if settings.ingresses is not None:
+        return {"num_replicas": settings.ingresses}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=1, initial_replicas=len(nodes()), max_replicas=MOST_NODES, upscale_delay_s=0,
+            downscale_delay_s=0, policy=AutoscalingPolicy(policy_function=NODES),
+        )
+    }  # fmt: skip
 
 
 def nodes() -> list[Mapping[str, float]]:

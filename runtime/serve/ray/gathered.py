@@ -15,6 +15,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -86,10 +87,10 @@ def add_gathered(app: Starlette, handles: Mapping[str, Any], ask: Ask) -> None:
 
 
 async def everyone(handle: Any, method: str) -> list[Any]:
-    """What the replicas of a deployment answer in time, dead and late ones left out."""
+    """What the replicas of a deployment answer in time, dead and late ones left out; there may be none."""
     try:
         found = await handle.broadcast(method).results_async(timeout_s=SECONDS, return_exceptions=True)
-    except TimeoutError:
+    except (TimeoutError, DeploymentUnavailableError):
         return []
     return [one for one in found if not isinstance(one, BaseException)]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import ray
 from ray import serve
+from ray._private.services import canonicalize_bootstrap_address  # nothing public says what `auto` is
 
 from engines.errors import EngineError
 from runtime.serve.ray.application import make_application, nodes
@@ -85,9 +86,12 @@ def join(address: str) -> None:
     """Makes this process a driver of the cluster at HOST:PORT, or `auto`; EngineError where none answers."""
     where = "on this machine" if address == AUTO else f"at {address}"
     try:
-        if address != AUTO:  # Ray's own client tries for minutes, and then ends the process
-            host, _, number = address.rpartition(":")
-            socket.create_connection((host, int(number)), CONNECT_SECONDS).close()
+        if address == AUTO:  # $RAY_ADDRESS, or what the last `ray start` of this machine left, which may be over
+            address = canonicalize_bootstrap_address(AUTO)
+            where = f"at {address}"
+        # Ray's own client tries for minutes, and then ends the process
+        host, _, number = address.rpartition(":")
+        socket.create_connection((host, int(number)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise EngineError(

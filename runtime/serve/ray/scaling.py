@@ -1,8 +1,12 @@
-"""How many replicas a model should have: so many that the accepted work takes each lane the wanted time."""
+"""How many replicas a model should have, by the accepted work, and how many ingresses, by the nodes."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
+
+NODES_SECONDS = 1.0  # for which a count of the nodes holds
 
 
 class DeviceSeconds:
@@ -25,3 +29,23 @@ class DeviceSeconds:
             self._mean = work / requests
         waiting = ctx.total_queued_requests or 0.0
         return (work + waiting * self._mean) / self._per_replica, {}
+
+
+class OnePerNode:
+    """A policy of Ray Serve's autoscaler: as many as there are nodes, so that none waits for a node that is gone."""
+
+    def __init__(self, count: Callable[[], int] | None = None) -> None:
+        self._count = count or _nodes
+        self._known, self._until = 0, 0.0
+
+    def __call__(self, ctx: Any) -> tuple[float, dict[str, Any]]:
+        """See `DeviceSeconds`. Serve's controller asks many times a second."""
+        if time.monotonic() >= self._until:
+            self._known, self._until = self._count(), time.monotonic() + NODES_SECONDS
+        return float(self._known), {}
+
+
+def _nodes() -> int:
+    from runtime.serve.ray.application import nodes
+
+    return len(nodes())

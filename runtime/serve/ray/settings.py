@@ -75,7 +75,7 @@ class Settings(Strict):
 
     `keys`, `hosts` and `origins` are those of `runtime.serve.access.Access`; `revision` is any text whose change
     starts all replicas anew, for an upgrade of what is not in here. `ingresses` own the HTTP requests, at most one on
-    a node; None: one on each that the cluster has when it starts.
+    a node; None: one on each.
     """
 
     models: tuple[ModelSettings, ...] = Field(default=(ModelSettings(),), min_length=1)

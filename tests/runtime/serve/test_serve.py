@@ -140,7 +140,7 @@ def test_a_cluster_without_ray_is_one_message(
     monkeypatch.setattr(sys, "argv", ["serve", "--cluster", "--devices", "cpu*2"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert main() == 1
-    assert capsys.readouterr().err == "error: --cluster needs ray: pip install 'driffusion-engine[cluster]'\n"
+    assert capsys.readouterr().err == "error: --cluster needs ray: pip install --editable '.[cluster]'\n"
 
 
 def test_the_end_of_an_answer_does_not_wait_until_its_beginning_is_confirmed() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,7 +33,7 @@ class Cluster:
 
         self._serve, self._ray = serve, ray
         self.nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
-        self.add_second_node()
+        self._second = self.nodes.add_node(num_cpus=CORES)
         ray.init(address=self.nodes.address, log_to_driver=False, logging_level=logging.ERROR)
         logging.getLogger("ray").setLevel(logging.ERROR)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -57,6 +60,9 @@ class Cluster:
         self._serve.delete(NAME)
         self._settings = None
 
+    def applications(self) -> tuple[str, ...]:
+        return tuple(self._serve.status().applications)
+
     def deployment(self, name: str) -> Any:
         return self._serve.status().applications[NAME].deployments[name]
 
@@ -70,12 +76,30 @@ class Cluster:
         actor = self._ray.get_actor(f"SERVE_REPLICA::{NAME}#shapes#{replica}", namespace="serve")
         self._ray.kill(actor, no_restart=True)
 
+    def play(self, replica: str, function: Callable[[Any], Any]) -> None:
+        """Calls a function in the process of a replica."""
+        actor = self._ray.get_actor(f"SERVE_REPLICA::{NAME}#shapes#{replica}", namespace="serve")
+        self._ray.get(actor.__ray_call__.remote(function))
+
+    def handle(self, name: str) -> Any:
+        """What the ingress asks replicas by."""
+        return self._serve.get_deployment_handle(name, NAME)
+
+    def drain_second_node(self) -> None:
+        """As before a planned end: its replicas move to other nodes."""
+        words = ["drain-node", "--address", self.nodes.address, "--node-id", self._second.node_id]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        command = [Path(sys.executable).parent / "ray", *words, "--deadline-remaining-seconds", "70"]
+        subprocess.run(command, check=True, capture_output=True)
+
     def kill_second_node(self) -> None:
         """Its raylet and all of its actors, at once."""
         self.nodes.remove_node(self._second, allow_graceful=False)
 
-    def add_second_node(self) -> None:
-        self._second = self.nodes.add_node(num_cpus=CORES)
+    def add_second_node(self) -> Any:
+        """In the place of the one that it returns."""
+        before, self._second = self._second, self.nodes.add_node(num_cpus=CORES)
+        return before
 
     def settle(self, replicas: int, seconds: float = 60) -> None:
         """Waits until so many replicas run and no other is left."""

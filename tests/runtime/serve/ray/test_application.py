@@ -67,6 +67,78 @@ def test_an_upgrade_under_load_loses_nothing(
     load.check(pipeline, rng)
 
 
+def test_a_node_that_is_drained_under_load_loses_nothing(
+    cluster: Cluster, two: httpx.Client, pipeline: Pipeline, rng: np.random.Generator
+) -> None:
+    """As the pods of deploy/kubernetes/rayservice.yaml are before they end."""
+    before, load = cluster.replicas(), Load(cluster.port, 4, 20)
+    with load.running():
+        cluster.drain_second_node()
+        leaving = cluster.add_second_node()
+        until(lambda: len(cluster.replicas() - before) == 1, 60)  # on the new node
+        cluster.settle(2, 90)
+        cluster.nodes.remove_node(leaving, allow_graceful=False)
+        time.sleep(2)
+    load.check(pipeline, rng)
+    cluster.run(models=[{"replicas": [2, 2]}], revision="for a node that may be counted still")
+    cluster.settle(2)
+
+
+def test_a_replica_whose_lane_hangs_is_drained_and_replaced(
+    cluster: Cluster, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own readiness is the replica's health; what it has accepted is still answered."""
+    from runtime.serve.ray import application
+
+    monkeypatch.setattr(application, "HEALTH_SECONDS", 0.5)
+    cluster.run(models=[{}])
+    cluster.settle(1)
+    (sick,) = cluster.replicas()
+
+    def hang(_: Any) -> None:
+        from runtime.lanes import Lanes
+
+        Lanes.overdue = lambda self, seconds: (0,)  # type: ignore[method-assign]
+
+    with ThreadPoolExecutor(1) as pool, connect(cluster.port) as client:
+        asked = pool.submit(ask, client, seed=3, num_inference_steps=900, mode="sequential")
+        with connect(cluster.port) as other:
+            until(lambda: len(busy(other)) == 1)
+        cluster.play(sick, hang)
+        until(lambda: bool(cluster.replicas() - {sick}), 60)
+        answer = asked.result()
+    assert same(received(answer), expected(pipeline, seed=3, num_inference_steps=900, mode="sequential"), within=2)
+    cluster.settle(1)
+    assert sick not in cluster.replicas()
+
+
+def test_what_ray_reserves_for_a_replica() -> None:
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig
+
+    from runtime.serve.ray.application import options
+    from runtime.serve.ray.replica import Replica
+    from runtime.serve.ray.settings import read_settings
+
+    def reserved(**model: Any) -> dict[str, Any]:
+        settings = read_settings({"models": [model], "limits": {"queue": 7, "drain": 9}})
+        found = options(settings.models[0], settings)
+        serve.deployment(Replica).options(**found)  # Ray refuses an actor that does not fit into its bundle
+        return found
+
+    several = reserved(devices="cuda:0,cuda:1", replicas=(1, 3), up=4)
+    assert several["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 2.0}]
+    assert several["placement_group_strategy"] == "STRICT_PACK"
+    assert several["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 2.0}
+    scaling = several["autoscaling_config"]
+    assert isinstance(scaling, AutoscalingConfig)
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (1, 3, 4)
+    lanes = reserved(devices="cpu*2", replicas=(2, 2))
+    assert "placement_group_bundles" not in lanes
+    assert (lanes["num_replicas"], lanes["ray_actor_options"]["num_cpus"]) == (2, 2.0)
+    assert (lanes["max_queued_requests"], lanes["graceful_shutdown_timeout_s"]) == (7, 9.0)
+
+
 def test_a_node_that_dies_in_mid_image(
     cluster: Cluster, two: httpx.Client, pipeline: Pipeline, rng: np.random.Generator
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.client import ask, connect, wait_for
@@ -38,6 +41,40 @@ def test_what_cannot_be_started_is_one_message(cluster: Cluster, options: list[s
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_is_over_is_one_message(cluster: Cluster) -> None:
+    """Ray's own client would try for minutes, and then end the process."""
+    words = [sys.executable, "-m", "runtime.serve", "--cluster", "--devices", "cpu*2"]
+    over = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=over)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: there is no Ray cluster at \S+:1 \(.*refused\): start one with .*\n", done.stderr)
+
+
+def test_what_is_served_already_is_not_served_twice(cluster: Cluster, two: httpx.Client) -> None:
+    done = subprocess.run(command(cluster), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: the application 'driffusion' is on this cluster already: end the one that runs"
+    )
+    assert ask(two)["data"]
+
+
+def test_two_applications_on_one_store_are_one_message(cluster: Cluster, two: httpx.Client) -> None:
+    """The first one goes on; the second one is not left behind."""
+    code = (
+        "import sys; from engines.command import exit_code; from runtime.serve.ray.launch import run; "
+        "from runtime.serve.ray.settings import read_settings; "
+        "settings = read_settings({'models': [{'devices': 'cpu*1'}]}); "
+        f"sys.exit(exit_code(lambda: run(settings, {cluster.nodes.address!r}, '127.0.0.1', {cluster.port}, 'other')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "the application 'driffusion' of this cluster uses " in done.stderr.splitlines()[-1]
+    assert ask(two)["data"]
+    assert set(cluster.applications()) == {"driffusion"}
 
 
 def test_it_serves_until_a_signal_and_finishes_what_was_accepted(cluster: Cluster, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.serve.ray.scaling import DeviceSeconds
+from runtime.serve.ray import scaling
+from runtime.serve.ray.scaling import DeviceSeconds, OnePerNode
 
 
 def wanted(policy: DeviceSeconds, seconds: list[float], requests: list[float], waiting: float = 0) -> float:
@@ -32,3 +33,12 @@ def test_before_any_report_a_waiting_request_is_a_lanes_work() -> None:
     policy = DeviceSeconds(seconds=1.5, lanes=4)
     assert policy(SimpleNamespace(aggregated_metrics=None, total_queued_requests=None))[0] == 0
     assert policy(SimpleNamespace(aggregated_metrics={}, total_queued_requests=8))[0] == pytest.approx(2)
+
+
+def test_ingresses_follow_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([3, 2])
+    policy = OnePerNode(lambda: next(counts))
+    assert [policy(None)[0] for _ in range(50)] == [3] * 50, "the nodes are not counted every time"
+    monkeypatch.setattr(scaling, "NODES_SECONDS", 0.0)
+    policy._until = 0.0
+    assert policy(None)[0] == 2
