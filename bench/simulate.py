@@ -1,6 +1,7 @@
 """`python -m bench simulate`: latency on machines that are not here, predicted on the null backend's virtual clock.
 
-A sampler's real plan is played with the seconds of model calls, copies, sums and launches as a table gives them.
+A sampler's real plan is played with the seconds of model calls, copies, sums and launches as a table gives them. It is
+one image on several devices; fleets of replicas under load are `python -m bench cluster`.
 
 - For the paper's machines the seconds of a model call come from its sequential row alone, and the other rows are
   predicted; nothing is fitted to them.

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import ray
 from ray import serve
 from ray._private.services import canonicalize_bootstrap_address  # nothing public says what `auto` is
+from ray.serve.exceptions import RayServeException
 
 from engines.errors import EngineError
 from runtime.serve.ray.application import make_application, nodes
@@ -42,10 +43,13 @@ def run(settings: Settings, address: str, host: str, port: int, application: str
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         try:
             serve.run(make_application(settings), name=application, route_prefix="/")
+        except RayServeException as error:
+            told = str(error).strip().rpartition("Exception: ")[2]  # of the controller, with its traceback
+            raise EngineError(f"{told} Delete the other one, or serve the models of both by one") from None
         except RuntimeError as error:
-            told = serve.status().applications.get(application)
+            left = serve.status().applications.get(application)
             serve.delete(application)
-            messages = () if told is None else (one.message for one in told.deployments.values())
+            messages = () if left is None else (one.message for one in left.deployments.values())
             raise EngineError(reason([*messages, str(error)])) from None
         if not answers(host, port):
             serve.delete(application)

@@ -57,7 +57,7 @@ class Started:
 
     def ray(self, command: str, *options: Any) -> None:
         """One that stays until the end of the test, with what keeps clusters of one machine apart."""
-        options = (*options, "--num-cpus", 2, "--dashboard-agent-listen-port", free_port(), "--block")
+        options = (*options, "--num-cpus", 4, "--dashboard-agent-listen-port", free_port(), "--block")
         if "--head" in command:
             options = (*options, "--temp-dir", self._folder)
         words = [*shlex.split(command), *map(str, options)]
@@ -67,7 +67,7 @@ class Started:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.dashboard}/api/healthz", trust_env=False).status_code == 200
+            return httpx.get(f"http://127.0.0.1:{self.dashboard}/api/version", trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
