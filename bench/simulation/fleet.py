@@ -147,7 +147,7 @@ class Loss:
 def play(
     arrivals: Sequence[tuple[float, Kind]], replicas: Sequence[Replica], loss: Loss | None = None, seed: int = 0
 ) -> list[Request]:
-    """Every request with its latency. Each goes to the less loaded of two replicas, taken at random.
+    """Every request with its latency. Each goes to the less loaded of two different replicas, taken at random.
 
     What a lost replica had is begun anew on another one, at most `RETRIES` times.
     """
@@ -168,8 +168,9 @@ def play(
             heapq.heappush(events, (end, 0, which, replica.version))
 
     def route(one: Request, now: float) -> None:
-        first, second = (alive[int(choice.integers(len(alive)))] for _ in range(2))
-        which = min(first, second, key=lambda n: replicas[n].ongoing)
+        first = int(choice.integers(len(alive)))
+        other = (first + 1 + int(choice.integers(len(alive) - 1))) % len(alive) if len(alive) > 1 else first
+        which = min(alive[first], alive[other], key=lambda n: replicas[n].ongoing)
         replicas[which].queue.append(one)
         changed(which, now)
 

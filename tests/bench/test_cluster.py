@@ -74,6 +74,12 @@ def test_the_rule_of_the_server_decides() -> None:
     assert second == pytest.approx(2 * first) and first == pytest.approx(1.9 * WAIT_FACTOR)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_an_idle_replica_of_two_is_found(seed: int) -> None:
+    kind = Kind(rounds=10, rows=1.0, alone=(1.0,), beside=0.0)
+    assert latencies(play([(0.0, kind)] * 2, replicas(2, 1), seed=seed)) == pytest.approx([1.0, 1.0])
+
+
 def test_calls_are_filled_and_no_further() -> None:
     """Rows that cost nothing more: as many requests at once as a server runs, and all end together."""
     kind = Kind(rounds=10, rows=1.0, alone=(1.0,), beside=0.0)
