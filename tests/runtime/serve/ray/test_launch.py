@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engines.errors import EngineError
 from tests.client import ask, connect, wait_for
 from tests.runtime.serve.ray.conftest import Cluster
 
@@ -50,6 +51,18 @@ def test_a_cluster_that_is_over_is_one_message(cluster: Cluster) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=over)
     assert done.returncode == 1
     assert re.fullmatch(r"error: there is no Ray cluster at \S+:1 \(.*refused\): start one with .*\n", done.stderr)
+
+
+def test_no_cluster_at_all_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    from runtime.serve.ray.launch import join
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", set)  # not those of other tests
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    with pytest.raises(EngineError, match=r"no Ray cluster on this machine \(.*\): start one with `ray start --head`"):
+        join("auto")
 
 
 def test_what_is_served_already_is_not_served_twice(cluster: Cluster, two: httpx.Client) -> None:
