@@ -91,7 +91,7 @@ test-container: .venv/.dev ## build the container for processor cores with build
 	@$(PIP) --editable '.[cluster]'
 	@touch $@
 
-test-cluster: .venv/.cluster engines ## replicas on a Ray cluster of two nodes on this machine, killed, scaled and upgraded: six minutes
+test-cluster: .venv/.cluster engines ## replicas on a Ray cluster of two nodes on this machine, killed, drained, scaled and upgraded: ten minutes
 	@$(RUN) -m pytest -m cluster tests/runtime/serve/ray
 
 soak: .venv/.dev engines ## the server under hundreds of clients and thousands of images: half an hour
