@@ -1,4 +1,4 @@
-"""`python -m runtime.embed.unicode`: writes `src/unicode_tables.inc`, what the C++ tokenizer knows of Unicode.
+"""`python -m runtime.embed.unicode`: writes `src/*_tables.inc`, what the C++ tokenizer knows of Unicode.
 
 Every entry is asked of the `tokenizers` library itself, so that the two agree whatever version of Unicode its crates
 have; only the values of combining classes come from Python, and each of them is checked.
@@ -6,15 +6,16 @@ have; only the values of combining classes come from Python, and each of them is
 
 from __future__ import annotations
 
+import struct
 import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from runtime.embed.building import SOURCE
 
 TABLES = SOURCE / "src" / "unicode_tables.inc"
+CLUSTERS = SOURCE / "src" / "cluster_tables.inc"
 CODES = [code for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
 LAST_CLASS = "\u0345"  # combining class 240: any other mark moves in front of it
 HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by arithmetic
@@ -90,9 +91,80 @@ def combining() -> list[tuple[int, int]]:
     return found
 
 
-def table(name: str, kind: str, rows: Sequence[tuple[int, ...]]) -> str:
-    """One array."""
-    words = ["{" + ", ".join(f"0x{number:x}" if number else "0" for number in row) + "}" for row in rows]
+def double_array(entries: dict[bytes, int]) -> bytes:
+    """A trie of bytes as darts-clone lays it out and the Precompiled normalizer reads it, built for any few entries.
+
+    Each unit is a u32: label in bits 0 to 7, bit 8 that an entry ends here, offset to the children from bit 10 on.
+    """
+    children: dict[bytes, set[int]] = {b"": set()}
+    for key in entries:
+        for size, byte in enumerate(key):
+            children.setdefault(key[:size], set()).add(byte)
+            children.setdefault(key[: size + 1], set())
+    units, bases = {0: 0}, {b"": 0}
+    for key in sorted(children, key=len):
+        own = bases[key]
+        labels = sorted(children[key]) + ([0] if key in entries else [])
+        if not labels:
+            continue
+        offset = 256 * (max(units) // 256 + 1) | own & 255  # a block of its own: own ^ offset has no low bits
+        base = own ^ offset
+        units[own] |= offset << 10 | (key in entries) << 8
+        for label in labels:
+            units[base ^ label] = label
+            bases[key + bytes([label])] = base ^ label
+        if key in entries:
+            units[base] = 1 << 31 | entries[key]
+    array = [units.get(at, 0) for at in range(256 * (max(units) // 256 + 1))]
+    return struct.pack(f"<I{len(array)}I", 4 * len(array), *array)
+
+
+def cluster_size() -> Callable[..., int]:
+    """A function of code points that counts what the library replaces in them: whole clusters of at most five bytes,
+    and each code point of longer ones. That is all of UAX #29 that the normalizer shows."""
+    charsmap = double_array({bytes([byte]): 0 for byte in range(1, 256)}) + b"X\0"
+    normalizer = normalizers.Precompiled(charsmap)
+    return lambda *codes: len(normalizer.normalize_str("".join(map(chr, codes))))
+
+
+def breaks() -> list[tuple[int, int, str]]:
+    """(first, last, kind) for `src/clusters.cc`, asked of the library by texts in which only a cluster's end differs.
+
+    A grave accent after a character of three bytes makes a short cluster, counted as one; in a longer one both count.
+    """
+    count = cluster_size()
+    mark, acute, joiner, sun, ka, virama = 0x300, 0x301, 0x200D, 0x2600, 0x915, 0x94D
+    lead, vowel, tail = 0x1100, 0x1161, 0x11A8
+    found: dict[int, str] = {}
+    for code in CODES:
+        follows = count(ord("a"), code) == 1
+        if count(code, ord("a")) == 1:
+            found[code] = "Prepend"
+        elif follows and count(ka, code, ka, mark) == 4:
+            found[code] = "Linker"
+        elif follows:
+            found[code] = "Extend" if count(sun, code, joiner, sun, mark) == 5 else "Spacing"
+        elif count(code, mark, acute) == 2:
+            found[code] = "Control"
+        elif count(code, joiner, sun, mark) == 4:
+            found[code] = "Pictograph"
+        elif count(code, virama, ka, mark) == 4:
+            found[code] = "Consonant"
+        elif code not in HANGUL:
+            before = [count(code, jamo, mark) == 3 for jamo in (lead, vowel, tail)]
+            kinds = {(True, True, False): "L", (False, True, True): "V", (False, False, True): "T"}
+            if any(before):
+                found[code] = kinds[before[0], before[1], before[2]]
+    return [
+        (first, last, kind)
+        for kind in sorted(set(found.values()))
+        for first, last in ranges(code for code in CODES if found.get(code) == kind)
+    ]
+
+
+def table(name: str, kind: str, rows: Sequence[tuple[int | str, ...]]) -> str:
+    """One array. Texts in a row stand as they are."""
+    words = ["{" + ", ".join(n if isinstance(n, str) else f"0x{n:x}" if n else "0" for n in row) + "}" for row in rows]
     lines, line = [], ""
     for word in words:
         if len(line) + len(word) > 115:
@@ -103,12 +175,22 @@ def table(name: str, kind: str, rows: Sequence[tuple[int, ...]]) -> str:
     return f"const {kind} {name}[] = {{\n{body}\n}};\n"
 
 
+MADE = "// Made by `python -m runtime.embed.unicode` from the `tokenizers` library; do not edit.\n"
+
+
+def cluster_tables() -> str:
+    """The file of grapheme clusters."""
+    return f"{MADE}\n" + table(
+        "BREAKS", "Break", sorted((first, last, f"Kind::{kind}") for first, last, kind in breaks())
+    )
+
+
 def tables() -> str:
-    """The file."""
+    """The file of normalization and classes."""
     parts, pairs = decompositions()
     return "\n".join(
         [
-            "// Made by `python -m runtime.embed.unicode` from the `tokenizers` library; do not edit.\n",
+            MADE,
             table("LETTERS", "Range", ranges(matching(r"\p{L}"))),
             table("NUMBERS", "Range", ranges(matching(r"\p{N}"))),
             table("SPACES", "Range", ranges(matching(r"\s"))),
@@ -120,9 +202,10 @@ def tables() -> str:
     )
 
 
-def main(path: Path = TABLES) -> None:
-    """Writes the file."""
-    path.write_text(tables())
+def main() -> None:
+    """Writes the files."""
+    TABLES.write_text(tables())
+    CLUSTERS.write_text(cluster_tables())
 
 
 if __name__ == "__main__":

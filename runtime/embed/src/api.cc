@@ -53,6 +53,11 @@ class Table {
         return object;
     }
 
+    void drop(std::uint64_t handle) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        objects_.erase(handle);
+    }
+
    private:
     [[noreturn]] void unknown(std::uint64_t handle) const {
         fail(DRIFFUSION_ERROR_HANDLE, std::to_string(handle) + " is no open " + name_ + ": it was closed, is of the other kind, or never was one");
@@ -254,9 +259,9 @@ driffusion_status driffusion_start(driffusion_engine engine, const driffusion_ca
         made->call = opened->checked(given);
         made->engine = opened;
         opened->begin(made);
-        std::uint64_t handle = 0;
+        std::lock_guard<std::mutex> lock(made->mutex);  // another thread that releases it waits for its thread
         try {
-            handle = requests().add(made);
+            *request = requests().add(made);  // before the thread starts: callbacks may use it
             driffusion::SignalsBlocked blocked;
             made->thread = std::thread([opened, made]() mutable {
                 opened->perform(*made);
@@ -264,11 +269,11 @@ driffusion_status driffusion_start(driffusion_engine engine, const driffusion_ca
                 opened.reset();
             });
         } catch (...) {
-            if (handle) requests().take(handle);
+            requests().drop(*request);
+            *request = 0;
             opened->end(made.get());
             throw;
         }
-        *request = handle;
         return DRIFFUSION_OK;
     });
 }
@@ -316,7 +321,10 @@ driffusion_status driffusion_release(driffusion_request request) {
         auto released = requests().take(request);
         released->cancelled.store(true);
         if (auto engine = released->engine.lock()) engine->wake();
-        released->thread.join();
+        {
+            std::lock_guard<std::mutex> lock(released->mutex);  // until driffusion_start() has made the thread
+        }
+        if (released->thread.joinable()) released->thread.join();
         return DRIFFUSION_OK;
     });
 }

@@ -1,6 +1,7 @@
 #include "json.h"
 
-#include <cstdlib>
+#include <charconv>
+#include <system_error>
 
 #include "error.h"
 
@@ -75,9 +76,9 @@ class Parser {
     double number() {
         std::size_t end = text_.find_first_not_of("+-.0123456789eE", at_);
         std::string word(text_.substr(at_, end == text_.npos ? end : end - at_));
-        char *stop = nullptr;
-        double value = std::strtod(word.c_str(), &stop);
-        if (word.empty() || *stop) wrong();
+        double value = 0;  // not by strtod, which takes the host's decimal point
+        auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+        if (error != std::errc() || stop != word.data() + word.size()) wrong();
         at_ += word.size();
         return value;
     }

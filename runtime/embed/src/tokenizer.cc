@@ -1,10 +1,6 @@
 #include "tokenizer.h"
 
 #include <algorithm>
-#include <array>
-#include <queue>
-#include <string>
-#include <unordered_map>
 
 #include "error.h"
 #include "json.h"
@@ -13,216 +9,85 @@
 namespace driffusion {
 namespace {
 
-const std::string CLIP_WORDS = R"(<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+)";
-
-void need(bool true_, const std::string &part) {
-    if (!true_) fail(DRIFFUSION_ERROR_UNSUPPORTED, "its " + part + " is not that of CLIP");
+std::unique_ptr<TextModel> model_of(const Json &file) {
+    const Json &type = file["model"]["type"];
+    if (type.is("BPE")) return clip_model(file);
+    if (type.is("Unigram")) return unigram_model(file);
+    fail(DRIFFUSION_ERROR_UNSUPPORTED, "its model is " + type.text + ", neither CLIP's BPE nor T5's Unigram");
 }
-
-// GPT-2's bytes as printable characters: what a byte-level vocabulary is written in.
-std::array<std::string, 256> byte_characters() {
-    std::array<std::string, 256> found;
-    char32_t next = 256;
-    for (u32 byte = 0; byte < 256; ++byte) {
-        bool printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-        append_utf8(found[byte], printable ? char32_t(byte) : next++);
-    }
-    return found;
-}
-
-class Clip : public Tokenizer {
-   public:
-    explicit Clip(const Json &file) : bytes_(byte_characters()) {
-        read_normalizer(file["normalizer"]);
-        read_pre_tokenizer(file["pre_tokenizer"]);
-        read_model(file["model"]);
-        read_added(file["added_tokens"]);
-        read_post_processor(file["post_processor"]);
-    }
-
-    std::vector<i64> encode(std::string_view text) const override {
-        std::vector<i64> ids = {begin_};
-        std::size_t start = 0, at = 0;
-        while (at < text.size()) {
-            const std::pair<std::string, i64> *found = nullptr;  // the longest of those that begin here
-            for (auto &added : added_) {
-                if (text.compare(at, added.first.size(), added.first) == 0 && (!found || added.first.size() > found->first.size())) found = &added;
-            }
-            if (!found) {
-                ++at;
-                continue;
-            }
-            encode_plain(text.substr(start, at - start), ids);
-            ids.push_back(found->second);
-            start = at += found->first.size();
-        }
-        encode_plain(text.substr(start), ids);
-        ids.push_back(end_);
-        return ids;
-    }
-
-   private:
-    void read_normalizer(const Json &json) {
-        auto &list = json["normalizers"].list;
-        need(json["type"].is("Sequence") && list.size() == 3, "normalizer");
-        need(list[0]["type"].is("NFC") && list[2]["type"].is("Lowercase"), "normalizer");
-        need(list[1]["type"].is("Replace") && list[1]["pattern"]["Regex"].is("\\s+") && list[1]["content"].is(" "), "normalizer");
-    }
-
-    void read_pre_tokenizer(const Json &json) {
-        auto &list = json["pretokenizers"].list;
-        need(json["type"].is("Sequence") && list.size() == 2, "pre_tokenizer");
-        need(list[0]["type"].is("Split") && list[0]["pattern"]["Regex"].is(CLIP_WORDS), "pre_tokenizer");
-        need(list[0]["behavior"].is("Removed") && list[0]["invert"].kind == Json::Kind::True, "pre_tokenizer");
-        need(list[1]["type"].is("ByteLevel") && list[1]["add_prefix_space"].no(), "pre_tokenizer");
-    }
-
-    void read_model(const Json &json) {
-        need(json["type"].is("BPE") && json["dropout"].none() && json["end_of_word_suffix"].is("</w>"), "model");
-        need(json["continuing_subword_prefix"].none() || json["continuing_subword_prefix"].is(""), "model");
-        for (const char *flag : {"fuse_unk", "byte_fallback", "ignore_merges"}) need(json[flag].none() || json[flag].no(), "model");
-        for (auto &[token, id] : json["vocab"].object) vocabulary_[token] = i64(id.number);
-        unknown_ = json["unk_token"].none() ? -1 : known(json["unk_token"].text);
-        u32 rank = 0;
-        for (const Json &merge : json["merges"].list) {
-            auto space = merge.text.find(' ');
-            bool pair = merge.list.size() == 2;
-            need(pair || (merge.kind == Json::Kind::Text && space != std::string::npos), "list of merges");
-            std::string left = pair ? merge.list[0].text : merge.text.substr(0, space), right = pair ? merge.list[1].text : merge.text.substr(space + 1);
-            merges_.emplace(key(known(left), known(right)), std::make_pair(rank++, known(left + right)));
-        }
-        for (u32 byte = 0; byte < 256; ++byte) {
-            auto inner = vocabulary_.find(bytes_[byte]), last = vocabulary_.find(bytes_[byte] + "</w>");
-            inner_[byte] = inner == vocabulary_.end() ? unknown_ : inner->second;
-            last_[byte] = last == vocabulary_.end() ? unknown_ : last->second;
-        }
-    }
-
-    void read_added(const Json &json) {
-        for (const Json &one : json.list) {
-            bool plain = one["special"].kind == Json::Kind::True;
-            for (const char *flag : {"single_word", "lstrip", "rstrip", "normalized"}) plain = plain && one[flag].no();
-            need(plain && !one["content"].text.empty(), "added token");
-            added_.emplace_back(one["content"].text, i64(one["id"].number));
-        }
-    }
-
-    void read_post_processor(const Json &json) {
-        if (json["type"].is("RobertaProcessing")) {
-            need(json["cls"].list.size() == 2 && json["sep"].list.size() == 2, "post_processor");
-            begin_ = i64(json["cls"].list[1].number), end_ = i64(json["sep"].list[1].number);
-            return;
-        }
-        auto &list = json["single"].list;
-        need(json["type"].is("TemplateProcessing") && list.size() == 3 && list[1]["Sequence"].kind == Json::Kind::Object, "post_processor");
-        auto special = [&](const Json &one) {
-            auto &ids = json["special_tokens"][one["SpecialToken"]["id"].text]["ids"].list;
-            need(ids.size() == 1, "post_processor");
-            return i64(ids[0].number);
-        };
-        begin_ = special(list[0]), end_ = special(list[2]);
-    }
-
-    i64 known(const std::string &token) const {
-        auto found = vocabulary_.find(token);
-        need(found != vocabulary_.end(), "vocabulary");
-        return found->second;
-    }
-
-    static u64 key(i64 left, i64 right) { return u64(left) << 32 | u64(right); }
-
-    void encode_plain(std::string_view text, std::vector<i64> &ids) const {
-        std::u32string clean = lowered(composed(decoded(text)));
-        for (const std::u32string &word : words(clean, true)) {
-            for (const std::u32string &part : words(word, false)) encode_word(part, ids);
-        }
-    }
-
-    // CLIP's regular expression, or then GPT-2's, which knows no names of tokens and takes numbers together.
-    static std::vector<std::u32string> words(const std::u32string &text, bool clip) {
-        static const std::vector<std::u32string> names = {U"<|startoftext|>", U"<|endoftext|>"}, endings = {U"'s", U"'t", U"'re", U"'ve", U"'m", U"'ll", U"'d"};
-        std::vector<std::u32string> found;
-        for (std::size_t at = 0; at < text.size();) {
-            std::size_t size = 0;
-            auto literal = [&](const std::vector<std::u32string> &list) {
-                for (const std::u32string &one : list) {
-                    if (!size && text.compare(at, one.size(), one) == 0) size = one.size();
-                }
-            };
-            auto run = [&](bool (*of)(char32_t)) {
-                while (at + size < text.size() && of(text[at + size])) ++size;
-            };
-            if (clip) literal(names);
-            if (!size) literal(endings);
-            if (!size && is_letter(text[at])) run(is_letter);
-            if (!size && is_number(text[at])) clip ? void(size = 1) : run(is_number);
-            if (!size && !is_space(text[at])) run([](char32_t c) { return !is_space(c) && !is_letter(c) && !is_number(c); });
-            if (size) found.push_back(text.substr(at, size));
-            at += std::max<std::size_t>(size, 1);
-        }
-        return found;
-    }
-
-    // Byte pair encoding: of all neighbours the pair of the lowest rank is merged, the first of equals, until none is left.
-    void encode_word(const std::u32string &word, std::vector<i64> &ids) const {
-        struct Symbol {
-            i64 id;
-            std::ptrdiff_t before, after;
-            bool there;
-        };
-        struct Merge {
-            u32 rank;
-            std::ptrdiff_t at;
-            i64 left, right, made;
-            bool operator<(const Merge &other) const { return std::make_pair(rank, at) > std::make_pair(other.rank, other.at); }
-        };
-        std::string utf8;
-        for (char32_t code : word) append_utf8(utf8, code);
-        std::vector<Symbol> symbols;
-        const auto size = std::ptrdiff_t(utf8.size());
-        for (std::ptrdiff_t n = 0; n < size; ++n) {
-            auto byte = static_cast<unsigned char>(utf8[std::size_t(n)]);
-            symbols.push_back({n + 1 < size ? inner_[byte] : last_[byte], n - 1, n + 1 < size ? n + 1 : -1, true});
-        }
-        std::priority_queue<Merge> queue;
-        auto offer = [&](std::ptrdiff_t at) {
-            if (at < 0 || symbols[std::size_t(at)].after < 0) return;
-            const Symbol &left = symbols[std::size_t(at)], &right = symbols[std::size_t(left.after)];
-            auto found = merges_.find(key(left.id, right.id));
-            if (found != merges_.end()) queue.push({found->second.first, at, left.id, right.id, found->second.second});
-        };
-        for (std::ptrdiff_t n = 0; n < size; ++n) offer(n);
-        while (!queue.empty()) {
-            Merge merge = queue.top();
-            queue.pop();
-            Symbol &left = symbols[std::size_t(merge.at)];
-            if (!left.there || left.id != merge.left || left.after < 0 || symbols[std::size_t(left.after)].id != merge.right) continue;
-            Symbol &right = symbols[std::size_t(left.after)];
-            right.there = false;
-            left.id = merge.made, left.after = right.after;
-            if (left.after >= 0) symbols[std::size_t(left.after)].before = merge.at;
-            offer(left.before);
-            offer(merge.at);
-        }
-        for (const Symbol &one : symbols) {
-            if (one.there && one.id >= 0) ids.push_back(one.id);
-        }
-    }
-
-    std::array<std::string, 256> bytes_;
-    std::unordered_map<std::string, i64> vocabulary_;
-    std::unordered_map<u64, std::pair<u32, i64>> merges_;
-    std::vector<std::pair<std::string, i64>> added_;
-    std::array<i64, 256> inner_{}, last_{};
-    i64 unknown_ = -1, begin_ = 0, end_ = 0;
-};
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> Tokenizer::load(std::string_view json) {
-    Json file = Json::parse(json);
-    if (!file["model"]["type"].is("BPE")) fail(DRIFFUSION_ERROR_UNSUPPORTED, "its model is " + file["model"]["type"].text + ", not CLIP's BPE");
-    return std::make_unique<Clip>(file);
+void need_part(bool known, const std::string &part) {
+    if (!known) fail(DRIFFUSION_ERROR_UNSUPPORTED, "its " + part + " is not that of CLIP or T5");
+}
+
+std::unique_ptr<Tokenizer> Tokenizer::load(std::string_view json) { return std::unique_ptr<Tokenizer>(new Tokenizer(Json::parse(json))); }
+
+Tokenizer::Tokenizer(const Json &file) : model_(model_of(file)) {
+    read_added(file["added_tokens"]);
+    read_post_processor(file["post_processor"]);
+}
+
+void Tokenizer::read_added(const Json &json) {
+    for (const Json &one : json.list) {
+        const std::string &content = one["content"].text;
+        bool known = one["special"].kind == Json::Kind::True && one["single_word"].no() && one["normalized"].no() && !content.empty();
+        // spaces at an end of a token would belong to it and to what it strips
+        known = known && !trimmed_before(content) && trimmed_behind(content) == content.size();
+        need_part(known, "added token");
+        added_.push_back({content, i64(one["id"].number), one["lstrip"].kind == Json::Kind::True, one["rstrip"].kind == Json::Kind::True});
+    }
+    for (const Added &one : added_) {  // of a textual inversion: diffusers writes all of its tokens for the first
+        bool several = std::any_of(added_.begin(), added_.end(), [&](const Added &other) { return other.content == one.content + "_1"; });
+        if (several) fail(DRIFFUSION_ERROR_UNSUPPORTED, "its added token " + one.content + " has several vectors");
+    }
+}
+
+void Tokenizer::read_post_processor(const Json &json) {
+    if (json["type"].is("RobertaProcessing")) {
+        need_part(json["cls"].list.size() == 2 && json["sep"].list.size() == 2, "post_processor");
+        before_ = {i64(json["cls"].list[1].number)}, behind_ = {i64(json["sep"].list[1].number)};
+        return;
+    }
+    need_part(json["type"].is("TemplateProcessing"), "post_processor");
+    bool text = false;
+    for (const Json &one : json["single"].list) {
+        if (one["Sequence"].kind == Json::Kind::Object) {
+            need_part(!text, "post_processor");
+            text = true;
+            continue;
+        }
+        auto &ids = json["special_tokens"][one["SpecialToken"]["id"].text]["ids"].list;
+        need_part(!ids.empty(), "post_processor");
+        for (const Json &id : ids) (text ? behind_ : before_).push_back(i64(id.number));
+    }
+    need_part(text, "post_processor");
+}
+
+std::vector<i64> Tokenizer::encode(std::string_view text) const {
+    std::vector<i64> ids = before_;
+    std::size_t start = 0, at = 0;
+    while (at < text.size()) {
+        const Added *found = nullptr;  // the longest of those that begin here
+        for (const Added &added : added_) {
+            if (text.compare(at, added.content.size(), added.content) == 0 && (!found || added.content.size() > found->content.size())) found = &added;
+        }
+        if (!found) {
+            ++at;
+            continue;
+        }
+        std::string_view plain = text.substr(start, at - start);
+        if (found->strips_before) plain = plain.substr(0, trimmed_behind(plain));
+        if (!plain.empty()) model_->encode(plain, ids);
+        ids.push_back(found->id);
+        at += found->content.size();
+        if (found->strips_behind) at += trimmed_before(text.substr(at));
+        start = at;
+    }
+    if (start < text.size()) model_->encode(text.substr(start), ids);
+    ids.insert(ids.end(), behind_.begin(), behind_.end());
+    return ids;
 }
 
 }  // namespace driffusion

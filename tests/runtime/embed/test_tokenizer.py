@@ -116,6 +116,7 @@ def test_every_code_point(shapes: Bundle, reference: tokenizers.Tokenizer) -> No
 @pytest.mark.slow
 def test_the_tables_are_those_of_the_library(tmp_path: Path) -> None:
     assert unicode.tables() == unicode.TABLES.read_text()
+    assert unicode.cluster_tables() == unicode.CLUSTERS.read_text()
 
 
 def test_a_very_long_word_takes_no_time(engine: Engine, reference: tokenizers.Tokenizer) -> None:
@@ -133,7 +134,7 @@ def test_text_that_is_not_utf8(engine: Engine, text: bytes) -> None:
 OTHERS: dict[str, dict[str, Any]] = {
     "normalizer": {"normalizer": {"type": "NFKC"}},
     "pre_tokenizer": {"pre_tokenizer": {"type": "Whitespace"}},
-    "model is Unigram": {"model": {"type": "Unigram", "unk_id": 0, "vocab": []}},
+    "model is WordPiece": {"model": {"type": "WordPiece", "vocab": {}}},
     "post_processor": {"post_processor": None},
 }
 
