@@ -13,13 +13,19 @@
 
 namespace imaginary {
 
-static const size_t PAGE = 4096, ALIGNMENT = 256, SPACE = size_t(1) << 40;
+#ifndef IMAGINARY_SPACE_BITS
+#define IMAGINARY_SPACE_BITS 40
+#endif
+static const size_t PAGE = 4096, ALIGNMENT = 256, SPACE = size_t(1) << IMAGINARY_SPACE_BITS;
 static const size_t LARGE = size_t(64) << 20;  // beyond that memory is not touched, so that cards of any size fit in here
 static const unsigned char POISON = 0xFF, SLACK = 0xA5;  // all ones is NaN in every type
 
 static unsigned char *reserve() {
     void *space = mmap(nullptr, SPACE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (space == MAP_FAILED) abort();
+    if (space == MAP_FAILED) {
+        perror("the imaginary driver has no address space for its GPUs");
+        abort();
+    }
     return static_cast<unsigned char *>(space);
 }
 
@@ -30,7 +36,10 @@ Allocation *allocate(size_t size, int device) {
     static unsigned char *const content = reserve(), *const device_space = reserve();
     static size_t used = 0;
     const size_t aligned = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, whole = pages(aligned);
-    if (used + whole + 2 * PAGE > SPACE) abort();
+    if (used + whole + 2 * PAGE > SPACE) {
+        fputs("the imaginary driver has given out all addresses: use fewer or smaller allocations\n", stderr);
+        abort();
+    }
     auto made = std::make_unique<Allocation>();
     made->block = content + used + PAGE;
     made->block_size = whole;

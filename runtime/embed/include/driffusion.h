@@ -145,7 +145,7 @@ DRIFFUSION_API driffusion_status driffusion_tokenize(driffusion_engine engine, c
 
 /* Makes images in the calling thread. `result` may be null. */
 DRIFFUSION_API driffusion_status driffusion_generate(driffusion_engine engine, const driffusion_call *call, driffusion_result *result);
-/* Makes images in a thread of the library. Every request is to be released. */
+/* Makes images in a thread of the library. Every request is to be released. *request is set before the first callback. */
 DRIFFUSION_API driffusion_status driffusion_start(driffusion_engine engine, const driffusion_call *call, driffusion_request *request);
 /* Waits for so many seconds, for ever if negative; then what the request came to, or TIMEOUT. `result` may be null. */
 DRIFFUSION_API driffusion_status driffusion_wait(driffusion_request request, double seconds, driffusion_result *result);

@@ -1,4 +1,5 @@
-// driffusion.hpp: driffusion.h with owners that release and errors that throw. C++17, header only.
+// driffusion.hpp: driffusion.h with owners that release and errors that throw. C++17, header only; with C++20 images can
+// be made into a std::span.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,6 +9,9 @@
 #include <string>
 #include <utility>
 #include <vector>
+#if __cplusplus >= 202002L
+#include <span>
+#endif
 
 #include "driffusion.h"
 
@@ -125,6 +129,19 @@ class engine {
         check(driffusion_generate(handle_, &raw, &made.result));
         return made;
     }
+
+#if __cplusplus >= 202002L
+    // Into memory of the caller in place of an image's own: an empty span is an output that is not wanted.
+    driffusion_result generate(call asked, std::span<std::uint8_t> rgb, std::span<float> latents = {}) const {
+        asked.want_rgb = asked.want_latents = false;
+        image none;
+        driffusion_call raw = prepare(asked, none);
+        raw.rgb = rgb.data(), raw.rgb_bytes = rgb.size();
+        raw.latents_out = latents.data(), raw.latents_out_count = latents.size();
+        check(driffusion_generate(handle_, &raw, &none.result));
+        return none.result;
+    }
+#endif
 
     request start(call asked) const {
         request started;

@@ -9,6 +9,8 @@
 namespace driffusion::cuda {
 namespace {
 
+constexpr int TRIES = 3;  // to wait for a lane after an error: a call may fail once, on a device that is lost all do
+
 NetworkFactory &known_factory() {
     static auto &factory = *new NetworkFactory;
     return factory;
@@ -83,10 +85,11 @@ void Player::settle() {
 void Player::drain() noexcept {
     if (!busy_) return;
     auto try_await = [this](u32 lane, const Gpu &gpu, const Event &event, CUstream stream) {
-        if (hangs_.any()) return;
-        try {
-            await(lane, gpu, event, stream);
-        } catch (const Error &) {
+        for (int n = 0; n < TRIES && !hangs_.any(); ++n) {
+            try {
+                return await(lane, gpu, event, stream);
+            } catch (const Error &) {  // an event that could not be recorded says nothing of what still runs
+            }
         }
     };
     for (auto &[lane, place] : places_) {
@@ -134,11 +137,12 @@ void Player::bind(u32 images, double guidance, std::vector<Conditioning> branche
     ++request_;
     const bool other_shape = images_ != images_before || branches_ != branches_before;
     if (!other_shape && guidance_ == guidance_before && device_combinations_) return;
-    if (slots_.get()) settle();  // freeing waits for the devices: do they go on?
     busy_ = true;
-    device_combinations_.reset();
     std::unique_ptr<Combinations> made;
     try {
+        if (slots_.get()) settle();  // freeing waits for the devices: do they go on?
+        busy_ = true;
+        device_combinations_.reset();
         if (other_shape || !slots_.get()) {
             places_.clear();
             slots_ = DeviceMemory();

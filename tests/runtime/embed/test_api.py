@@ -387,7 +387,9 @@ def test_exported_symbols(library: Library) -> None:
     assert "python" not in needed and "onnxruntime" not in needed
 
 
-@pytest.mark.parametrize("compiler", ["gcc -std=c11", "g++ -std=c++17", "clang -std=c11", "clang++ -std=c++17"])
+@pytest.mark.parametrize(
+    "compiler", ["gcc -std=c11", "g++ -std=c++17", "g++ -std=c++20", "clang -std=c11", "clang++ -std=c++17"]
+)
 def test_the_headers_compile_alone(tmp_path: Path, compiler: str) -> None:
     name, standard = compiler.split()
     if not shutil.which(name):

@@ -69,7 +69,7 @@ def test_stress_on_imaginary_gpus_under_a_sanitizer(
     shapes: Bundle, write: Write, rng: np.random.Generator, variant: str, hang: tuple[str, ...]
 ) -> None:
     seed = int(rng.integers(1000))
-    stressed_gpus(variant, shapes, write(scheduler="euler_a"), 9, seed, *hang)
+    stressed_gpus(variant, shapes, write(scheduler="euler_a"), 6, seed, *hang)
 
 
 @pytest.mark.slow

@@ -14,6 +14,18 @@ int main(int, char **argv) try {
     const driffusion_sizes_info sizes = engine.sizes(2);
     expect(two.rgb.size() == sizes.rgb_bytes && two.latents.size() == sizes.latent_count, "several images");
 
+    std::vector<std::uint8_t> rgb(sizes.rgb_bytes);
+    std::vector<float> latents(sizes.latent_count);
+    expect(engine.generate(call, rgb).rounds == two.result.rounds && rgb == two.rgb, "into a span");
+    engine.generate(call, {}, latents);
+    expect(latents == two.latents, "latents into a span");
+    try {
+        engine.generate(call, std::span(rgb).first(rgb.size() - 1));
+        expect(false, "a span that is too small");
+    } catch (const driffusion::error &error) {
+        expect(error.status() == DRIFFUSION_ERROR_BUFFER, error.what());
+    }
+
     call.prompt.clear();
     call.token_ids.resize(sizes.token_count), call.negative_token_ids.resize(sizes.token_count);
     std::size_t count = 0;
