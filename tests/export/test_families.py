@@ -20,9 +20,13 @@ from engines.errors import ParameterError
 from engines.store import Bundle
 from export.bundle import export, exporter
 from export.spec import ExportSpec
+from runtime.call import Call
+from runtime.embed.program import program_of, write_program
 from runtime.pipeline import Pipeline
 from runtime.sampling.noise import ENCODER, gaussian
 from runtime.sampling.rules import RULES
+from tests.runtime.embed.building import built
+from tests.runtime.embed.library import Library
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -285,6 +289,21 @@ def test_every_mode_runs_on_two_lanes(made: Made) -> None:
         assert result.report.rounds < STEPS and np.isfinite(result.latents).all()
         assert np.linalg.norm(result.latents - reference) > 0
     near(made.generate(seed=1, mode="adaptive", k=2, **own).latents, reference, 1e-5)
+
+
+@every()
+def test_the_c_library_makes_the_same_images(made: Made, tmp_path: Path) -> None:
+    """From words, by the tokenizers of CLIP and T5; the negative prompt where there are two passes."""
+    bundle = made.ours.machine.bundle
+    options = {"mode": "sequential" if made.name == "lcm" else "aggressive", "num_inference_steps": STEPS}
+    write_program(program_of(bundle, parse_devices("cpu*2"), Call("", **options)), tmp_path / "one.program")
+    engine = Library(built()).open(bundle.folder, tmp_path / "one.program", "cpu*2")
+    negative = NEGATIVE if bundle.manifest.guidance == "classifier_free" else None
+    result = made.ours.generate(PROMPT, negative_prompt=negative, seed=6, **options)
+    own = engine.generate(PROMPT, negative=negative, seed=6)
+    near(own.latents.reshape(result.latents.shape), result.latents, 1e-5)
+    assert np.abs(own.rgb.astype(int) - np.stack([np.asarray(image, int) for image in result.images])).max() <= 1
+    engine.close()
 
 
 @every()

@@ -53,7 +53,7 @@ namespace driffusion {
 namespace {
 
 constexpr std::uint32_t API_VERSION = 4;
-constexpr int SEVERITY_ERROR = 3, ARENA = 1, DEFAULT_MEMORY = 0, OPTIMIZE_NOTHING = 0, OPTIMIZE_ALL = 99;
+constexpr int SEVERITY_FATAL = 4, ARENA = 1, DEFAULT_MEMORY = 0, OPTIMIZE_NOTHING = 0, OPTIMIZE_ALL = 99;
 
 std::size_t bytes_of(u32 dtype) { return dtype == INT64 ? 8 : 4; }
 
@@ -80,7 +80,8 @@ Runtime::Runtime(const std::string &path) {
     version_ = base()->GetVersionString();
     api_ = base()->GetApi(API_VERSION);
     if (!api_) fail(DRIFFUSION_ERROR_VERSION, "ONNX Runtime " + version_ + " in " + path + " is too old: 1.4 is the first that can be used");
-    check(api_->CreateEnv(SEVERITY_ERROR, "driffusion", &env_), "ONNX Runtime");
+    // what goes wrong is said by the statuses: the host's standard error is not this library's
+    check(api_->CreateEnv(SEVERITY_FATAL, "driffusion", &env_), "ONNX Runtime");
     try {
         check(api_->CreateCpuMemoryInfo(ARENA, DEFAULT_MEMORY, &memory_), "ONNX Runtime");
     } catch (...) {
@@ -125,7 +126,7 @@ Session::Session(std::shared_ptr<Runtime> runtime, const std::string &name, std:
     OrtSessionOptions *made = nullptr;
     runtime_->check(api.CreateSessionOptions(&made), name);
     std::unique_ptr<OrtSessionOptions, void (*)(OrtSessionOptions *)> owned(made, api.ReleaseSessionOptions);
-    runtime_->check(api.SetSessionLogSeverityLevel(made, SEVERITY_ERROR), name);
+    runtime_->check(api.SetSessionLogSeverityLevel(made, SEVERITY_FATAL), name);
     runtime_->check(api.SetSessionGraphOptimizationLevel(made, options.optimized ? OPTIMIZE_NOTHING : OPTIMIZE_ALL), name);
     runtime_->check(api.SetIntraOpNumThreads(made, int(options.threads)), name);
     runtime_->check(api.SetInterOpNumThreads(made, 1), name);
