@@ -13,6 +13,7 @@ from runtime.sampling.noise import step_noise
 from runtime.sampling.operations import Options
 from runtime.sampling.schedulers import make_schedule
 from tests.runtime.embed.conftest import Open
+from tests.runtime.embed.library import StatusError
 
 PROMPT = "a large red star at the left on blue background"
 
@@ -112,3 +113,12 @@ def test_other_shapes_of_a_call_do_not_disturb_the_next(pipeline: Pipeline, open
         engine.generate(**words, images=images, guidance=scale)
     np.testing.assert_array_equal(engine.generate(**words, seed=1).latents, first.latents)
     assert not np.array_equal(engine.generate(**words, seed=2).latents, first.latents)
+
+
+def test_an_id_that_the_model_does_not_have(open_engine: Open, capfd: pytest.CaptureFixture[str]) -> None:
+    """What ONNX Runtime says is the request's message, and nothing is written to the host's standard error."""
+    engine = open_engine()
+    ids = [2**40] * engine.sizes().token_count
+    with pytest.raises(StatusError, match="out of data bounds"):
+        engine.generate(ids, negative=ids)
+    assert capfd.readouterr() == ("", "")
