@@ -1,5 +1,5 @@
 """The ids of prompts, against the `tokenizers` library on every code point and thousands of random texts."""
-# covers: runtime/embed/src/tokenizer.cc, runtime/embed/src/clip.cc, runtime/embed/src/unicode.cc, runtime/embed/src/json.cc
+# covers: runtime/embed/src/tokenizer.cc, runtime/embed/src/clip.cc, runtime/embed/src/unicode.cc
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The ids of T5's prompts, against the `tokenizers` library with random pieces, replacements and texts."""
-# covers: runtime/embed/src/unigram.cc, runtime/embed/src/clusters.cc
+# covers: runtime/embed/src/unigram.cc, runtime/embed/src/clusters.cc, runtime/embed/src/json.cc
 
 from __future__ import annotations
 
