@@ -295,7 +295,10 @@ def test_every_mode_runs_on_two_lanes(made: Made) -> None:
 def test_the_c_library_makes_the_same_images(made: Made, tmp_path: Path) -> None:
     """From words, by the tokenizers of CLIP and T5; the negative prompt where there are two passes."""
     bundle = made.ours.machine.bundle
-    options = {"mode": "sequential" if made.name == "lcm" else "aggressive", "num_inference_steps": STEPS}
+    options: dict[str, Any] = {
+        "mode": "sequential" if made.name == "lcm" else "aggressive",
+        "num_inference_steps": STEPS,
+    }
     write_program(program_of(bundle, parse_devices("cpu*2"), Call("", **options)), tmp_path / "one.program")
     engine = Library(built()).open(bundle.folder, tmp_path / "one.program", "cpu*2")
     negative = NEGATIVE if bundle.manifest.guidance == "classifier_free" else None

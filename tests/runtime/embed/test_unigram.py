@@ -57,13 +57,13 @@ def t5(rng: np.random.Generator, converted: bool) -> tokenizers.Tokenizer:
     if converted:
         runs = normalizers.Replace(tokenizers.Regex(" {2,}"), MARK)
         strip = normalizers.Strip(left=bool(rng.integers(2)), right=bool(rng.integers(2)))
-        made.normalizer = normalizers.Sequence([precompiled, strip, runs])  # type: ignore[assignment]
-        made.pre_tokenizer = marks  # type: ignore[assignment]
+        made.normalizer = normalizers.Sequence([precompiled, strip, runs])
+        made.pre_tokenizer = marks
     else:
-        made.normalizer = precompiled  # type: ignore[assignment]
-        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])  # type: ignore[assignment]
+        made.normalizer = precompiled
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
     made.add_special_tokens(["<pad>", "</s>", tokenizers.AddedToken("<extra_id_0>", lstrip=True, rstrip=converted)])
-    made.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])  # type: ignore[assignment]
+    made.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
     return made
 
 
@@ -99,9 +99,9 @@ def test_clusters_of_code_points(tmp_path: Path, rng: np.random.Generator) -> No
     """
     entries = {bytes([byte]): 0 for byte in range(1, 256)}
     reference = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("X", -1.0)], unk_id=0, byte_fallback=False))
-    reference.normalizer = normalizers.Precompiled(unicode.double_array(entries) + b"X\0")  # type: ignore[assignment]
-    reference.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "always")  # type: ignore[assignment]
-    reference.post_processor = processors.TemplateProcessing(single=["$A"], special_tokens=[])  # type: ignore[assignment]
+    reference.normalizer = normalizers.Precompiled(unicode.double_array(entries) + b"X\0")
+    reference.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "always")
+    reference.post_processor = processors.TemplateProcessing(single=["$A"], special_tokens=[])
     reference.save(str(tmp_path / "clusters.json"))
     around = [("a", ""), ("\u00a9\u200d", "\u0300"), ("\u0915\u094d", "\u0300"), ("\u1100", "\u0300")]
     around += [("", "\u0300\u0301"), ("", "\u200d\u2600\u0300"), ("", "\u094d\u0915\u0300"), ("", "\u1161\u0300")]
