@@ -72,7 +72,7 @@ class FreeEngine:
     class Context:
         """See tensorrt.contexts.Context."""
 
-        size = 256
+        size, block = 256, None
 
         def work_in(self, block: Any) -> None:
             """Nothing to keep."""

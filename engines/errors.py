@@ -19,6 +19,10 @@ class DeviceError(EngineError):
     """A device that does not exist, is not supported, or stopped working."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A device that works, and has too little memory left."""
+
+
 class BundleError(EngineError):
     """An exported model or a plan that is missing, truncated, altered or made by something else."""
 

@@ -14,7 +14,7 @@ from engines.base import Array
 from engines.cuda.driver import SERIAL, release
 from engines.cuda.memory import Memory, ShapeMemory
 from engines.cuda.rounds import Key, Lane, RoundGraph, Rounds
-from engines.errors import DeviceError
+from engines.errors import DeviceMemoryError
 
 SHAPES = 3  # of latents whose memory and rounds are kept
 SLOT_BYTES = 1 << 28  # of slots that keep their names from image to image
@@ -87,8 +87,8 @@ class RoundCache:
     def _compile(self, shape: ShapeMemory, key: Key, fill: Callable[..., None]) -> RoundGraph:
         try:
             return self._rounds.compile(key, shape, fill)
-        except DeviceError:
-            self._settle()  # memory may be all that is missing, and smaller scratch and other shapes have some
+        except DeviceMemoryError:
+            self._settle()  # smaller scratch and other shapes have some
             for other in [other for other, kept in self._shapes.items() if kept is not shape]:
                 self._drop(other)
             return self._rounds.compile(key, shape, fill)

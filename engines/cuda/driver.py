@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import DeviceError
+from engines.errors import DeviceError, DeviceMemoryError
 
 log = logging.getLogger(__name__)
 MINIMUM_DRIVER = 13000  # the CUDA version that cuda-python and our machine code are of
@@ -102,7 +102,8 @@ class Driver:
         _, text = self.api.cuGetErrorString(status)
         lost, advice = _LOST
         repair = _REPAIRS.get(label, advice if int(status) in lost else "see the system's log")
-        return DeviceError(f"{name} failed with {label} ({(text or b'').decode()}): {repair}")
+        kind = DeviceMemoryError if label == "CUDA_ERROR_OUT_OF_MEMORY" else DeviceError
+        return kind(f"{name} failed with {label} ({(text or b'').decode()}): {repair}")
 
     def describe(self, ordinal: int) -> tuple[str, tuple[int, int]]:
         """The name and the compute capability of a GPU by number; opens no context."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from engines.cuda.driver import SERIAL, Device, Driver
 from engines.cuda.memory import Tensor
-from engines.errors import DeviceError, EngineError
+from engines.errors import DeviceError, DeviceMemoryError, EngineError
 from engines.files import written_whole
 from engines.tensorrt.build import make_logger
 
@@ -84,7 +84,7 @@ class Engine:
             self.driver("cuCtxSetCurrent", self.device.context)
             context = self.engine.create_execution_context(self._settings)
             if context is None:
-                raise DeviceError(f"{self.name}: TensorRT made no execution context: {self.said()}")
+                raise DeviceMemoryError(f"{self.name}: TensorRT made no execution context: {self.said()}")
             for name, shape in shapes:
                 if not context.set_input_shape(name, shape):
                     raise DeviceError(f"{self.name}: {name} cannot be of shape {shape} in this plan: build it again")

@@ -175,6 +175,8 @@ def test_the_names_are_those_that_are_used() -> None:
         "point",
         "run",
         "capturable",
+        "block",
+        "work_in",
     }
     assert used - known - ours == set()
     for member in known - set(RTX_MEMBERS["ComputeCapability"].split()):

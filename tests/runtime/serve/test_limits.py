@@ -25,7 +25,7 @@ def test_limits_are_kept_told_and_documented(pipeline: Pipeline) -> None:
         assert told == {
             "queue": 32, "connections": 512, "seconds": 120.0, "body_bytes": 4000, "upload_bytes": Limits.upload,
             "answer_bytes": Limits.answer, "prompt_characters": 50, "side_pixels": 64,
-            "num_inference_steps": 7, "n": 2,
+            "num_inference_steps": 7, "n": 2, "priorities": False,
         }  # fmt: skip
         document = client.get("/openapi.json").json()["paths"][GENERATE]["post"]["requestBody"]
         properties = document["content"]["application/json"]["schema"]["properties"]
